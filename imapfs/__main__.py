@@ -1,0 +1,3 @@
+from imapfs.cli import main
+
+main()

@@ -1,0 +1,206 @@
+"""The command line: ``imapfs mount``, ``umount`` and ``status``.
+
+Exit codes: 0 done, 1 failed (one line on stderr), 2 wrong usage, 130 interrupted.
+"""
+
+# Everything heavy (rich, keyring, platformdirs, and behind daemon trio, pyfuse3 and IMAPClient) is imported
+# inside the function that needs it: --help, completion and a mistyped command must answer at once.
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from imapfs import __version__
+from imapfs.errors import ImapfsError
+
+if TYPE_CHECKING:
+    from imapfs.mounts import Mount
+
+_DIRECTORY = click.Path(path_type=Path)
+_FILE = click.Path(path_type=Path)
+
+
+@click.group(context_settings={"max_content_width": 100})
+@click.version_option(__version__, prog_name="imapfs", message="%(prog)s %(version)s")
+def commands() -> None:
+    """Mount an IMAP account as a directory: mailboxes are directories, messages are .eml files."""
+
+
+@commands.command()
+@click.argument("source")
+@click.argument("mountpoint", type=_DIRECTORY)
+@click.option(
+    "--password-command", metavar="CMD", help="Run CMD with sh; the first line it prints is the password."
+)
+@click.option("--password-file", metavar="FILE", type=_FILE, help="The first line of FILE is the password.")
+@click.option(
+    "--ca-file", metavar="FILE", type=_FILE, help="Trust the PEM certificates in FILE, not the system's."
+)
+@click.option(
+    "--cache-dir", metavar="DIR", type=_DIRECTORY, help="Cache in DIR.  [default: the XDG cache directory]"
+)
+@click.option(
+    "--cache-size", metavar="SIZE", help="Keep at most SIZE of messages, such as 500M.  [default: 10GiB]"
+)
+@click.option("--read-only", is_flag=True, default=None, help="Refuse every change.")
+@click.option(
+    "--names", type=click.Choice(["subject", "uid"]), help="How files are named.  [default: subject]"
+)
+@click.option("--connections", metavar="N", type=int, help="Most connections to the server.  [default: 4]")
+@click.option("--timeout", metavar="SECONDS", type=float, help="Longest wait for the server.  [default: 30]")
+@click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground; Ctrl-C unmounts.")
+@click.option("--log-file", metavar="FILE", type=_FILE, help="Log to FILE.  [default: the XDG log directory]")
+@click.option("-v", "--verbose", count=True, help="Log details.")
+@click.option(
+    "-o", "options", metavar="OPTIONS", multiple=True, help="Mount options: ro, allow_other, noexec ..."
+)
+def mount(
+    source: str,
+    mountpoint: Path,
+    foreground: bool,
+    verbose: int,
+    options: tuple[str, ...],
+    **settings: object,
+) -> None:
+    """Mount SOURCE on the empty directory MOUNTPOINT.
+
+    SOURCE is imaps://user@host[:port][/Mailbox] or the name of an account in the configuration file. Returns
+    when the mount is live. The password comes from --password-command, --password-file, the keyring, or a
+    prompt on the terminal.
+    """
+    import platformdirs
+
+    from imapfs import config, credentials, daemon
+
+    given = {
+        name.replace("_", "-"): str(value) if isinstance(value, Path) else value
+        for name, value in settings.items()
+        if value is not None
+    }
+    given["options"] = list(options)
+    resolved = config.resolve(
+        source, mountpoint, given, platformdirs.user_config_path("imapfs") / "config.toml"
+    )
+    # Once more in run(), but nobody should type a password to learn that the directory is missing.
+    daemon.preflight(resolved.mount, resolved.log_file)
+    password = credentials.resolve(resolved.mount.account, resolved.credentials)
+    daemon.run(resolved.mount, password, foreground=foreground, log_file=resolved.log_file, verbosity=verbose)
+
+
+@commands.command()
+@click.argument("mountpoint", type=_DIRECTORY)
+def umount(mountpoint: Path) -> None:
+    """Unmount MOUNTPOINT and wait until its daemon has ended."""
+    from imapfs import mounts
+
+    mounts.unmount(mountpoint)
+
+
+@commands.command()
+@click.argument("mountpoint", type=_DIRECTORY, required=False)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON: an object for one MOUNTPOINT, else a list."
+)
+def status(mountpoint: Path | None, as_json: bool) -> None:
+    """Show how the mount at MOUNTPOINT is, or list all imapfs mounts."""
+    from imapfs import mounts
+
+    if mountpoint is not None:
+        shown = mounts.read_status(mountpoint)
+        if as_json:
+            click.echo(json.dumps(shown, indent=2))
+        else:
+            _show(list(_rows(shown)))
+        return
+    every = [_status_or_reason(mount) for mount in mounts.imapfs_mounts()]
+    if as_json:
+        click.echo(json.dumps(every, indent=2))
+        return
+    for one in every:
+        line = f"{one['mountpoint']}  {one['source']}  {one['state']}"
+        click.echo(_printable(f"{line}: {one['reason']}" if one.get("reason") else line))
+
+
+def _status_or_reason(mount: "Mount") -> dict[str, Any]:
+    """The status of ``mount``, or what can be said where its daemon does not answer."""
+    from imapfs import mounts
+
+    known = {"mountpoint": str(mount.mountpoint), "source": mount.source}
+    try:
+        return {**known, "state": "unknown", **mounts.read_status(mount.mountpoint)}
+    except ImapfsError as error:
+        return {**known, "state": "unavailable", "reason": str(error)}
+
+
+def _rows(status: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Whatever fields there are, so that a newer daemon's are shown as well."""
+    for key, value in status.items():
+        if isinstance(value, dict):
+            yield from _rows(value, f"{prefix}{key} ")
+            continue
+        # A "limit" is of bytes where bytes are counted beside it.
+        in_bytes = key == "bytes" or (key == "limit" and "bytes" in status)
+        yield f"{prefix}{key}".replace("_", " "), _printable(_readable(value, in_bytes))
+
+
+def _readable(value: object, in_bytes: bool) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if in_bytes and isinstance(value, int):
+        return _readable_size(value)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _readable_size(size: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
+
+
+def _show(rows: list[tuple[str, str]]) -> None:
+    if not sys.stdout.isatty():
+        for name, value in rows:
+            click.echo(f"{name}: {value}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None)
+    for name, value in rows:
+        # As Text, because "[...]" in a string would be taken for markup.
+        table.add_row(Text(name, style="bold"), Text(value))
+    Console().print(table)
+
+
+def _printable(text: str) -> str:
+    """``text`` on one line, without what would steer the terminal or cannot be encoded."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit; no exception gets out."""
+    try:
+        code = commands.main(prog_name="imapfs", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+    except (ImapfsError, OSError) as error:
+        code = _fail(str(error))
+    except Exception as error:
+        code = _fail(f"internal error: {type(error).__name__}: {error}")
+    sys.exit(code)
+
+
+def _fail(line: str) -> int:
+    click.echo(_printable(f"imapfs: {line}"), err=True)
+    return 1

@@ -1,0 +1,418 @@
+"""What the command line and the configuration file mean, checked and resolved into a ``MountConfig``.
+
+Nothing taken from a SOURCE is repeated in an error: a person may have typed a password into it.
+"""
+
+import dataclasses
+import ipaddress
+import math
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple, NoReturn, TypedDict, cast
+from urllib.parse import unquote
+
+from imapfs import mounts
+from imapfs.credentials import FOUR_WAYS, CredentialSources
+from imapfs.errors import UsageError
+from imapfs.model import Account, MountConfig, NameScheme
+
+MAX_CONNECTIONS = 50
+MAX_TIMEOUT = 3600
+DEFAULT_CACHE_SIZE = 10 * 2**30
+DEFAULT_CONNECTIONS = 4
+DEFAULT_TIMEOUT = 30.0
+NAME_SCHEMES: tuple[NameScheme, ...] = ("subject", "uid")
+
+Options = TypedDict(
+    "Options",
+    {
+        "host": str,
+        "user": str,
+        "port": int,
+        "mailbox": str | None,
+        "ca-file": Path,
+        "cache-dir": Path,
+        "cache-size": int,
+        "read-only": bool,
+        "names": NameScheme,
+        "connections": int,
+        "timeout": float,
+        "password-command": str,
+        "password-file": Path,
+        "log-file": Path,
+        "options": list[str],
+    },
+    total=False,
+)
+"""Settings by the name they have in the configuration file: checked and converted, paths absolute."""
+
+
+class Resolved(NamedTuple):
+    mount: MountConfig
+    credentials: CredentialSources
+    log_file: Path | None
+    """None: the caller's default."""
+
+
+# ---- SOURCE
+
+
+def parse_source(source: str) -> Account:
+    """The account that ``imaps://user@host[:port][/Mailbox]`` names (after RFC 5092, much reduced).
+
+    User and mailbox are percent-decoded; the last "@" ends the user, so that an address can be typed as it
+    is. Raises UsageError.
+    """
+    scheme, separator, rest = source.partition("://")
+    if not separator:
+        raise UsageError("the source is no URL: write imaps://user@host[:port][/Mailbox]")
+    if scheme.lower() == "imap":
+        raise UsageError("imap:// is not supported, only TLS from the first byte: write imaps:// (port 993)")
+    if scheme.lower() != "imaps":
+        raise UsageError("the source has an unknown scheme: write imaps://user@host[:port][/Mailbox]")
+    authority, _, path = rest.partition("/")
+    userinfo, _, hostport = authority.rpartition("@")
+    if ":" in userinfo:
+        raise UsageError(
+            "the source has a password in it, where other users and the shell's history show it "
+            f'(a ":" in the user is written %3A): leave it out, use {FOUR_WAYS}'
+        )
+    try:
+        user = _user(unquote(userinfo, errors="strict"))
+        host, port = _host_and_port(hostport)
+        mailbox = _mailbox(unquote(path, errors="strict"))
+    except UnicodeDecodeError:
+        raise UsageError("the source has percent escapes that are not UTF-8") from None
+    except ValueError as error:
+        raise UsageError(f"the source {error}: write imaps://user@host[:port][/Mailbox]") from None
+    return Account(host=host, user=user, port=port, mailbox=mailbox)
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    match = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::(.*))?", text, re.DOTALL)
+    if match is None:
+        raise ValueError("has no valid host name (an IPv6 address goes in brackets)")
+    host, port = match[1], match[2]
+    if host.startswith("["):
+        host = host[1:-1]
+        if ":" not in host:
+            raise ValueError("has no valid IPv6 address in its brackets")
+    if port is None:
+        return _host(host), 993
+    # int() takes signs, spaces and underscores as well; a port is digits.
+    if not re.fullmatch(r"[0-9]{1,5}", port):
+        raise ValueError("has no valid port, a number from 1 to 65535")
+    return _host(host), _port(int(port))
+
+
+# ---- Values: each function returns what was meant, or raises ValueError with the end of a sentence
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("must be a string")
+    if not value:
+        raise ValueError("must not be empty")
+    if "\0" in value:
+        raise ValueError("must not contain NUL")
+    return value
+
+
+def _without_controls(value: object) -> str:
+    text = _text(value)
+    if any(ord(char) < 32 or ord(char) == 127 for char in text):
+        raise ValueError("must not contain control characters")
+    # Arguments that are not UTF-8 arrive as surrogates, which no IMAP command can carry.
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError("must be UTF-8")
+    return text
+
+
+def _user(value: object) -> str:
+    if value == "":
+        raise ValueError("has no user")
+    return _without_controls(value)
+
+
+def _host(value: object) -> str:
+    if value == "":
+        raise ValueError("has no host")
+    text = _text(value).lower()
+    if ":" in text:
+        try:
+            return str(ipaddress.IPv6Address(text))
+        except ValueError:
+            raise ValueError("has no valid IPv6 address") from None
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*\.?", text):
+        raise ValueError("has no valid host name")
+    return text
+
+
+def _mailbox(value: object) -> str | None:
+    """A path without outer slashes; None for the whole account."""
+    if not isinstance(value, str):
+        raise ValueError("must be a string")
+    path = value.strip("/")
+    return _without_controls(path) if path else None
+
+
+def _integer(low: int, high: int) -> Callable[[object], int]:
+    def convert(value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return value
+
+    return convert
+
+
+_port = _integer(1, 65535)
+
+
+def _timeout(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError("must be a number of seconds")
+    if not math.isfinite(value) or not 0 < value <= MAX_TIMEOUT:
+        raise ValueError(f"must be more than 0 and at most {MAX_TIMEOUT} seconds")
+    return float(value)
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def _names(value: object) -> NameScheme:
+    if value == "subject":
+        return "subject"
+    if value == "uid":
+        return "uid"
+    raise ValueError('must be "subject" or "uid"')
+
+
+def _size(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    return parse_size(_text(value))
+
+
+def _fuse_options(value: object) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("must be a string or a list of strings")
+    names = [name for text in texts for name in text.split(",") if name]
+    _sort_fuse_options(names)
+    return names
+
+
+_CONVERT: Mapping[str, Callable[[object], object]] = {
+    "host": _host,
+    "user": _user,
+    "port": _port,
+    "mailbox": _mailbox,
+    "ca-file": _text,
+    "cache-dir": _text,
+    "cache-size": _size,
+    "read-only": _boolean,
+    "names": _names,
+    "connections": _integer(1, MAX_CONNECTIONS),
+    "timeout": _timeout,
+    "password-command": _text,
+    "password-file": _text,
+    "log-file": _text,
+    "options": _fuse_options,
+}
+_PATHS = frozenset({"ca-file", "cache-dir", "password-file", "log-file"})
+
+
+def _checked(table: Mapping[str, object], base: Path, where: Callable[[str], str]) -> Options:
+    """``table`` converted, relative paths taken from ``base``; ``where`` names a key in an error."""
+    values: dict[str, object] = {}
+    for key, raw in table.items():
+        if key not in _CONVERT:
+            raise UsageError(f"{where(key)}: unknown key; known are {', '.join(_CONVERT)}")
+        try:
+            value = _CONVERT[key](raw)
+        except (ValueError, UsageError) as error:
+            raise UsageError(f"{where(key)}: {error}") from None
+        if key in _PATHS:
+            value = base / os.path.expanduser(str(value))  # noqa: PTH111 - Path.expanduser raises without a home
+        values[key] = value
+    return cast(Options, values)
+
+
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(I?B)?|B)?", re.IGNORECASE | re.ASCII)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in ``text``: ``1073741824``, ``500M`` and ``10GiB`` (powers of 1024), ``500MB`` (of 1000).
+
+    Raises UsageError, also for less than one byte.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or len(text) > 30:
+        raise UsageError("not a size: write for example 500M, 10GiB or a number of bytes")
+    number, unit, suffix = match.groups()
+    base = 1000 if suffix is not None and suffix.upper() == "B" else 1024
+    factor = base ** ("KMGT".index(unit.upper()) + 1) if unit else 1
+    size = int(number) * factor if number.isdecimal() else int(float(number) * factor)
+    if not 1 <= size < 2**63:
+        raise UsageError("not a usable size: at least one byte, and less than 8 EiB")
+    return size
+
+
+# ---- -o
+
+_OPPOSITES: Mapping[str, str] = {
+    "atime": "noatime",
+    "dev": "nodev",
+    "exec": "noexec",
+    "suid": "nosuid",
+}
+_OPPOSITE = {**_OPPOSITES, **{off: on for on, off in _OPPOSITES.items()}}
+_PASSED = frozenset({"allow_other", "allow_root", *_OPPOSITE})
+# What mount(8) and fstab(5) put on the line of every file system, and what is so in any case.
+_IGNORED = frozenset(
+    {"_netdev", "async", "auto", "default_permissions", "defaults", "group", "noauto", "nofail", "nouser"}
+    | {"owner", "relatime", "user", "users"}
+)
+
+
+def parse_fuse_options(text: str) -> tuple[bool | None, frozenset[str]]:
+    """Comma-separated mount options: whether they ask for read-only (None: they say nothing) and the rest.
+
+    The rest is what fusermount3 and libfuse understand; of two that contradict each other the later one
+    counts, as for mount(8). Options that only concern fstab(5) are dropped. Raises UsageError for unknown
+    ones.
+    """
+    return _sort_fuse_options([name for name in text.split(",") if name])
+
+
+def _sort_fuse_options(names: Iterable[str]) -> tuple[bool | None, frozenset[str]]:
+    read_only: bool | None = None
+    passed: set[str] = set()
+    for name in names:
+        if name in ("ro", "rw"):
+            read_only = name == "ro"
+        elif name in _PASSED:
+            passed.discard(_OPPOSITE.get(name, ""))
+            passed.add(name)
+        elif name not in _IGNORED and not name.startswith(("x-", "comment=")):
+            raise UsageError(f"unknown mount option {name!r}; known are ro, rw, {', '.join(sorted(_PASSED))}")
+    return read_only, frozenset(passed)
+
+
+# ---- The configuration file
+
+
+def load_accounts(path: Path) -> dict[str, Options]:
+    """The accounts in the TOML file ``path``; none where there is no such file.
+
+    Relative paths in it start at its own directory. Raises UsageError that names file and key.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: is not UTF-8, as TOML must be") from None
+    except tomllib.TOMLDecodeError as error:
+        _refuse_syntax(path, str(error))
+    accounts = document.pop("accounts", {})
+    if document:
+        raise UsageError(f"{path}: unknown key {next(iter(document))!r}; only [accounts.NAME] is known")
+    if not isinstance(accounts, dict):
+        raise UsageError(f"{path}: accounts: must hold a table for each account, [accounts.NAME]")
+    return {name: _load_account(path, name, table) for name, table in accounts.items()}
+
+
+def _refuse_syntax(path: Path, message: str) -> NoReturn:
+    what, _, position = message.partition(" (at ")
+    line = re.match(r"line ([0-9]+)", position)
+    raise UsageError(f"{path}:{line[1]}: {what}" if line else f"{path}: {message}") from None
+
+
+def _load_account(path: Path, name: str, table: object) -> Options:
+    where = f"{path}: accounts.{name}"
+    if not isinstance(table, dict):
+        raise UsageError(f"{where}: must be a table, [accounts.{name}]")
+    if "password" in table:
+        raise UsageError(f"{where}.password: a password does not belong in this file: use {FOUR_WAYS}")
+    options = _checked(table, path.parent, lambda key: f"{where}.{key}")
+    for key in ("host", "user"):
+        if key not in options:
+            raise UsageError(f"{where}: has no {key!r}")
+    return options
+
+
+def _account_options(name: str, path: Path) -> Options:
+    accounts = load_accounts(path)
+    if name in accounts:
+        return accounts[name]
+    # A mistyped URL arrives here as well, and it may hold a password.
+    shown = "of that name" if ":" in name or "@" in name else repr(name)
+    if not accounts:
+        raise UsageError(f"no account {shown}: there is none in {path}; or write imaps://user@host")
+    raise UsageError(f"no account {shown} in {path}, which has {', '.join(sorted(accounts))}")
+
+
+# ---- Everything together
+
+
+def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config_path: Path) -> Resolved:
+    """What to mount, from the command line's ``options`` over the account's entry over the defaults.
+
+    ``options`` holds only what was given, under the names of the configuration file; -o adds to the entry's
+    options. Raises UsageError.
+    """
+    given = _checked(options, Path.cwd(), lambda key: "-o" if key == "options" else f"--{key}")
+    if "://" in source:
+        entry, account = Options(), parse_source(source)
+    else:
+        entry = _account_options(source, config_path)
+        account = Account(
+            host=entry["host"],
+            user=entry["user"],
+            port=entry.get("port", 993),
+            mailbox=entry.get("mailbox"),
+        )
+    merged: Options = {**entry, **given}
+    read_only, fuse_options = _read_only(entry, given)
+    mount = MountConfig(
+        account=dataclasses.replace(account, ca_file=merged.get("ca-file")),
+        mountpoint=mounts.real_path(mountpoint),
+        cache_dir=merged.get("cache-dir") or _default_cache_dir(),
+        cache_size=merged.get("cache-size", DEFAULT_CACHE_SIZE),
+        names=merged.get("names", "subject"),
+        connections=merged.get("connections", DEFAULT_CONNECTIONS),
+        timeout=merged.get("timeout", DEFAULT_TIMEOUT),
+        read_only=read_only,
+        fuse_options=fuse_options,
+    )
+    # A source of passwords on the command line replaces the entry's, whichever kind either is.
+    named = given if "password-command" in given or "password-file" in given else entry
+    credentials = CredentialSources(command=named.get("password-command"), file=named.get("password-file"))
+    return Resolved(mount, credentials, merged.get("log-file"))
+
+
+def _read_only(entry: Options, given: Options) -> tuple[bool, frozenset[str]]:
+    """Whether the mount is read-only, and the other mount options of both places."""
+    from_given, _ = _sort_fuse_options(given.get("options", []))
+    from_entry, _ = _sort_fuse_options(entry.get("options", []))
+    _, passed = _sort_fuse_options([*entry.get("options", []), *given.get("options", [])])
+    if given.get("read-only"):
+        return True, passed
+    if from_given is not None:
+        return from_given, passed
+    return entry.get("read-only", False) or bool(from_entry), passed
+
+
+def _default_cache_dir() -> Path:
+    import platformdirs
+
+    return platformdirs.user_cache_path("imapfs")

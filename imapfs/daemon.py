@@ -1,0 +1,274 @@
+"""The life of the process that serves a mount: checks, the background, the log, and its end.
+
+In the background the starting process waits on a pipe for exactly one report: the mount is live, or one
+line why not. The end of the pipe without a report means that the child has died.
+"""
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import NoReturn
+
+from imapfs import mounts
+from imapfs.errors import ImapfsError, UsageError
+from imapfs.model import MountConfig, Secret
+
+_LOG_BYTES = 5 * 2**20
+_LOG_BACKUPS = 2
+_LIVE = b"+"
+_FAILED = b"-"
+
+_log = logging.getLogger(__name__)
+
+
+def run(
+    config: MountConfig, password: Secret, *, foreground: bool, log_file: Path | None, verbosity: int
+) -> None:
+    """Serve the mount: in the foreground until it is unmounted, else return once it is live.
+
+    The log goes to ``log_file``; without one to stderr in the foreground, else to the account's file in the
+    XDG log directory. ``verbosity`` above 0 logs details. Raises ImapfsError if the mount does not come
+    about, or in the foreground ends because of a failure.
+
+    Must be called while the process has one thread only: it forks.
+    """
+    preflight(config, log_file)
+    if foreground:
+        os.umask(0o077)
+        _start_log(log_file, verbosity)
+        _serve(config, password, _nobody_waits, log_file)
+        return
+    log_file = log_file or default_log_file(config)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    receiver, sender = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _be_child(config, password, sender, log_file, verbosity)
+    os.close(sender)
+    _wait_for_report(child, receiver, log_file)
+
+
+def default_log_file(config: MountConfig) -> Path:
+    """One for each account and mountpoint, because two processes cannot rotate the same file."""
+    import platformdirs
+
+    account = config.account
+    name = re.sub(r"[^\w.@+-]", "_", f"{account.user}@{account.host}")[:100]
+    mountpoint = hashlib.sha256(os.fsencode(config.mountpoint)).hexdigest()[:8]
+    return platformdirs.user_log_path("imapfs") / f"{name}-{mountpoint}.log"
+
+
+# ---- Checks
+
+
+def preflight(config: MountConfig, log_file: Path | None) -> None:
+    """Refuse what cannot work before anything is asked or started; raises ImapfsError."""
+    _check_mountpoint(config.mountpoint)
+    for what, path in (("cache directory", config.cache_dir), ("log file", log_file)):
+        # The daemon would wait for itself.
+        if path is not None and Path(os.path.realpath(path)).is_relative_to(config.mountpoint):
+            raise UsageError(
+                f"the {what} {path} is inside the mountpoint: choose another place for one of them"
+            )
+    ca_file = config.account.ca_file
+    if ca_file is not None and not (ca_file.is_file() and os.access(ca_file, os.R_OK)):
+        raise UsageError(f"CA file {ca_file}: does not exist or cannot be read: check --ca-file")
+    _check_fuse(config.fuse_options)
+
+
+def _check_mountpoint(path: Path) -> None:
+    mount = mounts.mount_at(path)
+    if mount is not None and mount.fstype == mounts.FSTYPE:
+        mounts.read_status(path)
+        raise UsageError(f"{path} is in use: {mount.source} is mounted there; 'imapfs umount {path}' first")
+    if mount is not None:
+        raise UsageError(
+            f"{path} is in use: it is the mountpoint of a {mount.fstype} file system; choose another"
+        )
+    try:
+        with os.scandir(path) as entries:
+            empty = next(entries, None) is None
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist: create it with 'mkdir -p {path}'") from None
+    except NotADirectoryError:
+        raise UsageError(f"{path} is not a directory: choose an empty directory") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be used as mountpoint: {error.strerror}") from None
+    if not empty:
+        raise UsageError(
+            f"{path} is not empty: the mount would hide what is in it; choose an empty directory"
+        )
+    if not os.access(path, os.W_OK):
+        raise UsageError(
+            f"{path} is not writable for you, which mounting requires: choose a directory of yours"
+        )
+
+
+def _check_fuse(options: frozenset[str]) -> None:
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        raise ImapfsError(
+            "there is no /dev/fuse: run 'modprobe fuse' as root; a container must be given --device /dev/fuse"
+        ) from None
+    except OSError as error:
+        # The node may stay behind when the module is gone.
+        hint = (
+            "run 'modprobe fuse' as root"
+            if error.errno in (errno.ENODEV, errno.ENXIO)
+            else "ask root for access"
+        )
+        raise ImapfsError(f"/dev/fuse cannot be opened: {error.strerror}: {hint}") from None
+    if shutil.which("fusermount3") is None:
+        raise ImapfsError("fusermount3 is not installed: install the package fuse3")
+    if os.geteuid() != 0 and options & {"allow_other", "allow_root"} and not _user_allow_other():
+        raise UsageError("-o allow_other and allow_root need the line user_allow_other in /etc/fuse.conf")
+
+
+def _user_allow_other() -> bool:
+    try:
+        lines = Path("/etc/fuse.conf").read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(line.strip() == "user_allow_other" for line in lines)
+
+
+# ---- Serving
+
+
+def _nobody_waits() -> None:
+    """In the foreground the log alone says when the mount is live."""
+
+
+def _serve(
+    config: MountConfig, password: Secret, on_ready: Callable[[], None], log_file: Path | None
+) -> None:
+    """Returns after the unmount; any failure comes out as ImapfsError, the unexpected ones logged in full."""
+    try:
+        # pyfuse3 and trio, which must not be there yet when the process forks.
+        from imapfs.fuse import serve
+
+        serve(config, password, on_ready)
+    except ImapfsError:
+        raise
+    except Exception as error:
+        _log.exception("internal error")
+        where = f"see {log_file}" if log_file else "see above"
+        raise ImapfsError(f"internal error: {type(error).__name__}: {error}; {where}") from None
+
+
+def _be_child(config: MountConfig, password: Secret, sender: int, log_file: Path, verbosity: int) -> NoReturn:
+    report = _Report(sender)
+    code = 1
+    try:
+        _detach(sender)
+        _start_log(log_file, verbosity)
+        _serve(config, password, report.live, log_file)
+        code = 0
+    except ImapfsError as error:
+        _log.error("%s", error)
+        report.failed(str(error))
+    finally:
+        # Whatever happens, this copy of the caller must not run the caller's code.
+        logging.shutdown()
+        os._exit(code)
+
+
+def _detach(keep: int) -> None:
+    """Leave terminal, working directory and open files of the caller; ``keep`` stays open."""
+    os.setsid()
+    os.umask(0o077)
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    os.closerange(3, keep)
+    os.closerange(keep + 1, os.sysconf("SC_OPEN_MAX"))
+
+
+class _Report:
+    """The child's end of the pipe: one report at most, then it is closed."""
+
+    def __init__(self, sender: int) -> None:
+        self._sender: int | None = sender
+
+    def live(self) -> None:
+        self._send(_LIVE)
+
+    def failed(self, line: str) -> None:
+        self._send(_FAILED + line.encode(errors="surrogateescape"))
+
+    def _send(self, data: bytes) -> None:
+        if self._sender is None:
+            return
+        sender, self._sender = self._sender, None
+        with os.fdopen(sender, "wb") as pipe, contextlib.suppress(BrokenPipeError):
+            pipe.write(data)
+
+
+def _wait_for_report(child: int, receiver: int, log_file: Path) -> None:
+    try:
+        with os.fdopen(receiver, "rb") as pipe:
+            report = pipe.read()
+    except KeyboardInterrupt:
+        # The child has left the terminal and does not get its Ctrl-C.
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        raise
+    if report == _LIVE:
+        return
+    # The cache is free again only when the child is gone.
+    _, status = os.waitpid(child, 0)
+    if report.startswith(_FAILED):
+        raise ImapfsError(report[1:].decode(errors="surrogateescape"))
+    code = os.waitstatus_to_exitcode(status)
+    how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    raise ImapfsError(f"the process of the mount {how} before the mount was live: see {log_file}")
+
+
+# ---- The log
+
+
+class _OneLine(logging.Formatter):
+    """Keeps what servers and messages put into a log line from looking like further lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is logging's
+        line = super().formatMessage(record)
+        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+
+
+def _start_log(log_file: Path | None, verbosity: int) -> None:
+    handler: logging.Handler
+    if log_file is None:
+        handler = logging.StreamHandler()
+    else:
+        try:
+            if not log_file.parent.exists():
+                log_file.parent.mkdir(mode=0o700, parents=True)
+            handler = RotatingFileHandler(
+                log_file,
+                maxBytes=_LOG_BYTES,
+                backupCount=_LOG_BACKUPS,
+                encoding="utf-8",
+                errors="backslashreplace",
+            )
+        except OSError as error:
+            raise UsageError(
+                f"log file {log_file}: cannot be written: {error.strerror}: choose another with --log-file"
+            ) from None
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    # Of the libraries only warnings: at lower levels IMAP libraries log commands, LOGIN among them.
+    root.setLevel(logging.WARNING)
+    logging.getLogger("imapfs").setLevel(logging.DEBUG if verbosity else logging.INFO)

@@ -1,0 +1,124 @@
+"""Every way in which imapfs can fail, with the errno that a program sees.
+
+The message of each exception is one line for a person: what happened, to what, and what to do. The class
+says how far the failure reaches (this message, this mailbox, this connection, the account), because that
+decides what the caller does next; the errno is a property of the class so that it is decided here only.
+"""
+
+import errno
+import logging
+import os
+from typing import ClassVar
+
+log = logging.getLogger(__name__)
+
+
+class ImapfsError(Exception):
+    """Base of all expected failures; ``str()`` is one line fit for a person."""
+
+    errno: int = errno.EIO
+
+
+class UsageError(ImapfsError):
+    """The command line, the configuration or the mountpoint is not usable as given."""
+
+    errno = errno.EINVAL
+
+
+class CredentialError(ImapfsError):
+    """No password could be had from any of the places asked."""
+
+    errno = errno.EACCES
+
+
+class MessageGone(ImapfsError):
+    """The message was expunged on the server: scope is this message only."""
+
+    errno = errno.ESTALE
+
+
+class MailboxGone(ImapfsError):
+    """The mailbox does not exist, was renamed, or has a new UIDVALIDITY: scope is this mailbox."""
+
+    errno = errno.ENOENT
+
+
+class Refused(ImapfsError):
+    """The server answered a command with NO or BAD: the connection is fine, the request is not.
+
+    ``code`` is the response code (RFC 9051 section 7.1, RFC 5530) in upper case, or "".
+    """
+
+    _ERRNO: ClassVar[dict[str, int]] = {
+        "ALREADYEXISTS": errno.EEXIST,
+        "AUTHORIZATIONFAILED": errno.EACCES,
+        "CANNOT": errno.EPERM,
+        "INUSE": errno.EBUSY,
+        "LIMIT": errno.EFBIG,
+        "NONEXISTENT": errno.ENOENT,
+        "NOPERM": errno.EACCES,
+        "OVERQUOTA": errno.EDQUOT,
+        "TOOBIG": errno.EFBIG,
+        "TRYCREATE": errno.ENOENT,
+        "UNAVAILABLE": errno.EAGAIN,
+    }
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.errno = self._ERRNO.get(code, errno.EIO)
+
+
+class ConnectionLost(ImapfsError):
+    """The connection ended, or could not be made: scope is this connection; another may succeed."""
+
+    errno = errno.EHOSTUNREACH
+
+
+class TimedOut(ConnectionLost):
+    """The server did not answer within the timeout."""
+
+    errno = errno.ETIMEDOUT
+
+
+class ProtocolError(ConnectionLost):
+    """The server sent what is not IMAP: the connection is of no further use."""
+
+    errno = errno.EPROTO
+
+
+class TlsError(ConnectionLost):
+    """No trustworthy TLS connection: scope is the account, trying again does not help."""
+
+    errno = errno.EPROTO
+
+
+class AuthenticationFailed(ImapfsError):
+    """The server refused the credentials: scope is the account, trying again may lock it."""
+
+    errno = errno.EACCES
+
+
+class CacheError(ImapfsError):
+    """The local cache cannot be used: locked by another mount, no space, not writable."""
+
+    errno = errno.EIO
+
+    @classmethod
+    def from_os_error(cls, error: OSError, what: str) -> "CacheError":
+        """Keep the errno of ``error`` (ENOSPC, EROFS ...), so that the program sees the real cause."""
+        made = cls(f"{what}: {os.strerror(error.errno or cls.errno)}; free or repair that disk")
+        made.errno = error.errno or cls.errno
+        return made
+
+
+def report(error: Exception, what: str) -> ImapfsError:
+    """Log the end of a background task and give the error for those who wait for it.
+
+    What the network does is worth a line; what the disk or our own mistake does is a warning or worse.
+    """
+    if isinstance(error, ImapfsError):
+        log.log(logging.WARNING if isinstance(error, CacheError) else logging.INFO, "%s: %s", what, error)
+        return error
+    log.error("%s: internal error", what, exc_info=error)
+    return ImapfsError(f"{what}: internal error, see the log")

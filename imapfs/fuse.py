@@ -1,0 +1,426 @@
+"""The kernel's side: translates FUSE requests to `imapfs.vfs` and back. The only module that knows pyfuse3.
+
+Decides nothing about mail. What it owns: which inodes the kernel knows (lookup counts), what the kernel has
+cached and must be told to drop, and that nothing but a FUSEError ever leaves a handler, since anything else
+would end the mount.
+
+The kernel may keep names and attributes for as long as it likes (`_TIMEOUT`), because it is told of each
+change. Those notifications can wait for a request under way in the same directory, so that they are sent
+from a thread, never from a handler. LOCK ORDER: there are no locks here; a handler that needs a notification
+to be done waits for the thread, which waits for the kernel only.
+"""
+
+import errno
+import functools
+import logging
+import os
+import signal
+import stat
+from collections.abc import AsyncIterable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FUSEError, InodeT, ReaddirToken, RequestContext
+
+from imapfs.cache import Cache
+from imapfs.errors import ImapfsError, UsageError
+from imapfs.imap.pool import SessionPool
+from imapfs.model import Ino, MountConfig, Secret
+from imapfs.sync import Changes
+from imapfs.vfs import Attributes, Filesystem
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_TIMEOUT: Final = 86400.0
+"""Seconds for which the kernel may use names and attributes without asking again."""
+_BLOCK: Final = 4096
+_DOT, _DOTDOT = 1, 2
+"""Directory positions of ``.`` and ``..``; any other entry's is its inode number, which is larger."""
+
+
+Method = Callable[Concatenate["Adapter", P], Coroutine[Any, Any, T]]
+
+
+def handler(method: Method[P, T]) -> Method[P, T]:
+    """Around every FUSE handler: bounded in time, and only FUSEError gets out."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    async def wrapper(self: "Adapter", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            with trio.fail_after(self.timeout):
+                return await method(self, *args, **kwargs)
+        except FUSEError:
+            raise
+        except trio.TooSlowError:
+            log.warning("%s: no answer from the server within %g s", name, self.timeout)
+            raise FUSEError(errno.ETIMEDOUT) from None
+        except ImapfsError as error:
+            log.debug("%s%r: %s", name, args[:1], error)
+            raise FUSEError(error.errno) from None
+        except OSError as error:
+            log.warning("%s: %s", name, error)
+            raise FUSEError(error.errno or errno.EIO) from None
+        except Exception:
+            log.exception("internal error in %s", name)
+            raise FUSEError(errno.EIO) from None
+
+    return wrapper
+
+
+@dataclass(slots=True)
+class _Listing:
+    """An open directory and the page of it that the kernel is reading."""
+
+    ino: Ino
+    page: Sequence[tuple[bytes, Attributes]] = ()
+    index: int = 0
+
+    def forget_page(self) -> None:
+        self.page, self.index = (), 0
+
+
+@dataclass(slots=True)
+class _Invalid:
+    """What the kernel has to drop."""
+
+    attributes: set[Ino] = field(default_factory=set)
+    entries: list[tuple[Ino, bytes, Ino]] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.attributes or self.entries)
+
+
+class Adapter(pyfuse3.Operations):
+    """FUSE requests for one `Filesystem`."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+
+    def __init__(self, timeout: float, read_only: bool) -> None:
+        super().__init__()
+        self.timeout = timeout
+        self.fs: Filesystem
+        self._file_mode = stat.S_IFREG | (0o400 if read_only else 0o600)
+        self._dir_mode = stat.S_IFDIR | (0o500 if read_only else 0o700)
+        self._uid, self._gid = os.getuid(), os.getgid()
+        self._lookups: dict[int, int] = {}
+        """Inode -> references that the kernel holds (the nlookup of FORGET)."""
+        self._pushed: set[int] = set()
+        """Inodes whose bytes the kernel was given."""
+        self._resized: set[Ino] = set()
+        """Inodes of which the kernel may know a size that is not the exact one."""
+        self._listings: dict[int, _Listing] = {}
+        self._next_listing = 1
+        self._invalid = _Invalid()
+        self._invalid_news = trio.Event()
+
+    # -- what the server changed ---------------------------------------------------------------------------
+
+    def on_changes(self, changes: Changes) -> None:
+        """Have the kernel drop what is no longer so."""
+        if not changes.added and not changes.gone:
+            return  # flags are extended attributes, which the kernel does not keep
+        for listing in self._listings.values():
+            if listing.ino == changes.directory:
+                listing.forget_page()
+        for gone in changes.gone:
+            if gone.ino in self._lookups:
+                self._invalid.entries.append((changes.directory, gone.name, gone.ino))
+        self._invalid.attributes.add(changes.directory)
+        self._invalid_news.set()
+
+    def on_resize(self, ino: Ino) -> None:
+        """Have the kernel ask for the size of a message again."""
+        for listing in self._listings.values():
+            listing.forget_page()
+        if ino in self._lookups:
+            self._resized.add(ino)
+            self._invalid.attributes.add(ino)
+            self._invalid_news.set()
+
+    async def invalidate_forever(self) -> None:
+        """Tell the kernel what it has to drop, as it comes."""
+        while True:
+            await self._invalid_news.wait()
+            self._invalid_news = trio.Event()
+            batch, self._invalid = self._invalid, _Invalid()
+            if batch:
+                await trio.to_thread.run_sync(_invalidate, batch, abandon_on_cancel=True)
+
+    # -- attributes ----------------------------------------------------------------------------------------
+
+    def _entry(self, attributes: Attributes) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = InodeT(attributes.ino)
+        entry.st_mode = pyfuse3.ModeT(self._dir_mode if attributes.is_dir else self._file_mode)
+        entry.st_nlink = 1
+        entry.st_uid, entry.st_gid = self._uid, self._gid
+        entry.st_size = attributes.size
+        entry.st_blksize = _BLOCK
+        entry.st_blocks = (attributes.size + 511) // 512
+        nanoseconds = attributes.mtime * 1_000_000_000
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = nanoseconds
+        entry.entry_timeout = entry.attr_timeout = _TIMEOUT
+        return entry
+
+    @handler
+    async def lookup(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        attributes = await self.fs.lookup(Ino(parent_inode), name)
+        self._lookups[attributes.ino] = self._lookups.get(attributes.ino, 0) + 1
+        return self._entry(attributes)
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        for ino, n in inode_list:
+            left = self._lookups.get(ino, 0) - n
+            if left > 0:
+                self._lookups[ino] = left
+            else:
+                self._lookups.pop(ino, None)
+                self._pushed.discard(ino)
+                self._resized.discard(Ino(ino))
+
+    @handler
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(self.fs.getattr(Ino(inode)))
+
+    @handler
+    async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
+        space = await self.fs.statfs()
+        data = pyfuse3.StatvfsData()
+        data.f_bsize = data.f_frsize = _BLOCK
+        data.f_blocks = space.total // _BLOCK
+        data.f_bfree = data.f_bavail = space.free // _BLOCK
+        data.f_namemax = 255
+        return data
+
+    # -- directories ---------------------------------------------------------------------------------------
+
+    @handler
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        await self.fs.opendir(Ino(inode))
+        handle = self._next_listing
+        self._next_listing += 1
+        self._listings[handle] = _Listing(Ino(inode))
+        return FileHandleT(handle)
+
+    @handler
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        listing = self._listings[fh]
+        if start_id < _DOTDOT:
+            # The kernel takes neither attributes nor references for these two.
+            here = self._entry(self.fs.getattr(listing.ino))
+            for name, position in ((b".", _DOT), (b"..", _DOTDOT)):
+                if start_id < position and not pyfuse3.readdir_reply(token, name, here, position):
+                    return
+            start_id = _DOTDOT
+        position = start_id
+        while True:
+            if not self._continues(listing, position):
+                listing.page, listing.index = await self.fs.readdir(listing.ino, position), 0
+                if not listing.page:
+                    return
+            while listing.index < len(listing.page):
+                name, attributes = listing.page[listing.index]
+                if not pyfuse3.readdir_reply(token, name, self._entry(attributes), attributes.ino):
+                    return
+                self._lookups[attributes.ino] = self._lookups.get(attributes.ino, 0) + 1
+                listing.index += 1
+                position = attributes.ino
+            listing.forget_page()
+            if position != start_id:
+                return  # something to show: more is asked for when it is wanted
+
+    @staticmethod
+    def _continues(listing: _Listing, position: int) -> bool:
+        """Whether the page goes on right behind ``position``."""
+        if listing.index >= len(listing.page):
+            return False
+        before = listing.page[listing.index - 1][1].ino if listing.index else position
+        return before == position and listing.page[listing.index][1].ino > position
+
+    @handler
+    async def releasedir(self, fh: FileHandleT) -> None:
+        del self._listings[fh]
+
+    # -- files ---------------------------------------------------------------------------------------------
+
+    @handler
+    async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> FileInfo:
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise FUSEError(errno.EROFS)
+        ino = Ino(inode)
+        data = await self.fs.open(ino, wanted=inode not in self._pushed)
+        if ino in self._resized:
+            # Before the first read: the kernel would cut off or pad at the size that it knows.
+            await trio.to_thread.run_sync(_invalidate, _Invalid(attributes={ino}))
+            self._resized.discard(ino)
+        if data is not None and inode not in self._pushed:
+            self._push(inode, data)
+        # A body never changes, so what the kernel has of it stays good.
+        return FileInfo(fh=FileHandleT(inode), keep_cache=True)
+
+    def _push(self, inode: InodeT, data: bytes) -> None:
+        """Give the kernel the bytes before it asks.
+
+        Safe here only because nobody else has the file open: a reader that waits for a page of it would hold
+        the page's lock, and this thread is the one that has to answer it.
+        """
+        if self.fs.users(Ino(inode)) > 1:
+            return
+        try:
+            for start in range(0, len(data), 1 << 17):
+                pyfuse3.notify_store(inode, start, data[start : start + (1 << 17)])
+        except OSError as error:
+            log.debug("the kernel did not take the bytes of inode %d: %s", inode, error)
+            return
+        self._pushed.add(inode)
+
+    @handler
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        return await self.fs.read(Ino(fh), off, size)
+
+    @handler
+    async def release(self, fh: FileHandleT) -> None:
+        self.fs.release(Ino(fh))
+
+    @handler
+    async def flush(self, fh: FileHandleT) -> None:
+        pass
+
+    # -- extended attributes -------------------------------------------------------------------------------
+
+    @handler
+    async def getxattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> bytes:
+        return await self.fs.getxattr(Ino(inode), name)
+
+    @handler
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[bytes]:
+        return self.fs.listxattr(Ino(inode))
+
+
+def _refuse(name: str) -> Any:
+    async def refuse(*_: object) -> None:
+        raise FUSEError(errno.EROFS)
+
+    refuse.__name__ = name
+    return refuse
+
+
+for _name in (
+    "create", "fsync", "link", "mkdir", "mknod", "removexattr", "rename", "rmdir", "setattr", "setxattr",
+    "symlink", "unlink", "write",
+):  # fmt: skip
+    setattr(Adapter, _name, _refuse(_name))
+
+
+def _invalidate(batch: _Invalid) -> None:
+    """In a thread: may wait until requests under way in the same directory are answered."""
+    for parent, name, ino in batch.entries:
+        try:
+            pyfuse3.invalidate_entry(InodeT(parent), pyfuse3.FileNameT(name), InodeT(ino))
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                log.debug("the kernel did not drop %r: %s", name, error)
+    for ino in batch.attributes:
+        try:
+            pyfuse3.invalidate_inode(InodeT(ino), attr_only=True)
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                log.debug("the kernel did not drop the attributes of inode %d: %s", ino, error)
+
+
+def serve(config: MountConfig, password: Secret, on_ready: Callable[[], None]) -> None:
+    """Mount and serve until the mount ends: by umount, SIGINT or SIGTERM.
+
+    ``on_ready`` is called once, when the mount answers. Raises ImapfsError if there can be no mount.
+    """
+    trio.run(_serve, config, password, on_ready)
+
+
+async def _serve(config: MountConfig, password: Secret, on_ready: Callable[[], None]) -> None:
+    pool = SessionPool(config.account, password, config.connections, config.timeout)
+    cache = Cache.open(config.cache_dir / _cache_name(config), config.names)
+    failure: ImapfsError | None = None
+    try:
+        async with trio.open_nursery() as background:
+            try:
+                with (
+                    trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,
+                    trio.CancelScope() as life,
+                ):
+                    background.start_soon(_end_on_signal, signals, life)
+                    await _run(config, pool, cache, background, on_ready)
+            except ImapfsError as error:
+                # Out of the nursery as itself, not in a group.
+                failure = error
+            finally:
+                await pool.close()
+                background.cancel_scope.cancel()
+    finally:
+        cache.close()
+    if failure is not None:
+        raise failure
+
+
+async def _end_on_signal(signals: AsyncIterable[int], life: trio.CancelScope) -> None:
+    async for number in signals:
+        log.info("%s: unmounting", signal.Signals(number).name)
+        life.cancel()
+
+
+async def _run(
+    config: MountConfig,
+    pool: SessionPool,
+    cache: Cache,
+    background: trio.Nursery,
+    on_ready: Callable[[], None],
+) -> None:
+    """Mount, and serve until somebody unmounts or this is cancelled."""
+    adapter = Adapter(config.timeout, config.read_only)
+    fs = adapter.fs = Filesystem(config, pool, cache, background, adapter.on_changes, adapter.on_resize)
+    try:
+        await fs.start()
+        _mount(adapter, config)
+        try:
+            log.info("mounted %s on %s", config.account.url, config.mountpoint)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(adapter.invalidate_forever)
+                on_ready()
+                await pyfuse3.main()
+                nursery.cancel_scope.cancel()
+        finally:
+            pyfuse3.close(unmount=True)
+            log.info("unmounted %s", config.mountpoint)
+    finally:
+        fs.close()
+
+
+def _mount(adapter: Adapter, config: MountConfig) -> None:
+    options = {*config.fuse_options, "default_permissions", "subtype=imapfs"}
+    # A comma would begin another option.
+    options.add("fsname=" + config.account.url.replace("\\", "\\\\").replace(",", "\\,"))
+    if config.read_only:
+        options.add("ro")
+    try:
+        pyfuse3.init(adapter, str(config.mountpoint), options)
+    except RuntimeError as error:
+        raise UsageError(
+            f"cannot mount on {config.mountpoint} ({error}): see what fusermount3 says with --foreground"
+        ) from None
+
+
+def _cache_name(config: MountConfig) -> str:
+    """The directory of an account's cache: readable, and no path whatever the user name holds."""
+    account = config.account
+    return (
+        "".join(
+            c if c.isalnum() or c in "@.-_+" else f"%{ord(c):02X}" for c in f"{account.user}@{account.host}"
+        ).lstrip(".")
+        + f"_{account.port}"
+    )

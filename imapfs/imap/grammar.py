@@ -1,0 +1,287 @@
+"""The grammar of the few untagged responses that imapfs asks for (RFC 9051 section 9): pure functions.
+
+A response is the list of parts described in `imapfs.imap.wire`. FETCH data is read by one regular expression
+an item, in whatever order the server sends them; items that were not asked for are skipped.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta, timezone
+
+from imapfs.errors import ProtocolError
+from imapfs.model import ModSeq, Uid
+
+Response = list[bytes]
+Value = bytes | None | list["Value"]
+"""A parsed value: atom, string, number as bytes; NIL as None; a parenthesised list."""
+
+_FETCH = re.compile(rb"\* \d+ FETCH \(", re.I)
+_FETCH_ITEM = re.compile(
+    rb" *(?:"
+    rb"UID (?P<uid>\d+)"
+    rb"|FLAGS \((?P<flags>[^()]*)\)"
+    rb'|INTERNALDATE "(?P<date>[^"]*)"'
+    rb"|RFC822\.SIZE (?P<size>\d+)"
+    rb"|MODSEQ \((?P<modseq>\d+)\)"
+    rb"|BODY\[(?P<section>[^\]]*)\](?:<\d+>)? (?P<value>NIL\b|\"(?:[^\"\\]|\\.)*\"|\Z)"
+    rb")",
+    re.I | re.S,
+)
+_TOKEN = re.compile(
+    rb' *(?:(?P<open>\()|(?P<close>\))|"(?P<quoted>(?:[^"\\]|\\.)*)"|(?P<atom>[^ ()"\r\n]+))', re.S
+)
+_UNQUOTE = re.compile(rb"\\(.)", re.S)
+_DATE = re.compile(r" *(\d{1,2})-([A-Za-z]{3})-(\d{4}) (\d\d):(\d\d):(\d\d) ([+-])(\d\d)(\d\d)\Z")
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_MODSEQ_MAX = (1 << 63) - 1
+
+
+@dataclass(slots=True)
+class FetchData:
+    """The items of one FETCH response; None for what it did not hold."""
+
+    uid: Uid | None = None
+    flags: str | None = None
+    """Space-separated as the server spells them, without ``\\Recent``."""
+    date: bytes | None = None
+    size: int | None = None
+    modseq: ModSeq | None = None
+    section: bytes | None = None
+    """Which BODY section `body` belongs to; None where the response had none."""
+    body: bytes | None = None
+    """None also for NIL, which is how a server says that the message is gone. b"" where it was streamed."""
+
+
+def flag_list(raw: bytes) -> str:
+    """Flags as they are kept: ``\\Recent`` means nothing beyond one session (RFC 9051 removed it)."""
+    text = raw.decode("utf-8", "replace")
+    if "ecent" in text:
+        return " ".join(flag for flag in text.split() if flag.lower() != "\\recent")
+    return text
+
+
+def parse_fetch(response: Response) -> FetchData | None:
+    """The data of a FETCH response; None if it is another kind of response.
+
+    Raises ProtocolError for a FETCH response that is not well-formed.
+    """
+    text = response[0]
+    m = _FETCH.match(text)
+    if not m:
+        return None
+    data = FetchData()
+    part, at = 0, m.end()
+    item = _FETCH_ITEM.match
+    while True:
+        m = item(text, at)
+        if m is None:
+            rest = text[at:].strip()
+            if rest == b")":
+                return data
+            part, at = _skip_item(response, part, at)
+            text = response[part]
+            continue
+        at = m.end()
+        kind = m.lastgroup
+        if kind == "uid":
+            data.uid = Uid(int(m["uid"]))
+        elif kind == "flags":
+            data.flags = flag_list(m["flags"])
+        elif kind == "date":
+            data.date = m["date"]
+        elif kind == "size":
+            data.size = int(m["size"])
+        elif kind == "modseq":
+            data.modseq = ModSeq(min(int(m["modseq"]), _MODSEQ_MAX))
+        else:
+            data.section = m["section"].upper()
+            value = m["value"]
+            if value:
+                data.body = None if value.upper() == b"NIL" else _UNQUOTE.sub(rb"\1", value[1:-1])
+            elif part + 2 < len(response):
+                data.body = response[part + 1]
+                part, at = part + 2, 0
+                text = response[part]
+            else:
+                raise ProtocolError(f"malformed FETCH response: {response[0][:80]!r}")
+
+
+def _skip_item(response: Response, part: int, at: int) -> tuple[int, int]:
+    """Pass over one item that was not asked for: its name and its value."""
+    start = (part, at)
+    depth, seen = 0, 0
+    while seen < 2:
+        m = _TOKEN.match(response[part], at)
+        if m is None:
+            if part + 2 >= len(response) or response[part][at:].strip():
+                break
+            part, at = part + 2, 0  # a literal is a token of its own
+        else:
+            at = m.end()
+            if m["open"]:
+                depth += 1
+            elif m["close"]:
+                depth -= 1
+                if depth < 0:
+                    break
+        if depth == 0:
+            seen += 1
+    if seen < 2 or (part, at) == start:
+        raise ProtocolError(f"malformed FETCH response: {response[0][:80]!r}")
+    return part, at
+
+
+def values(response: Response, skip: int) -> list[Value]:
+    """The values of ``response`` after its first ``skip`` bytes. Raises ProtocolError."""
+    top: list[Value] = []
+    stack: list[list[Value]] = [top]
+    for index, text in enumerate(response):
+        if index % 2:
+            stack[-1].append(text)
+            continue
+        at = skip if index == 0 else 0
+        end = len(text.rstrip())
+        while at < end:
+            m = _TOKEN.match(text, at)
+            if m is None:
+                raise ProtocolError(f"malformed response: {text[:80]!r}")
+            at = m.end()
+            if m["open"]:
+                inner: list[Value] = []
+                stack[-1].append(inner)
+                stack.append(inner)
+            elif m["close"]:
+                stack.pop()
+                if not stack:
+                    raise ProtocolError(f"malformed response: {text[:80]!r}")
+            elif m["quoted"] is not None:
+                stack[-1].append(_UNQUOTE.sub(rb"\1", m["quoted"]))
+            else:
+                atom = m["atom"]
+                stack[-1].append(None if atom.upper() == b"NIL" else atom)
+    if len(stack) != 1:
+        raise ProtocolError(f"malformed response: {response[0][:80]!r}")
+    return top
+
+
+@dataclass(frozen=True, slots=True)
+class ListEntry:
+    """One mailbox of a LIST response (RFC 9051 section 7.3.1)."""
+
+    name: bytes
+    """As the server spells it, still encoded."""
+    delimiter: bytes
+    """One byte, or b"" where the name has no hierarchy."""
+    attributes: frozenset[str] = field(default_factory=frozenset)
+    """Lower case, with the backslash."""
+
+    @property
+    def selectable(self) -> bool:
+        return not self.attributes & {"\\noselect", "\\nonexistent"}
+
+    @property
+    def special_use(self) -> str:
+        """The RFC 6154 attribute as it is registered (``\\Trash``), or ""."""
+        for use in ("All", "Archive", "Drafts", "Flagged", "Junk", "Sent", "Trash"):
+            if f"\\{use.lower()}" in self.attributes:
+                return f"\\{use}"
+        return ""
+
+
+def parse_list(response: Response) -> ListEntry | None:
+    """One LIST response; None if it is another kind. Raises ProtocolError if malformed."""
+    if response[0][:7].upper() != b"* LIST ":
+        return None
+    match values(response, 7):
+        case [[*attributes], (bytes() | None) as delimiter, bytes(name), *_]:
+            return ListEntry(
+                name,
+                delimiter or b"",
+                frozenset(a.decode("ascii", "replace").lower() for a in attributes if isinstance(a, bytes)),
+            )
+    raise ProtocolError(f"malformed LIST response: {response[0][:80]!r}")
+
+
+def parse_status(response: Response) -> tuple[bytes, dict[str, int]] | None:
+    """Mailbox name and numbers of a STATUS response (RFC 9051 section 7.3.4); None if it is another kind."""
+    if response[0][:9].upper() != b"* STATUS ":
+        return None
+    match values(response, 9):
+        case [bytes(name), [*items], *_]:
+            numbers = {}
+            for key, value in zip(items[::2], items[1::2], strict=False):
+                if isinstance(key, bytes) and isinstance(value, bytes) and value.isdigit():
+                    numbers[key.decode("ascii", "replace").upper()] = int(value)
+            return name, numbers
+    raise ProtocolError(f"malformed STATUS response: {response[0][:80]!r}")
+
+
+def parse_sequence_set(raw: bytes) -> list[tuple[int, int]]:
+    """UID ranges, both ends included, lower end first (RFC 9051 sequence-set without ``*``)."""
+    ranges = []
+    try:
+        for piece in raw.split(b","):
+            low, _, high = piece.partition(b":")
+            first, last = int(low), int(high or low)
+            ranges.append((min(first, last), max(first, last)))
+    except ValueError:
+        raise ProtocolError(f"malformed UID set: {raw[:80]!r}") from None
+    return ranges
+
+
+def sequence_sets(uids: Iterable[int], limit: int = 4000) -> Iterator[bytes]:
+    """UIDs as sequence sets of at most about ``limit`` bytes each.
+
+    Servers answer BAD to command lines over a few kilobytes to 64 KiB, so a long set is sent in pieces.
+    """
+    pieces: list[bytes] = []
+    length = 0
+    for low, high in _runs(uids):
+        piece = b"%d" % low if low == high else b"%d:%d" % (low, high)
+        if pieces and length + len(piece) > limit:
+            yield b",".join(pieces)
+            pieces, length = [], 0
+        pieces.append(piece)
+        length += len(piece) + 1
+    if pieces:
+        yield b",".join(pieces)
+
+
+def _runs(uids: Iterable[int]) -> Iterator[tuple[int, int]]:
+    low = high = 0
+    for uid in sorted(set(uids)):
+        if uid == high + 1 and low:
+            high = uid
+            continue
+        if low:
+            yield low, high
+        low = high = uid
+    if low:
+        yield low, high
+
+
+def parse_date(raw: bytes) -> tuple[int, int]:
+    """INTERNALDATE as (seconds since the epoch, minutes east of UTC).
+
+    What is no date becomes the epoch: an odd date must not cost a person the message.
+    """
+    m = _DATE.match(raw.decode("ascii", "replace"))
+    if m and m[2].lower() in _MONTHS:
+        offset = (int(m[8]) * 60 + int(m[9])) * (-1 if m[7] == "-" else 1)
+        try:
+            month = _MONTHS.index(m[2].lower()) + 1
+            second = min(int(m[6]), 59)  # a leap second is a valid time
+            local = datetime(int(m[3]), month, int(m[1]), int(m[4]), int(m[5]), second, tzinfo=UTC)
+        except ValueError:
+            return 0, 0
+        return int(local.timestamp()) - offset * 60, offset
+    return 0, 0
+
+
+def format_iso(epoch: int, offset: int) -> str:
+    """ISO 8601 with the zone that the server gave."""
+    try:
+        return datetime.fromtimestamp(epoch, timezone(timedelta(minutes=offset))).isoformat()
+    except (ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(0, UTC).isoformat()

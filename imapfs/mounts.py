@@ -1,0 +1,180 @@
+"""Mounts as seen from outside: which there are, how they are, and how they end.
+
+A daemon may be dead or stuck, and a system call on its mount then never returns, nor can the process that
+made it be killed. So nothing here touches a mount from the calling process: what must be asked is asked by
+a child that can be left behind.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import select
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from imapfs.errors import ImapfsError, UsageError
+
+FSTYPE = "fuse.imapfs"
+STATUS_XATTR = "user.imapfs.status"
+
+_PROBE = f"""
+import os, sys
+try:
+    data = os.getxattr(sys.argv[1], {STATUS_XATTR!r})
+except OSError as error:
+    sys.exit(error.errno)
+sys.stdout.buffer.write(data)
+"""
+
+
+class Mount(NamedTuple):
+    mountpoint: Path
+    fstype: str
+    source: str
+
+
+def parse_mountinfo(data: bytes) -> list[Mount]:
+    """The mounts in the text of ``/proc/PID/mountinfo`` (proc_pid_mountinfo(5)), in its order."""
+    mounts = []
+    for line in data.splitlines():
+        before, _, after = line.partition(b" - ")
+        mountpoint = before.split(b" ")[4]
+        fstype, source = after.split(b" ")[:2]
+        mounts.append(Mount(Path(_unescape(mountpoint)), _unescape(fstype), _unescape(source)))
+    return mounts
+
+
+def _unescape(field: bytes) -> str:
+    """The kernel writes space, tab, newline, backslash and # as three octal digits."""
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field))
+
+
+def all_mounts() -> list[Mount]:
+    return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
+
+
+def imapfs_mounts() -> list[Mount]:
+    return [mount for mount in all_mounts() if mount.fstype == FSTYPE]
+
+
+def mount_at(path: Path) -> Mount | None:
+    """The mount whose root is ``path``, the topmost of several; None if ``path`` is no mountpoint."""
+    return {mount.mountpoint: mount for mount in all_mounts()}.get(real_path(path))
+
+
+def real_path(path: Path) -> Path:
+    """``path`` made absolute, its symbolic links resolved, without touching it if it is a mountpoint."""
+    absolute = Path(os.path.abspath(path))  # noqa: PTH100 - Path has nothing that resolves ".." without I/O
+    direct = Path(os.path.realpath(absolute.parent)) / absolute.name
+    if any(mount.mountpoint == direct for mount in all_mounts()):
+        return direct
+    return Path(os.path.realpath(path))
+
+
+def _imapfs_at(path: Path) -> Mount:
+    mount = mount_at(path)
+    if mount is None or mount.fstype != FSTYPE:
+        raise UsageError(f"{path} is not an imapfs mount; see 'imapfs status' for those there are")
+    return mount
+
+
+def read_status(path: Path, timeout: float = 5.0) -> dict[str, Any]:
+    """What the daemon of the mount at ``path`` says of itself.
+
+    Raises UsageError if imapfs is not mounted there, and ImapfsError if the daemon does not answer within
+    ``timeout`` seconds, has died, or answers only to the user who started it.
+    """
+    where = _imapfs_at(path).mountpoint
+    probe = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _PROBE, where],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        data, _ = probe.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        probe.kill()
+        # SIGKILL does not end a request that a stuck daemon has taken; the child ends with that daemon.
+        threading.Thread(target=probe.communicate, daemon=True).start()
+        raise ImapfsError(f"{where}: the daemon has not answered within {timeout:g} s; try again") from None
+    if probe.returncode == errno.ENOTCONN:
+        raise ImapfsError(f"{where}: the daemon has died; run 'fusermount3 -u {where}' and mount again")
+    if probe.returncode in (errno.EACCES, errno.EPERM):
+        raise ImapfsError(f"{where}: is another user's mount, and only that user can look into it")
+    if probe.returncode != 0:
+        raise ImapfsError(f"{where}: no status to be had: {os.strerror(probe.returncode)}")
+    try:
+        status = json.loads(data)
+    except ValueError:
+        status = None
+    if not isinstance(status, dict):
+        raise ImapfsError(f"{where}: the status is not a JSON object: daemon and command differ in version")
+    return status
+
+
+def unmount(path: Path, timeout: float = 60.0) -> None:
+    """Unmount imapfs from ``path`` and wait until its daemon has ended and so released the cache.
+
+    A dead daemon's mount is cleaned up as well. Raises UsageError if imapfs is not mounted there, and
+    ImapfsError if the mount is in use or the daemon still runs after ``timeout`` seconds.
+    """
+    where = _imapfs_at(path).mountpoint
+    with contextlib.ExitStack() as stack:
+        pidfd = None
+        # Before the unmount: afterwards nobody can be asked for the process, and its id may be reused.
+        try:
+            pid = read_status(where).get("pid")
+        except ImapfsError:
+            pid = None
+        if isinstance(pid, int) and pid > 0:
+            with contextlib.suppress(ProcessLookupError):
+                pidfd = os.pidfd_open(pid)
+                stack.callback(os.close, pidfd)
+        _fusermount_unmount(where, answers=pid is not None)
+        if pidfd is not None and not _has_ended(pidfd, timeout):
+            raise ImapfsError(
+                f"{where} is unmounted, but its process {pid} still runs after {timeout:g} s: "
+                "wait for it before mounting with the same cache"
+            )
+
+
+def _fusermount_unmount(where: Path, *, answers: bool) -> None:
+    if shutil.which("fusermount3") is None:
+        raise ImapfsError(f"{where}: fusermount3 is not installed: install the package fuse3")
+    result = subprocess.run(
+        ["fusermount3", "-u", where],
+        env={**os.environ, "LC_ALL": "C"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if result.returncode == 0:
+        return
+    said = result.stderr.strip().rpartition("\n")[2]
+    if "busy" in said and not answers:
+        raise ImapfsError(
+            f"{where} is busy and its daemon does not answer: detach it with 'fusermount3 -u -z {where}', "
+            "then end the daemon"
+        )
+    if "busy" in said:
+        raise ImapfsError(
+            f"{where} is busy: close the programs and leave the shells that use it "
+            f"('fuser -vm {where}' lists them), then try again"
+        )
+    raise ImapfsError(f"{where}: cannot be unmounted: {said or f'exit code {result.returncode}'}")
+
+
+def _has_ended(pidfd: int, timeout: float) -> bool:
+    """Whether the process ends within ``timeout`` seconds; it need not be a child (pidfd_open(2))."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))

@@ -1,0 +1,118 @@
+# shellcheck shell=bash disable=SC2034 # the lists of packages are for those who source this
+# What scripts/test, scripts/check and scripts/demo have in common: sourced from the top of the project.
+
+BUILD_PACKAGES=(python3-venv python3-dev gcc pkg-config libfuse3-dev)
+SERVER_PACKAGES=(fuse3 dovecot-imapd)
+TOOL_PACKAGES=(rsync attr)
+
+# The programs of a server are not in the PATH of an ordinary user.
+PATH=$PATH:/usr/sbin:/sbin
+
+fail() {
+    printf 'setup: %s\n' "$@" >&2
+    exit 1
+}
+
+python_is() {
+    python3 -c "$1" >/dev/null 2>&1
+}
+
+# Asks for the thing itself and not for the package, so that it holds on every distribution.
+have_package() {
+    case $1 in
+        python3-venv) python_is 'import ensurepip, venv' ;;
+        python3-dev) python_is 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' ;;
+        gcc | pkg-config | rsync) command -v "$1" >/dev/null ;;
+        libfuse3-dev) pkg-config --exists fuse3 2>/dev/null ;;
+        fuse3) command -v fusermount3 >/dev/null ;;
+        dovecot-imapd) command -v dovecot >/dev/null && { [[ -x /usr/lib/dovecot/imap || -x /usr/libexec/dovecot/imap ]]; } ;;
+        attr) command -v getfattr >/dev/null ;;
+    esac
+}
+
+missing_packages() {
+    local package
+    for package in "$@"; do
+        have_package "$package" || printf '%s\n' "$package"
+    done
+}
+
+as_root() {
+    if [[ $EUID -eq 0 ]]; then
+        "$@"
+    else
+        sudo "$@"
+    fi
+}
+
+# Debian starts a mail server as soon as it is installed. Where there was none before, this machine shall not
+# get one from here: it is kept from starting now, and from starting at the next boot.
+install_packages() (
+    apt=(env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300)
+    server_is_new=
+    if [[ " $* " == *" dovecot-imapd "* ]] && ! dpkg-query -s dovecot-core >/dev/null 2>&1; then
+        server_is_new=yes
+        if [[ ! -e /usr/sbin/policy-rc.d ]]; then
+            trap 'as_root rm -f /usr/sbin/policy-rc.d' EXIT
+            # shellcheck disable=SC2016 # expanded when that script runs
+            printf '#!/bin/sh\ncase $1 in dovecot*) exit 101 ;; esac\n' | as_root tee /usr/sbin/policy-rc.d >/dev/null
+            as_root chmod 755 /usr/sbin/policy-rc.d
+        fi
+    fi
+    as_root "${apt[@]}" update && as_root "${apt[@]}" install --no-install-recommends "$@" || return 1
+    if [[ $server_is_new && -d /run/systemd/system ]]; then
+        as_root systemctl --quiet disable --now dovecot.service dovecot.socket || true
+    fi
+)
+
+set_up_packages() {
+    local missing
+    if command -v python3 >/dev/null && ! python_is 'import sys; assert sys.version_info >= (3, 11)'; then
+        fail "imapfs needs Python 3.11 or newer, but python3 is $(python3 -V 2>&1)" \
+            "install a newer one (Debian 12, Ubuntu 24.04 and later have it) and put it first in PATH as python3"
+    fi
+    mapfile -t missing < <(missing_packages "$@")
+    [[ ${#missing[@]} -eq 0 ]] && return
+    command -v apt-get >/dev/null ||
+        fail "missing: ${missing[*]} (names as in Debian), and there is no apt-get here to install them" \
+            "install what your distribution calls them, then run this again"
+    [[ $EUID -eq 0 ]] || command -v sudo >/dev/null ||
+        fail "missing: ${missing[*]}, and only root can install them, but there is no sudo here" \
+            "as root, run: apt-get install ${missing[*]}"
+    echo "setup: installing ${missing[*]}" >&2
+    install_packages "${missing[@]}" >&2 || fail "apt-get could not install ${missing[*]}; its message is above"
+    # libfuse3-dev cannot be seen before there is pkg-config, nor a new python3 before it is installed.
+    hash -r
+    mapfile -t missing < <(missing_packages "$@")
+    [[ ${#missing[@]} -eq 0 ]] ||
+        fail "still missing after apt-get: ${missing[*]}" \
+            "python3 is $(command -v python3): if that is not Debian's, put /usr/bin first in PATH"
+    python_is 'import sys; assert sys.version_info >= (3, 11)' ||
+        fail "imapfs needs Python 3.11 or newer, but this distribution has $(python3 -V 2>&1)"
+}
+
+set_up_fuse() {
+    [[ -e /dev/fuse ]] || [[ $EUID -ne 0 ]] || modprobe fuse 2>/dev/null || true
+    [[ -e /dev/fuse ]] ||
+        fail "/dev/fuse is missing: nothing can be mounted" \
+            "load the kernel module (as root: modprobe fuse); start a container with --device /dev/fuse --cap-add SYS_ADMIN"
+    [[ -r /dev/fuse && -w /dev/fuse ]] ||
+        fail "/dev/fuse may not be opened by $(id -un): nothing can be mounted" "as root, run: chmod 666 /dev/fuse"
+}
+
+# A virtual environment holds absolute paths, so a moved project needs a new one too.
+set_up_venv() {
+    local wanted
+    wanted="$(python3 -c 'import sys; print(sys.version, sys.base_prefix)') $PWD"
+    wanted+=" $(cat pyproject.toml requirements.lock | sha256sum)"
+    [[ -f .venv/stamp && $(<.venv/stamp) == "$wanted" ]] && return
+    echo "setup: installing the Python packages into .venv" >&2
+    rm -rf .venv
+    python3 -m venv .venv || fail "python3 -m venv failed; its message is above"
+    local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+    if ! { "${pip[@]}" --require-hashes -r requirements.lock && "${pip[@]}" --no-deps -e .; }; then
+        fail "pip could not install the packages of requirements.lock; its message is above" \
+            "it needs the network (or a configured mirror); run this again when that is there"
+    fi
+    echo "$wanted" >.venv/stamp
+}

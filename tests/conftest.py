@@ -1,0 +1,96 @@
+"""What every test may use: a private server, an empty account, and a check on what is logged."""
+
+import itertools
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.servers.dovecot import Account, Dovecot
+from tests.servers.tls import CertificateAuthority
+
+ExpectedLog = Callable[[str], None]
+
+_user_numbers = itertools.count(1)
+
+
+def pytest_sessionstart() -> None:
+    """End the run at once where the machine lacks what the tests are about: they are never skipped."""
+    missing = []
+    if shutil.which("dovecot", path=os.environ.get("PATH", "") + ":/usr/sbin") is None:
+        missing.append("dovecot (apt-get install dovecot-imapd)")
+    if shutil.which("fusermount3") is None:
+        missing.append("fusermount3 (apt-get install fuse3)")
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        missing.append(
+            "read and write access to /dev/fuse (modprobe fuse; in a container: --device /dev/fuse)"
+        )
+    if missing:
+        pytest.exit("the tests need " + " and ".join(missing), returncode=3)
+
+
+@pytest.fixture(scope="session")
+def ca(tmp_path_factory: pytest.TempPathFactory) -> CertificateAuthority:
+    """Make the certificate authority of this test run."""
+    return CertificateAuthority(tmp_path_factory.mktemp("ca"))
+
+
+@pytest.fixture(scope="session")
+def dovecot(ca: CertificateAuthority) -> Iterator[Dovecot]:
+    """Run one server for the whole test run; what a test does to it must not disturb other users."""
+    with Dovecot(ca) as server:
+        yield server
+
+
+@pytest.fixture
+def user(dovecot: Dovecot) -> Account:
+    """Return an empty account that no other test uses."""
+    return dovecot.account(f"user{next(_user_numbers)}")
+
+
+@pytest.fixture
+def expected_log(log_guard: "LogGuard") -> ExpectedLog:
+    """Return a function that allows, and demands, a warning or error matching a regular expression."""
+    return log_guard.expect
+
+
+@pytest.fixture(autouse=True)
+def log_guard() -> Iterator["LogGuard"]:
+    """Fail the test in which imapfs logs a warning or an error that `expected_log` does not allow."""
+    guard = LogGuard()
+    logger = logging.getLogger("imapfs")
+    logger.addHandler(guard)
+    yield guard
+    logger.removeHandler(guard)
+    if complaints := guard.complaints():
+        pytest.fail("\n".join(complaints), pytrace=False)
+
+
+class LogGuard(logging.Handler):
+    """Collects the warnings and errors of one test."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._lines: list[str] = []
+        self._expected: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(f"{record.levelname} {record.name}: {record.getMessage()}")
+
+    def expect(self, pattern: str) -> None:
+        self._expected.append(pattern)
+
+    def complaints(self) -> list[str]:
+        """Return one line for each record that nobody expected and each expectation that nothing met."""
+        stray = [
+            line for line in self._lines if not any(re.search(wanted, line) for wanted in self._expected)
+        ]
+        unmet = [
+            wanted for wanted in self._expected if not any(re.search(wanted, line) for line in self._lines)
+        ]
+        return [f"logged unexpectedly: {line}" for line in stray] + [
+            f"never logged: {wanted}" for wanted in unmet
+        ]

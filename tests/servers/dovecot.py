@@ -1,0 +1,532 @@
+"""A private Dovecot: unprivileged, loopback only, TLS, maildir, gone without trace when it is closed.
+
+Started by root, the whole instance runs as ``nobody``; otherwise as the calling user. So there is one kind of
+configuration, in which every Dovecot service runs as one user and nothing is chrooted.
+
+What Dovecot serves is not always what lies in the Maildir: see `as_served`.
+"""
+
+import base64
+import grp
+import imaplib
+import itertools
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TypedDict
+
+from tests.servers.tls import CertificateAuthority
+
+DEADLINE = 20.0
+"""Seconds that a start, a stop or one answer of the server may take before it counts as broken."""
+
+SPECIAL_USE = ("Drafts", "Sent", "Trash", "Junk")
+"""Mailboxes that every account has beside INBOX, each with the RFC 6154 attribute of its name."""
+
+_LINE_FEED = re.compile(rb"(?<!\r)\n")
+
+
+class Dovecot:
+    """A running server while the ``with`` block lasts; any user name is accepted with ``password``.
+
+    ``plain`` opens a second listener at ``plain_port``, on which a connection starts as cleartext. ``prefix``
+    is that of the personal namespace, such as ``INBOX.`` with ``separator="."``. ``quota`` is the limit of
+    each account in Dovecot's notation (``10M``). ``certificate`` (with its key) replaces the valid one for
+    localhost and 127.0.0.1.
+
+    Raises RuntimeError with the end of the server's log where it does not start.
+    """
+
+    host = "localhost"
+
+    def __init__(
+        self,
+        authority: CertificateAuthority,
+        *,
+        certificate: tuple[Path, Path] | None = None,
+        password: str = "secret",
+        plain: bool = False,
+        separator: str = "/",
+        prefix: str = "",
+        quota: str | None = None,
+        max_userip_connections: int = 10,
+    ) -> None:
+        self.authority = authority
+        self.password = password
+        self.separator = separator
+        self.prefix = prefix
+        self.port = 0
+        self.plain_port: int | None = None
+        self._certificate = certificate or authority.issue()
+        self._plain = plain
+        self._quota = quota
+        self._max_userip_connections = max_userip_connections
+        user = pwd.getpwnam("nobody") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
+        self.uid = user.pw_uid
+        self.gid = user.pw_gid
+        self._user = user.pw_name
+        self._group = grp.getgrgid(user.pw_gid).gr_name
+
+    def __enter__(self) -> "Dovecot":
+        # Not TMPDIR: a socket path has at most 107 bytes, and a TMPDIR of root's may be closed to "nobody".
+        self.directory = Path(tempfile.mkdtemp(prefix="imapfs-dovecot-", dir="/tmp"))
+        try:
+            self._prepare()
+            self._start()
+        except BaseException:
+            shutil.rmtree(self.directory)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        try:
+            self._stop()
+        finally:
+            shutil.rmtree(self.directory)
+
+    def account(self, name: str) -> "Account":
+        """Return the account of the user ``name``; its mailboxes come into being when they are first used."""
+        return Account(self, name)
+
+    def doveadm(self, *arguments: str) -> str:
+        """Run a doveadm command against this instance only and return its output."""
+        done = subprocess.run(
+            ["doveadm", "-c", str(self.directory / "dovecot.conf"), *arguments],
+            env=_environment(),
+            **_identity(self.uid, self.gid),
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"doveadm {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
+        return done.stdout
+
+    def log_lines(self) -> list[str]:
+        """Return the lines of the server's log so far, of every severity."""
+        try:
+            return (self.directory / "log").read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            return []
+
+    def own(self, path: Path) -> None:
+        """Give ``path`` to the user that the server runs as."""
+        if os.geteuid() != self.uid:
+            os.chown(path, self.uid, self.gid)
+
+    def _prepare(self) -> None:
+        for path in (self.directory, *(self.directory / name for name in ("run", "state", "mail", "trace"))):
+            path.mkdir(mode=0o755, exist_ok=True)
+            self.own(path)
+        for source, name in zip(self._certificate, ("server.pem", "server.key"), strict=True):
+            copy = self.directory / name
+            copy.touch(mode=0o600)
+            copy.write_bytes(source.read_bytes())
+            self.own(copy)
+
+    def _start(self) -> None:
+        for _ in range(10):
+            self.port, plain_port = _free_ports(2)
+            self.plain_port = plain_port if self._plain else None
+            configuration = self.directory / "dovecot.conf"
+            configuration.write_text(self._configuration())
+            self.own(configuration)
+            with (self.directory / "stderr").open("wb") as errors:
+                self._master = subprocess.Popen(
+                    ["dovecot", "-F", "-c", str(configuration)],
+                    env=_environment(),
+                    # So that Ctrl-C in the terminal does not reach it, and that stopping reaches all of it.
+                    start_new_session=True,
+                    **_identity(self.uid, self.gid),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                )
+            try:
+                self._wait_until_it_listens()
+            except _PortTakenError:
+                continue
+            except BaseException:
+                self._stop()
+                raise
+            return
+        raise RuntimeError(f"dovecot found no free port on 127.0.0.1\n{self._end_of_log()}")
+
+    def _wait_until_it_listens(self) -> None:
+        deadline = time.monotonic() + DEADLINE
+        while not any("starting up" in line for line in self.log_lines()):
+            if self._master.poll() is not None:
+                log = self._end_of_log()
+                if "Address already in use" in log:
+                    (self.directory / "log").unlink()
+                    raise _PortTakenError
+                raise RuntimeError(f"dovecot did not start\n{log}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"dovecot did not start within {DEADLINE:.0f} s\n{self._end_of_log()}")
+            time.sleep(0.005)
+        with socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE):
+            pass
+
+    def _end_of_log(self) -> str:
+        errors = (self.directory / "stderr").read_text(errors="replace").splitlines()
+        return "\n".join([*errors, *self.log_lines()][-15:])
+
+    def _stop(self) -> None:
+        # Sessions outlive a master that was told to end, but not the process group that it led. The signal is
+        # sent again and again because a process just forked loses one, and then nobody tells it any more.
+        for number, patience in ((signal.SIGTERM, 1.0), (signal.SIGKILL, DEADLINE)):
+            deadline = time.monotonic() + patience
+            while (left := self.processes()) and time.monotonic() < deadline:
+                for process in left:
+                    _kill(process, number)
+                time.sleep(0.005)
+        self._master.wait()
+        if left:
+            raise RuntimeError(f"dovecot left processes behind: {left}")
+
+    def processes(self) -> list[int]:
+        """Return the ids of the processes of this instance that run (zombies, which hold nothing, do not)."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdecimal():
+                continue
+            try:
+                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[2]) == self._master.pid and fields[0] not in "ZX":
+                found.append(int(entry.name))
+        return found
+
+    def _configuration(self) -> str:
+        version = subprocess.run(
+            ["dovecot", "--version"], env=_environment(), capture_output=True, text=True, check=True
+        ).stdout
+        # Any byte may be in a password, and only base64 has none that the configuration would interpret.
+        password = "{PLAIN.B64}" + base64.b64encode(self.password.encode()).decode()
+        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= (2, 4):
+            return self._settings_since_2_4(password) + self._settings_common()
+        return self._settings_before_2_4(password) + self._settings_common()
+
+    def _settings_common(self) -> str:
+        mailboxes = "".join(
+            f"  mailbox {name} {{\n    special_use = \\{name}\n    auto = create\n  }}\n"
+            for name in SPECIAL_USE
+        )
+        return f"""\
+base_dir = {self.directory}/run
+state_dir = {self.directory}/state
+log_path = {self.directory}/log
+protocols = imap
+listen = 127.0.0.1
+ssl = yes
+mail_fsync = never
+mailbox_list_index = yes
+auth_mechanisms = plain login
+auth_failure_delay = 0
+default_internal_user = {self._user}
+default_internal_group = {self._group}
+default_login_user = {self._user}
+# Within the usual limit of 1024 open files, of which Dovecot wants one for each possible client.
+default_client_limit = 200
+default_process_limit = 100
+first_valid_uid = {self.uid}
+first_valid_gid = {self.gid}
+# Statistics are nobody's here, and every process would look for their socket.
+stats_writer_socket_path =
+service anvil {{
+  chroot =
+  client_limit = 1000
+  # The penalty makes clients wait who come from an address that has sent a wrong password.
+  unix_listener anvil-auth-penalty {{
+    mode = 0
+  }}
+}}
+service stats {{
+  chroot =
+}}
+service imap-login {{
+  chroot =
+  process_min_avail = 1
+  inet_listener imap {{
+    port = {self.plain_port or 0}
+  }}
+  inet_listener imaps {{
+    port = {self.port}
+    ssl = yes
+  }}
+}}
+protocol imap {{
+  mail_max_userip_connections = {self._max_userip_connections}
+}}
+namespace inbox {{
+  inbox = yes
+  separator = {self.separator}
+  prefix = {self.prefix}
+{mailboxes}}}
+"""
+
+    def _settings_before_2_4(self, password: str) -> str:
+        quota = ""
+        if self._quota is not None:
+            quota = f"""\
+mail_plugins = quota
+protocol imap {{
+  mail_plugins = quota imap_quota
+}}
+plugin {{
+  quota = count:User quota
+  quota_vsizes = yes
+  quota_grace = 0
+  quota_rule = *:storage={self._quota}
+}}
+"""
+        return f"""\
+ssl_cert = <{self.directory}/server.pem
+ssl_key = <{self.directory}/server.key
+disable_plaintext_auth = no
+mail_location = maildir:~/Maildir:LAYOUT=fs
+rawlog_dir = {self.directory}/trace/%u
+service imap-login {{
+  service_count = 0
+}}
+passdb {{
+  driver = static
+  args = password={password}
+}}
+userdb {{
+  driver = static
+  args = uid={self.uid} gid={self.gid} home={self.directory}/mail/%u allow_all_users=yes
+}}
+{quota}"""
+
+    def _settings_since_2_4(self, password: str) -> str:
+        quota = ""
+        if self._quota is not None:
+            quota = f"""\
+mail_plugins {{
+  quota = yes
+}}
+protocol imap {{
+  mail_plugins {{
+    imap_quota = yes
+  }}
+}}
+quota "User quota" {{
+  quota_storage_grace = 0
+  quota_storage_size = {self._quota}
+}}
+"""
+        return f"""\
+dovecot_config_version = 2.4.0
+dovecot_storage_version = 2.4.0
+ssl_server_cert_file = {self.directory}/server.pem
+ssl_server_key_file = {self.directory}/server.key
+auth_allow_cleartext = yes
+mail_driver = maildir
+mail_path = ~/Maildir
+mailbox_list_layout = fs
+rawlog_dir = {self.directory}/trace/%{{user}}
+service imap-login {{
+  restart_request_count = unlimited
+}}
+passdb static {{
+  password = "{password}"
+}}
+userdb static {{
+  allow_all_users = yes
+  fields {{
+    uid = {self.uid}
+    gid = {self.gid}
+    home = {self.directory}/mail/%{{user}}
+  }}
+}}
+{quota}"""
+
+
+class Account:
+    """One user of a `Dovecot`.
+
+    A mailbox is named by its decoded path, with ``/`` and without the namespace prefix, whatever the server's
+    separator.
+    """
+
+    def __init__(self, server: Dovecot, name: str) -> None:
+        self.server = server
+        self.name = name
+        self.password = server.password
+        self._maildir = server.directory / "mail" / name / "Maildir"
+        self._trace = server.directory / "trace" / name
+
+    def server_name(self, mailbox: str) -> str:
+        """Return ``mailbox`` as the server spells it: prefix, separator, modified UTF-7."""
+        if mailbox == "INBOX":
+            return mailbox
+        parts = mailbox.split("/")
+        return self.server.prefix + self.server.separator.join(modified_utf7(part) for part in parts)
+
+    def deliver(self, mailbox: str, messages: Iterable[tuple[bytes, int, str]]) -> None:
+        """Write messages straight into the Maildir: (bytes, INTERNALDATE in epoch seconds, Maildir flags).
+
+        UIDs follow the order given. Flags are Maildir's letters, such as ``"FS"`` for ``\\Flagged \\Seen``.
+        The mailbox is created where it is missing.
+        """
+        directory = self._mailbox_directory(mailbox)
+        give_away = os.geteuid() != self.server.uid
+        for content, date, flags in messages:
+            # Dovecot gives UIDs in the order of the number at the start of the name.
+            name = f"{next(_sequence)}.M1P1.test,S={len(content)},W={len(as_served(content))}"
+            written = f"{directory}/tmp/{name}"
+            descriptor = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            try:
+                if give_away:
+                    os.fchown(descriptor, self.server.uid, self.server.gid)
+                with open(descriptor, "wb", buffering=0, closefd=False) as file:
+                    file.write(content)
+                os.utime(descriptor, (date, date))
+            finally:
+                os.close(descriptor)
+            os.rename(written, f"{directory}/cur/{name}:2,{''.join(sorted(flags))}")
+
+    def append(self, mailbox: str, message: bytes, date: int, flags: str = "") -> int:
+        """APPEND (RFC 9051 section 6.3.12) the exact bytes and return the UID (RFC 4315).
+
+        ``date`` is the INTERNALDATE in epoch seconds, ``flags`` IMAP's words, such as ``\\Seen $Work``. The
+        mailbox must exist. Dovecot drops one CR where several precede an LF, and one at the very end.
+
+        Raises RuntimeError where the server refuses, as it does with an empty message.
+        """
+        with self.client() as client:
+            internal_date = imaplib.Time2Internaldate(datetime.fromtimestamp(date, UTC))
+            # Its append() would turn every bare CR and LF into CRLF.
+            client.literal = message  # type: ignore[assignment]  # typeshed: str
+            status, data = client.xatom(
+                "APPEND", f'"{self.server_name(mailbox)}"', f"({flags})", internal_date
+            )
+            appended = re.search(rb"\[APPENDUID \d+ (\d+)\]", data[0])
+            if status != "OK" or appended is None:
+                raise RuntimeError(f"APPEND to {mailbox}: {status} {data[0]!r}")
+            return int(appended[1])
+
+    @contextmanager
+    def client(self) -> Iterator[imaplib.IMAP4_SSL]:
+        """Log in as a second, independent client; it logs out at the end of the block."""
+        context = ssl.create_default_context(cafile=self.server.authority.certificate)
+        client = imaplib.IMAP4_SSL(self.server.host, self.server.port, ssl_context=context, timeout=DEADLINE)
+        try:
+            # LOGIN could not carry a password that is not ASCII.
+            client.authenticate("PLAIN", lambda _: f"\0{self.name}\0{self.password}".encode())
+            yield client
+        finally:
+            try:
+                client.logout()
+            except (imaplib.IMAP4.abort, OSError):
+                # The server ended the connection first, as a test of just that makes it do.
+                client.shutdown()
+
+    def start_trace(self) -> None:
+        """Record what is said on the connections that log in from now on."""
+        for path in (self._trace.parent, self._trace):
+            path.mkdir(mode=0o700, exist_ok=True)
+            self.server.own(path)
+
+    def protocol_trace(self) -> list[bytes]:
+        """Return the lines that clients sent after their login, connection by connection.
+
+        Only of connections made since `start_trace`.
+        """
+        lines: list[bytes] = []
+        for path in sorted(self._trace.glob("*.in")):
+            lines += [
+                line.partition(b" ")[2].rstrip(b"\r") for line in path.read_bytes().split(b"\n") if line
+            ]
+        return lines
+
+    def _mailbox_directory(self, mailbox: str) -> Path:
+        directory = self._maildir
+        self._make(directory.parent)
+        self._make(directory)
+        if mailbox != "INBOX":
+            for part in mailbox.split("/"):
+                directory = directory / modified_utf7(part)
+                self._make(directory)
+        for name in ("tmp", "new", "cur"):
+            self._make(directory / name)
+        return directory
+
+    def _make(self, directory: Path) -> None:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        self.server.own(directory)
+
+
+def as_served(stored: bytes) -> bytes:
+    """Return BODY[] of a message that lies in the Maildir as ``stored``.
+
+    Dovecot sends CRLF for a bare LF and 0x80 for a NUL; CRLF, a bare CR and a missing final newline stay.
+    """
+    return _LINE_FEED.sub(b"\r\n", stored).replace(b"\0", b"\x80")
+
+
+def modified_utf7(name: str) -> str:
+    """Encode one part of a mailbox name (RFC 3501 section 5.1.3)."""
+
+    def shift(run: re.Match[str]) -> str:
+        if run[0] == "&":
+            return "&-"
+        return "&" + base64.b64encode(run[0].encode("utf-16-be"), b"+,").decode().rstrip("=") + "-"
+
+    return re.sub(r"&|[^ -~]+", shift, name)
+
+
+class _Identity(TypedDict, total=False):
+    user: int
+    group: int
+    extra_groups: list[int]
+
+
+class _PortTakenError(Exception):
+    """Somebody else bound the port between its choice and its use."""
+
+
+_sequence = itertools.count(1_000_000_000)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in sockets]
+    finally:
+        for listener in sockets:
+            listener.close()
+
+
+def _environment() -> dict[str, str]:
+    # The server's programs are in sbin, which is not in the PATH of an ordinary user.
+    return {"PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/bin:/bin", "LC_ALL": "C.UTF-8"}
+
+
+def _identity(uid: int, gid: int) -> _Identity:
+    """Return what makes a subprocess run as this user: nothing where this process does already."""
+    if os.geteuid() == uid:
+        return {}
+    return {"user": uid, "group": gid, "extra_groups": []}
+
+
+def _kill(process: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process, number)

@@ -1,0 +1,219 @@
+import errno
+import logging
+import os
+import pty
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import keyring
+import keyring.backend
+import keyring.errors
+import pytest
+
+from imapfs import credentials
+from imapfs.credentials import CredentialSources, resolve
+from imapfs.errors import CredentialError
+from imapfs.model import Account
+
+SECRET = "correct horse"
+ACCOUNT = Account("mail.example.org", "alice")
+
+
+class MemoryKeyring(keyring.backend.KeyringBackend):
+    priority = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.passwords: dict[tuple[str, str], str] = {}
+        self.locked = False
+
+    def get_password(self, service: str, username: str) -> str | None:
+        if self.locked:
+            raise keyring.errors.KeyringLocked("locked")
+        return self.passwords.get((service, username))
+
+    def set_password(self, service: str, username: str, password: str) -> None:
+        self.passwords[service, username] = password
+
+
+@pytest.fixture(autouse=True)
+def empty_keyring(monkeypatch: pytest.MonkeyPatch) -> MemoryKeyring:
+    backend = MemoryKeyring()
+    # So that the backend of before is back after the test.
+    monkeypatch.setattr(keyring.core, "_keyring_backend", None)
+    keyring.set_keyring(backend)
+    return backend
+
+
+@pytest.fixture
+def no_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with open(os.devnull) as null:
+        monkeypatch.setattr(sys, "stdin", null)
+        yield
+
+
+def refusal(sources: CredentialSources) -> str:
+    """The one line of the error; the secret must be nowhere in it or in the traceback."""
+    with pytest.raises(CredentialError) as caught:
+        resolve(ACCOUNT, sources)
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def password_file(directory: Path, data: bytes = SECRET.encode() + b"\n", mode: int = 0o600) -> Path:
+    path = directory / "password"
+    path.write_bytes(data)
+    path.chmod(mode)
+    return path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"echo '{SECRET}'",
+        f"printf '{SECRET}'",
+        f"printf '{SECRET}\\r\\nuser: alice\\n'",
+        f"printf 'x\\n{SECRET}\\n' | tail -n 1",
+        f"echo '{SECRET}'; echo a warning >&2",
+    ],
+)
+def test_command_prints_the_password_on_its_first_line(command: str) -> None:
+    assert resolve(ACCOUNT, CredentialSources(command=command)).reveal() == SECRET
+
+
+def test_spaces_and_non_ascii_belong_to_the_password() -> None:
+    assert resolve(ACCOUNT, CredentialSources(command="printf ' pä ss \\n'")).reveal() == " pä ss "
+
+
+def test_failed_command_tells_code_and_last_error_line() -> None:
+    line = refusal(
+        CredentialSources(command=f"echo '{SECRET}'; echo first >&2; echo no such entry >&2; exit 3")
+    )
+    assert "exit code 3" in line
+    assert line.endswith("no such entry")
+    assert "signal 9" in refusal(CredentialSources(command="kill -9 $$"))
+
+
+def test_command_without_a_password_is_refused() -> None:
+    assert "empty" in refusal(CredentialSources(command="true"))
+    assert "UTF-8" in refusal(CredentialSources(command=f"printf '{SECRET}\\377\\n'"))
+
+
+def test_command_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(credentials, "_COMMAND_TIMEOUT", 0.1)
+    assert "did not end" in refusal(CredentialSources(command=f"echo '{SECRET}'; exec sleep 60"))
+
+
+def test_password_is_in_no_environment(tmp_path: Path) -> None:
+    resolve(ACCOUNT, CredentialSources(file=password_file(tmp_path)))
+    found = resolve(ACCOUNT, CredentialSources(command="env -0 | tr '\\0\\n' '  '"))
+    assert "PATH=" in found.reveal()
+    assert SECRET not in found.reveal()
+
+
+def test_command_wins_over_the_file(tmp_path: Path) -> None:
+    sources = CredentialSources(command="echo one", file=password_file(tmp_path))
+    assert resolve(ACCOUNT, sources).reveal() == "one"
+
+
+def test_failed_command_does_not_fall_through(empty_keyring: MemoryKeyring) -> None:
+    empty_keyring.set_password("imapfs", ACCOUNT.url, SECRET)
+    assert "exit code 1" in refusal(CredentialSources(command="exit 1"))
+
+
+def test_first_line_of_the_file(tmp_path: Path) -> None:
+    path = password_file(tmp_path, f"{SECRET}\r\nsecond\n".encode())
+    assert resolve(ACCOUNT, CredentialSources(file=path)).reveal() == SECRET
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o601])
+def test_file_that_others_may_access_is_refused(tmp_path: Path, mode: int) -> None:
+    line = refusal(CredentialSources(file=password_file(tmp_path, mode=mode)))
+    assert f"{mode:04o}" in line
+    assert "chmod 600" in line
+
+
+def test_pipe_is_accepted_whatever_its_mode(tmp_path: Path) -> None:
+    receiver, sender = os.pipe()
+    os.write(sender, SECRET.encode() + b"\n")
+    os.close(sender)
+    try:
+        found = resolve(ACCOUNT, CredentialSources(file=Path(f"/dev/fd/{receiver}")))
+    finally:
+        os.close(receiver)
+    assert found.reveal() == SECRET
+
+
+def test_bad_file_is_named(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    assert f"{missing}: cannot be read: {os.strerror(errno.ENOENT)}" in refusal(
+        CredentialSources(file=missing)
+    )
+    assert "Is a directory" in refusal(CredentialSources(file=tmp_path))
+    assert "empty" in refusal(CredentialSources(file=password_file(tmp_path, b"\nsecond\n")))
+    assert "UTF-8" in refusal(CredentialSources(file=password_file(tmp_path, b"\xff" + SECRET.encode())))
+
+
+def test_keyring_is_asked_for_the_url(empty_keyring: MemoryKeyring) -> None:
+    empty_keyring.set_password("imapfs", "imaps://alice@mail.example.org", SECRET)
+    assert resolve(ACCOUNT, CredentialSources()).reveal() == SECRET
+
+
+@pytest.mark.usefixtures("no_terminal")
+def test_nothing_found_names_the_four_ways() -> None:
+    line = refusal(CredentialSources())
+    for way in ("--password-command", "--password-file", "keyring", "prompt", ACCOUNT.url):
+        assert way in line
+
+
+@pytest.mark.usefixtures("no_terminal")
+def test_broken_keyring_counts_as_not_found(
+    empty_keyring: MemoryKeyring, caplog: pytest.LogCaptureFixture
+) -> None:
+    empty_keyring.locked = True
+    with caplog.at_level(logging.DEBUG, "imapfs"):
+        assert "--password-command" in refusal(CredentialSources())
+    assert "KeyringLocked" in caplog.text
+
+
+@pytest.mark.usefixtures("no_terminal")
+def test_missing_keyring_library_counts_as_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "keyring", None)
+    assert "--password-command" in refusal(CredentialSources())
+
+
+@pytest.mark.parametrize(("typed", "code"), [(SECRET.encode() + b"\n", 0), (b"\n", 3), (b"\x04", 3)])
+def test_terminal_is_asked_without_echo(typed: bytes, code: int) -> None:
+    script = f"""
+import keyring.backends.null, sys
+keyring.set_keyring(keyring.backends.null.Keyring())
+from imapfs import credentials, errors, model
+try:
+    found = credentials.resolve(model.Account("h", "alice"), credentials.CredentialSources())
+except errors.CredentialError:
+    sys.exit(3)
+sys.exit(found.reveal() != {SECRET!r})
+"""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-c", script])
+    shown = b""
+    try:
+        while not shown.endswith(b": "):
+            shown += os.read(terminal, 1024)
+        os.write(terminal, typed)
+        while data := os.read(terminal, 1024):
+            shown += data
+    except OSError as error:
+        # How Linux reports that the other side of a terminal is closed.
+        assert error.errno == errno.EIO
+    finally:
+        os.close(terminal)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == code
+    assert b"Password for imaps://alice@h: " in shown
+    assert SECRET.encode() not in shown
