@@ -228,14 +228,36 @@ class BodyStore:
             self.path(ino).unlink(missing_ok=True)
             self.size -= size
 
+    def take(self, path: Path, ino: Ino) -> None:
+        """Make a file that is complete elsewhere on this disk the body of ``ino``."""
+        try:
+            crc = size = 0
+            with path.open("rb") as file:
+                while data := file.read(_CHUNK):
+                    crc = zlib.crc32(data, crc)
+                    size += len(data)
+            path.rename(self.path(ino))
+        except OSError as error:
+            log.info("a body was not kept in the cache, it will be fetched: %s", error)
+            return
+        self.add([Body(ino, size, crc)])
+
+    def rename(self, old: Ino, new: Ino) -> None:
+        """A message goes on under another inode."""
+        with contextlib.suppress(FileNotFoundError):
+            self.path(old).rename(self.path(new))
+
+    def drop_file(self, ino: Ino) -> None:
+        """Remove the body of a message that is in the database without it already."""
+        with contextlib.suppress(OSError):
+            self.size -= self.path(ino).stat().st_size
+            self.path(ino).unlink()
+
     def drop(self, gone: Iterable[Gone]) -> None:
         """Remove the files of messages that were removed from the database."""
         for entry in gone:
             if entry.had_body:
-                with contextlib.suppress(OSError):
-                    path = self.path(entry.ino)
-                    self.size -= path.stat().st_size
-                    path.unlink()
+                self.drop_file(entry.ino)
 
     async def sweep(self) -> None:
         """Remove files that no message has: what a kill between rename and commit left behind."""

@@ -1,73 +1,24 @@
-"""The local mirror of an account's metadata: the only module that writes SQL.
-
-One SQLite database an account, used on the trio thread only and synchronously, so that everything between
-two awaits is atomic for the rest of the program; no transaction is open across an await. It holds nothing
-that the server does not have: whatever is wrong with it, it is moved aside and built anew.
+"""The local mirror of an account's metadata: every query and every change of it.
 
 INVARIANTS
 - An inode number is never used again, not even after the database was rebuilt: numbers start at the time
   of creation.
-- Within a directory a name is unique, and so is a UID.
+- Within a directory a name is unique, and so is a UID. A node without a name is not shown: a message that
+  was replaced or removed here and is still on the server.
 - ``crc`` of a message is set only after its whole body is in its file (see `imapfs.bodies`).
 - A message row is of the UIDVALIDITY in its mailbox's row: a change of it drops all rows of that mailbox
   in the same transaction.
 """
 
-import contextlib
-import errno
-import fcntl
-import logging
-import os
-import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from imapfs.errors import CacheError
+from imapfs.database import Connection, Database, IntegrityError
 from imapfs.model import ROOT, Ino, ModSeq, NameScheme, Uid, UidValidity
 from imapfs.names import message_name
-
-log = logging.getLogger(__name__)
-
-_VERSION: Final = 1
-_SCHEMA: Final = """
-CREATE TABLE meta (
-  key TEXT PRIMARY KEY,        -- 'next_ino': first inode number not yet given out; 'names': naming scheme
-  value
-) WITHOUT ROWID;
-CREATE TABLE node (            -- every directory entry
-  ino INTEGER PRIMARY KEY,
-  parent INTEGER NOT NULL,     -- ino of the directory it is in
-  name BLOB NOT NULL,          -- directory entry name
-  uid INTEGER,                 -- of a message; NULL for a directory
-  size INTEGER NOT NULL,       -- bytes; of a message the server's RFC822.SIZE until exact; 0 for a directory
-  exact INTEGER NOT NULL,      -- 1 once size is the number of bytes that BODY[] has
-  mtime INTEGER NOT NULL,      -- seconds since the epoch: INTERNALDATE, or a directory's last change
-  crc INTEGER,                 -- CRC-32 of the cached body; NULL while it is not cached
-  used INTEGER,                -- when the cached body was last wanted, seconds since the epoch
-  zone INTEGER,                -- minutes east of UTC in INTERNALDATE
-  flags TEXT,                  -- space-separated as the server spells them, without \\Recent
-  modseq INTEGER,              -- 0 where the server keeps none
-  subject TEXT, sender TEXT, from_ TEXT, message_id TEXT,  -- decoded header fields
-  UNIQUE (parent, name)
-);
-CREATE INDEX node_order ON node (parent, ino);
-CREATE UNIQUE INDEX node_uid ON node (parent, uid) WHERE uid IS NOT NULL;
-CREATE INDEX node_lru ON node (used) WHERE crc IS NOT NULL;
-CREATE TABLE mailbox (         -- what a directory stands for on the server
-  ino INTEGER PRIMARY KEY,
-  server_name BLOB,            -- as the server spells it; NULL for a directory that only leads to others
-  delimiter BLOB NOT NULL,     -- hierarchy delimiter, one byte or none
-  selectable INTEGER NOT NULL, -- 0: holds no messages
-  special_use TEXT NOT NULL,   -- RFC 6154 attribute or ''
-  uidvalidity INTEGER NOT NULL,
-  uidnext INTEGER NOT NULL,    -- at the last synchronisation
-  modseq INTEGER NOT NULL,     -- HIGHESTMODSEQ up to which all changes are known
-  complete INTEGER NOT NULL    -- 1 once every message was listed
-);
-"""
 
 
 class Node(NamedTuple):
@@ -75,11 +26,14 @@ class Node(NamedTuple):
 
     ino: Ino
     parent: Ino
-    name: bytes
+    name: bytes | None
     uid: Uid | None
     size: int
     exact: int
+    date: int | None
     mtime: int
+    ctime: int
+    mode: int | None
     crc: int | None
 
     @property
@@ -87,7 +41,7 @@ class Node(NamedTuple):
         return self.uid is None
 
 
-_NODE: Final = "ino, parent, name, uid, size, exact, mtime, crc"
+_NODE: Final = "ino, parent, name, uid, size, exact, date, mtime, ctime, mode, crc"
 
 
 class NewMessage(NamedTuple):
@@ -110,7 +64,7 @@ class Details(NamedTuple):
 
     parent: Ino
     uid: Uid
-    mtime: int
+    date: int
     zone: int
     flags: str
     modseq: ModSeq
@@ -153,105 +107,54 @@ class Gone(NamedTuple):
     """A directory entry that was removed."""
 
     parent: Ino
-    name: bytes
+    name: bytes | None
     ino: Ino
     size: int
     mtime: int
+    ctime: int
+    mode: int | None
     had_body: bool
+
+    @classmethod
+    def of(cls, node: Node) -> "Gone":
+        """``node`` as one that is not shown any more; its body stays."""
+        return cls(node.parent, node.name, node.ino, node.size, node.mtime, node.ctime, node.mode, False)
 
 
 class Cache:
-    """One account's database, locked for this process. All methods are synchronous and raise CacheError."""
+    """One account's metadata. All methods are synchronous, run on the trio thread, and raise CacheError."""
 
-    def __init__(self, directory: Path, lock: int, db: sqlite3.Connection) -> None:
-        self.directory = directory
-        self._lock = lock
-        self._db = db
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.directory = database.directory
 
     @classmethod
     def open(cls, directory: Path, names: NameScheme) -> "Cache":
-        """Open the cache in ``directory``, making or rebuilding it where needed.
-
-        Raises CacheError if another mount has it, or the disk does not let us.
-        """
+        """Open the cache in ``directory``, with message names by the scheme ``names``."""
+        cache = cls(Database.open(directory))
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            directory.chmod(0o700)
-            lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise CacheError.from_os_error(error, f"cannot use the cache directory {directory}") from None
-        try:
-            _take_lock(lock, directory)
-            path = directory / "cache.db"
-            try:
-                db = _connect(path)
-            except (sqlite3.DatabaseError, _Unusable) as error:
-                if isinstance(error, sqlite3.OperationalError) and not _is_damage(error):
-                    raise CacheError(f"cannot open the cache {path}: {error}") from None
-                log.warning("the cache %s is not usable (%s): it is built anew from the server", path, error)
-                for name in ("cache.db", "cache.db-wal", "cache.db-shm"):
-                    (directory / name).unlink(missing_ok=True)
-                db = _connect(path)
-            cache = cls(directory, lock, db)
             cache._use_names(names)
         except BaseException:
-            os.close(lock)
+            cache.close()
             raise
         return cache
 
     def close(self) -> None:
-        """Close the database and let another mount have it."""
-        with contextlib.suppress(sqlite3.Error):
-            self._db.close()
-        os.close(self._lock)
-
-    @contextlib.contextmanager
-    def _guard(self) -> Iterator[sqlite3.Connection]:
-        """Turn what SQLite says into an error of ours."""
-        try:
-            yield self._db
-        except sqlite3.Error as error:
-            if _is_damage(error):
-                # Found by the next mount, which then does not trust the file.
-                with contextlib.suppress(OSError):
-                    (self.directory / "damaged").touch(mode=0o600)
-                raise CacheError(
-                    f"the cache in {self.directory} is damaged: unmount and mount again to build it anew"
-                ) from None
-            made = CacheError(f"the cache in {self.directory} cannot be written ({error}): is the disk full?")
-            made.errno = errno.ENOSPC if error.sqlite_errorcode == sqlite3.SQLITE_FULL else errno.EIO
-            raise made from None
-
-    @contextlib.contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
-        with self._guard() as db:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-            except BaseException:
-                # A full disk may have rolled back by itself already.
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
+        self._database.close()
 
     def checkpoint(self) -> None:
-        """From any thread: move the write-ahead log into the database, so that no reader pays for it."""
-        with (
-            contextlib.suppress(sqlite3.Error),
-            contextlib.closing(_plain(self.directory / "cache.db")) as db,
-        ):
-            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        """From any thread: see `Database.checkpoint`."""
+        self._database.checkpoint()
 
     # -- looking -------------------------------------------------------------------------------------------
 
     def node(self, ino: Ino) -> Node | None:
-        with self._guard() as db:
+        with self._database.read() as db:
             row = db.execute(f"SELECT {_NODE} FROM node WHERE ino = ?", (ino,)).fetchone()
         return Node._make(row) if row else None
 
     def child(self, parent: Ino, name: bytes) -> Node | None:
-        with self._guard() as db:
+        with self._database.read() as db:
             row = db.execute(
                 f"SELECT {_NODE} FROM node WHERE parent = ? AND name = ?", (parent, name)
             ).fetchone()
@@ -259,15 +162,16 @@ class Cache:
 
     def children(self, parent: Ino, after: int, limit: int) -> list[Node]:
         """Entries of a directory by inode number, beginning after ``after``."""
-        with self._guard() as db:
+        with self._database.read() as db:
             rows = db.execute(
-                f"SELECT {_NODE} FROM node WHERE parent = ? AND ino > ? ORDER BY ino LIMIT ?",
+                f"SELECT {_NODE} FROM node WHERE parent = ? AND ino > ? AND name IS NOT NULL"
+                " ORDER BY ino LIMIT ?",
                 (parent, after, limit),
             ).fetchall()
         return [Node._make(row) for row in rows]
 
     def message(self, mailbox: Ino, uid: Uid) -> Node | None:
-        with self._guard() as db:
+        with self._database.read() as db:
             row = db.execute(
                 f"SELECT {_NODE} FROM node WHERE parent = ? AND uid = ?", (mailbox, uid)
             ).fetchone()
@@ -275,28 +179,84 @@ class Cache:
 
     def details(self, ino: Ino) -> Details | None:
         """What is known of a message; None if it is none."""
-        with self._guard() as db:
+        with self._database.read() as db:
             row = db.execute(
-                "SELECT parent, uid, mtime, zone, flags, modseq, subject, from_, message_id"
+                "SELECT parent, uid, date, zone, flags, modseq, subject, from_, message_id"
                 " FROM node WHERE ino = ? AND uid IS NOT NULL",
                 (ino,),
             ).fetchone()
         return Details._make(row) if row else None
 
     def mailbox(self, ino: Ino) -> Mailbox | None:
-        with self._guard() as db:
+        with self._database.read() as db:
             row = db.execute(f"SELECT {_MAILBOX} FROM mailbox WHERE ino = ?", (ino,)).fetchone()
         return Mailbox._make(row) if row else None
 
+    def special_use(self, use: str) -> Ino | None:
+        """The directory of the mailbox with this RFC 6154 attribute, if there is one."""
+        with self._database.read() as db:
+            row = db.execute(
+                "SELECT ino FROM mailbox WHERE special_use = ? AND selectable ORDER BY ino", (use,)
+            ).fetchone()
+        return Ino(row[0]) if row else None
+
+    def path(self, ino: Ino) -> tuple[bytes, ...]:
+        """Names of the directories from the root down to ``ino``, which is one; () for the root."""
+        names: list[bytes] = []
+        with self._database.read() as db:
+            while ino != ROOT:
+                row = db.execute("SELECT parent, name FROM node WHERE ino = ?", (ino,)).fetchone()
+                if row is None:
+                    break
+                ino = row[0]
+                names.append(row[1])
+        return tuple(reversed(names))
+
+    def directories(self, parent: Ino) -> list[Node]:
+        """The directories in a directory."""
+        with self._database.read() as db:
+            rows = db.execute(
+                f"SELECT {_NODE} FROM node WHERE parent = ? AND uid IS NULL ORDER BY ino", (parent,)
+            ).fetchall()
+        return [Node._make(row) for row in rows]
+
+    def rename_directory(self, ino: Ino, parent: Ino, name: bytes, old: bytes, new: bytes) -> None:
+        """A mailbox and all below it were renamed on the server, from ``old`` to ``new``."""
+        now = time.time_ns()
+        with self._database.write() as db:
+            (was,) = db.execute("SELECT parent FROM node WHERE ino = ?", (ino,)).fetchone()
+            self._yield_name(db, parent, name)
+            db.execute(
+                "UPDATE node SET parent = ?, name = ?, ctime = ? WHERE ino = ?", (parent, name, now, ino)
+            )
+            pending = [ino]
+            while pending:
+                here = pending.pop()
+                (server_name,) = db.execute(
+                    "SELECT server_name FROM mailbox WHERE ino = ?", (here,)
+                ).fetchone()
+                if server_name is not None and server_name.startswith(old):
+                    db.execute(
+                        "UPDATE mailbox SET server_name = ? WHERE ino = ?",
+                        (new + server_name[len(old) :], here),
+                    )
+                pending += [
+                    Ino(child)
+                    for (child,) in db.execute(
+                        "SELECT node.ino FROM node JOIN mailbox USING (ino) WHERE parent = ?", (here,)
+                    )
+                ]
+            self._changed(db, {Ino(was), parent}, now)
+
     def last_uid(self, mailbox: Ino) -> int:
         """The highest UID known, or 0."""
-        with self._guard() as db:
+        with self._database.read() as db:
             (uid,) = db.execute("SELECT max(uid) FROM node WHERE parent = ?", (mailbox,)).fetchone()
         return int(uid or 0)
 
     def counts(self, mailbox: Ino) -> tuple[int, int]:
         """Numbers of messages known, and of those without ``\\Seen``."""
-        with self._guard() as db:
+        with self._database.read() as db:
             messages, unseen = db.execute(
                 "SELECT count(*), coalesce(sum(flags NOT LIKE '%\\Seen%'), 0) FROM node"
                 " WHERE parent = ? AND uid IS NOT NULL",
@@ -306,14 +266,14 @@ class Cache:
 
     def flags(self, mailbox: Ino) -> dict[int, str]:
         """UID -> flags of every message known."""
-        with self._guard() as db:
+        with self._database.read() as db:
             return dict(
                 db.execute("SELECT uid, flags FROM node WHERE parent = ? AND uid IS NOT NULL", (mailbox,))
             )
 
     def totals(self) -> tuple[int, int, int]:
         """Numbers of messages known and bodies cached, and the bodies' bytes."""
-        with self._guard() as db:
+        with self._database.read() as db:
             (messages,) = db.execute("SELECT count(uid) FROM node").fetchone()
             bodies, size = db.execute(
                 "SELECT count(*), coalesce(sum(size), 0) FROM node WHERE crc IS NOT NULL"
@@ -326,8 +286,8 @@ class Cache:
         """Make the directories be exactly ``wanted`` (parents before children): the added and the removed."""
         added: list[Node] = []
         gone: list[Gone] = []
-        now = int(time.time())
-        with self._write() as db:
+        now = time.time_ns()
+        with self._database.write() as db:
             known: dict[tuple[bytes, ...], Node] = dict(self._walk(db, ROOT, ()))
             inos: dict[tuple[bytes, ...], Ino] = {(): ROOT}
             changed: set[Ino] = set()
@@ -350,14 +310,17 @@ class Cache:
                     continue
                 ino = _take_inos(db, 1)
                 inos[directory.path] = ino
+                name = directory.path[-1]
+                self._yield_name(db, parent, name)
                 db.execute(
-                    "INSERT INTO node (ino, parent, name, size, exact, mtime) VALUES (?, ?, ?, 0, 1, ?)",
-                    (ino, parent, directory.path[-1], now),
+                    "INSERT INTO node (ino, parent, name, alias, size, exact, mtime, ctime)"
+                    " VALUES (?, ?, ?, 0, 0, 1, ?, ?)",
+                    (ino, parent, name, now, now),
                 )
                 db.execute(
                     f"INSERT INTO mailbox ({_MAILBOX}) VALUES (?, ?, ?, ?, ?, 0, 0, 0, 0)", (ino, *values)
                 )
-                added.append(Node(ino, parent, directory.path[-1], None, 0, 1, now, None))
+                added.append(Node(ino, parent, name, None, 0, 1, None, now, now, None, None))
                 changed.add(parent)
             for node in known.values():
                 gone += _delete(db, "parent = ? AND uid IS NOT NULL", (node.ino,))
@@ -368,7 +331,7 @@ class Cache:
         return added, gone
 
     def _walk(
-        self, db: sqlite3.Connection, parent: Ino, path: tuple[bytes, ...]
+        self, db: Connection, parent: Ino, path: tuple[bytes, ...]
     ) -> Iterator[tuple[tuple[bytes, ...], Node]]:
         """All directories below ``parent`` with their paths, children first."""
         rows = db.execute(
@@ -376,14 +339,15 @@ class Cache:
         ).fetchall()
         for row in rows:
             node = Node._make(row)
-            yield from self._walk(db, node.ino, (*path, node.name))
-            yield (*path, node.name), node
+            here = (*path, node.name or b"")
+            yield from self._walk(db, node.ino, here)
+            yield here, node
 
     def set_state(
         self, mailbox: Ino, uidvalidity: UidValidity, uidnext: int, modseq: ModSeq, *, complete: bool
     ) -> None:
         """Note up to where a mailbox is known."""
-        with self._write() as db:
+        with self._database.write() as db:
             db.execute(
                 "UPDATE mailbox SET uidvalidity = ?, uidnext = ?, modseq = ?, complete = ? WHERE ino = ?",
                 (uidvalidity, uidnext, modseq, complete, mailbox),
@@ -391,24 +355,28 @@ class Cache:
 
     def reset(self, mailbox: Ino, uidvalidity: UidValidity) -> list[Gone]:
         """Forget all messages of a mailbox: from now on its UIDs are of ``uidvalidity``."""
-        with self._write() as db:
+        with self._database.write() as db:
             gone = _delete(db, "parent = ? AND uid IS NOT NULL", (mailbox,))
             db.execute(
                 "UPDATE mailbox SET uidvalidity = ?, uidnext = 0, modseq = 0, complete = 0 WHERE ino = ?",
                 (uidvalidity, mailbox),
             )
             if gone:
-                self._changed(db, {mailbox}, int(time.time()))
+                self._changed(db, {mailbox})
         return gone
 
-    def _changed(self, db: sqlite3.Connection, directories: Iterable[Ino], now: int) -> None:
-        db.executemany("UPDATE node SET mtime = max(mtime, ?) WHERE ino = ?", [(now, d) for d in directories])
+    def _changed(self, db: Connection, directories: Iterable[Ino], now: int | None = None) -> None:
+        now = now or time.time_ns()
+        db.executemany(
+            "UPDATE node SET mtime = max(mtime, ?), ctime = max(ctime, ?) WHERE ino = ?",
+            [(now, now, directory) for directory in directories],
+        )
 
     # -- messages ------------------------------------------------------------------------------------------
 
     def add_messages(self, mailbox: Ino, messages: Sequence[NewMessage]) -> list[tuple[Ino, bytes]]:
         """Add messages not known yet; known ones only get their flags. The inode and name of each new one."""
-        with self._write() as db:
+        with self._database.write() as db:
             names = self._names(db)
             known = {
                 uid
@@ -420,26 +388,32 @@ class Cache:
             self._store_flags(db, mailbox, [(m.uid, m.flags, m.modseq) for m in messages if m.uid in known])
             new = [m for m in messages if m.uid not in known]
             first = _take_inos(db, len(new))
-            rows = [
-                (first + i, mailbox, message_name(names, m.date, m.sender, m.subject, m.uid), *m)
+            added = [
+                (Ino(first + i), message_name(names, m.date, m.sender, m.subject, m.uid))
                 for i, m in enumerate(new)
             ]
-            db.executemany(
-                "INSERT INTO node (exact, ino, parent, name, uid, size, mtime, zone, flags, modseq,"
-                " subject, sender, from_, message_id) VALUES (0, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                rows,
-            )
+            rows = [_row(ino, mailbox, name, 0, m) for (ino, name), m in zip(added, new, strict=True)]
+            try:
+                db.executemany(_INSERT_MESSAGE, rows)
+            except IntegrityError:
+                # The user gave one of these names to another message.
+                db.execute("DELETE FROM node WHERE parent = ? AND ino >= ?", (mailbox, first))
+                added = []
+                for row in rows:
+                    name = _free_name(db, mailbox, row[2])
+                    db.execute(_INSERT_MESSAGE, (*row[:2], name, *row[3:]))
+                    added.append((row[0], name))
             if rows:
-                self._changed(db, {mailbox}, int(time.time()))
-        return [(Ino(row[0]), row[2]) for row in rows]
+                self._changed(db, {mailbox})
+        return added
 
     def set_flags(self, mailbox: Ino, flags: Sequence[tuple[Uid, str, ModSeq]]) -> list[Ino]:
         """Set flags and MODSEQ; the inodes of those whose flags differ from before."""
-        with self._write() as db:
+        with self._database.write() as db:
             return self._store_flags(db, mailbox, flags)
 
     def _store_flags(
-        self, db: sqlite3.Connection, mailbox: Ino, flags: Sequence[tuple[Uid, str, ModSeq]]
+        self, db: Connection, mailbox: Ino, flags: Sequence[tuple[Uid, str, ModSeq]]
     ) -> list[Ino]:
         changed = []
         for uid, text, modseq in flags:
@@ -457,39 +431,176 @@ class Cache:
     def remove(self, mailbox: Ino, ranges: Iterable[tuple[int, int]]) -> list[Gone]:
         """Remove the messages whose UIDs are in ``ranges`` (both ends included)."""
         gone: list[Gone] = []
-        with self._write() as db:
+        with self._database.write() as db:
             for low, high in ranges:
                 gone += _delete(db, "parent = ? AND uid BETWEEN ? AND ?", (mailbox, low, high))
             if gone:
-                self._changed(db, {mailbox}, int(time.time()))
+                self._changed(db, {mailbox})
         return gone
+
+    def remove_node(self, ino: Ino) -> list[Gone]:
+        """Remove one node; what was removed."""
+        with self._database.write() as db:
+            gone = _delete(db, "ino = ?", (ino,))
+            self._changed(db, {g.parent for g in gone})
+        return gone
+
+    def rename(self, ino: Ino, name: bytes) -> None:
+        """Give a message a name of the user's own; whatever had it in that directory is shown no more."""
+        now = time.time_ns()
+        with self._database.write() as db:
+            (parent,) = db.execute("SELECT parent FROM node WHERE ino = ?", (ino,)).fetchone()
+            self._yield_name(db, Ino(parent), name)
+            db.execute("UPDATE node SET name = ?, alias = 1, ctime = ? WHERE ino = ?", (name, now, ino))
+            self._changed(db, {Ino(parent)}, now)
+
+    def hide(self, ino: Ino) -> None:
+        """Show a message no more, though it is on the server still."""
+        with self._database.write() as db:
+            row = db.execute("SELECT parent FROM node WHERE ino = ?", (ino,)).fetchone()
+            db.execute("UPDATE node SET name = NULL, alias = 1 WHERE ino = ?", (ino,))
+            if row:
+                self._changed(db, {Ino(row[0])})
+
+    def show(self, ino: Ino) -> None:
+        """Undo `hide`: the message gets the name that follows from it."""
+        with self._database.write() as db:
+            self._name_after_message(db, ino)
+
+    def _yield_name(self, db: Connection, parent: Ino, name: bytes) -> None:
+        """Whichever message has ``name`` gets one that follows from it instead."""
+        for (ino,) in db.execute(
+            "SELECT ino FROM node WHERE parent = ? AND name = ? AND uid IS NOT NULL", (parent, name)
+        ).fetchall():
+            self._name_after_message(db, ino)
+
+    def _name_after_message(self, db: Connection, ino: Ino) -> None:
+        parent, *message = db.execute(
+            "SELECT parent, date, sender, subject, uid FROM node WHERE ino = ?", (ino,)
+        ).fetchone()
+        name = _free_name(db, Ino(parent), message_name(self._names(db), *message))
+        db.execute("UPDATE node SET name = ?, alias = 0 WHERE ino = ?", (name, ino))
+        self._changed(db, {Ino(parent)})
+
+    def move(
+        self, ino: Ino, mailbox: Ino, uid: Uid, name: bytes, *, original_stays: bool = False
+    ) -> list[Gone]:
+        """A message is in another mailbox now, under ``name``; its inode and cached body stay.
+
+        ``original_stays``: the server could only copy it, so that what it was copied from is there still,
+        not to be shown. Returns what a synchronisation may have listed the message as meanwhile.
+        """
+        now = time.time_ns()
+        with self._database.write() as db:
+            if original_stays:
+                columns = "uid, size, exact, date, mtime, ctime, zone, flags, modseq, subject, sender, from_,"
+                columns += " message_id"
+                db.execute(
+                    f"INSERT INTO node (ino, parent, name, alias, {columns})"
+                    f" SELECT ?, parent, NULL, 1, -uid {columns.removeprefix('uid')} FROM node WHERE ino = ?",
+                    (_take_inos(db, 1), ino),
+                )
+            gone = _delete(db, "parent = ? AND uid = ? AND ino <> ?", (mailbox, uid, ino))
+            (old,) = db.execute("SELECT parent FROM node WHERE ino = ?", (ino,)).fetchone()
+            self._yield_name(db, mailbox, name)
+            db.execute(
+                "UPDATE node SET parent = ?, uid = ?, name = ?, alias = 1, modseq = 0, ctime = ?"
+                " WHERE ino = ?",
+                (mailbox, uid, name, now, ino),
+            )
+            # The UID is unique in the mailbox: only now is it free for what stays.
+            db.execute("UPDATE node SET uid = -uid WHERE parent = ? AND uid < 0", (old,))
+            self._changed(db, {Ino(old), mailbox}, now)
+        return gone
+
+    def adopt(self, ino: Ino, mailbox: Ino, name: bytes | None, message: NewMessage) -> list[Gone]:
+        """A file that was made here is a message on the server now, under the same inode and name.
+
+        Returns what was under that UID (listed by a synchronisation meanwhile) or inode (an older version).
+        """
+        with self._database.write() as db:
+            gone = _delete(db, "ino = ? OR (parent = ? AND uid = ?)", (ino, mailbox, message.uid))
+            if name is not None:
+                self._yield_name(db, mailbox, name)
+            db.execute(_INSERT_MESSAGE, _row(ino, mailbox, name, 1, message))
+            self._changed(db, {mailbox})
+        return gone
+
+    def is_named(self, mailbox: Ino, uid: int) -> bool:
+        """Whether a message with this UID is known under a name that was given to it here."""
+        with self._database.read() as db:
+            row = db.execute("SELECT alias FROM node WHERE parent = ? AND uid = ?", (mailbox, uid)).fetchone()
+        return bool(row and row[0])
+
+    def mailbox_named(self, server_name: bytes) -> Mailbox | None:
+        with self._database.read() as db:
+            row = db.execute(
+                f"SELECT {_MAILBOX} FROM mailbox WHERE server_name = ?", (server_name,)
+            ).fetchone()
+        return Mailbox._make(row) if row else None
+
+    def displace(self, ino: Ino) -> Ino:
+        """Free an inode number for a new version of its message: the old one, not shown, gets the new number
+        that is returned."""
+        with self._database.write() as db:
+            new = _take_inos(db, 1)
+            db.execute(
+                "UPDATE node SET ino = ?, name = NULL, alias = 1, crc = NULL WHERE ino = ?", (new, ino)
+            )
+        return new
+
+    def give_inode(self, old: Ino, new: Ino, name: bytes) -> None:
+        """A message goes on under another inode: that of a file that was put in its place unchanged."""
+        with self._database.write() as db:
+            db.execute(
+                "UPDATE node SET ino = ?, name = ?, alias = 1, ctime = ? WHERE ino = ?",
+                (new, name, time.time_ns(), old),
+            )
+
+    def set_local(self, ino: Ino, *, mode: int | None = None, mtime: int | None = None) -> None:
+        """Keep permission bits, or an mtime in nanoseconds, that the user has set."""
+        with self._database.write() as db:
+            db.execute(
+                "UPDATE node SET mode = coalesce(?, mode), mtime = coalesce(?, mtime), ctime = ?"
+                " WHERE ino = ?",
+                (mode, mtime, time.time_ns(), ino),
+            )
+
+    def new_ino(self) -> Ino:
+        """An inode number that was never used."""
+        with self._database.write() as db:
+            return _take_inos(db, 1)
+
+    def touch_directory(self, ino: Ino) -> None:
+        """Note that the contents of a directory changed."""
+        with self._database.write() as db:
+            self._changed(db, {ino})
 
     # -- names ---------------------------------------------------------------------------------------------
 
-    def _names(self, db: sqlite3.Connection) -> NameScheme:
+    def _names(self, db: Connection) -> NameScheme:
         (names,) = db.execute("SELECT value FROM meta WHERE key = 'names'").fetchone()
         return "uid" if names == "uid" else "subject"
 
     def _use_names(self, names: NameScheme) -> None:
-        with self._guard() as db:
+        with self._database.read() as db:
             if self._names(db) == names:
                 return
-        with self._write() as db:
-            rows = db.execute("SELECT ino, mtime, sender, subject, uid FROM node WHERE uid IS NOT NULL")
-            db.executemany(
-                "UPDATE node SET name = ? WHERE ino = ?",
-                [
-                    (message_name(names, date, sender, subject, uid), ino)
-                    for ino, date, sender, subject, uid in rows
-                ],
-            )
+        with self._database.write() as db:
+            rows = db.execute(
+                "SELECT ino, date, sender, subject, uid, parent FROM node WHERE uid IS NOT NULL AND NOT alias"
+            ).fetchall()
+            db.execute("UPDATE node SET name = NULL WHERE uid IS NOT NULL AND NOT alias")
+            for ino, date, sender, subject, uid, parent in rows:
+                name = _free_name(db, Ino(parent), message_name(names, date, sender, subject, uid))
+                db.execute("UPDATE node SET name = ? WHERE ino = ?", (name, ino))
             db.execute("UPDATE meta SET value = ? WHERE key = 'names'", (names,))
 
     # -- bodies --------------------------------------------------------------------------------------------
 
     def set_size(self, ino: Ino, size: int) -> bool:
         """Note the exact size of a message; true if it was not known as such."""
-        with self._write() as db:
+        with self._database.write() as db:
             return (
                 db.execute(
                     "UPDATE node SET size = ?, exact = 1 WHERE ino = ? AND NOT (exact AND size = ?)",
@@ -501,7 +612,7 @@ class Cache:
     def add_bodies(self, bodies: Iterable[tuple[Ino, int, int]]) -> int:
         """Note that bodies are cached: inode, exact size in bytes, CRC-32. The number still wanted."""
         now = int(time.time())
-        with self._write() as db:
+        with self._database.write() as db:
             return db.executemany(
                 "UPDATE node SET size = ?, exact = 1, crc = ?, used = ? WHERE ino = ?",
                 [(size, crc, now, ino) for ino, size, crc in bodies],
@@ -510,18 +621,18 @@ class Cache:
     def use_bodies(self, inos: Iterable[Ino]) -> None:
         """Note that bodies were wanted now."""
         now = int(time.time())
-        with self._write() as db:
+        with self._database.write() as db:
             db.executemany("UPDATE node SET used = ? WHERE ino = ?", [(now, ino) for ino in inos])
 
     def forget_body(self, ino: Ino) -> None:
         """Note that the body is not cached."""
-        with self._write() as db:
+        with self._database.write() as db:
             db.execute("UPDATE node SET crc = NULL WHERE ino = ?", (ino,))
 
     def oldest_bodies(self, size: int) -> list[tuple[Ino, int]]:
         """The least recently used bodies that have ``size`` bytes together: inode and bytes of each."""
         chosen: list[tuple[Ino, int]] = []
-        with self._guard() as db:
+        with self._database.read() as db:
             for ino, bytes_ in db.execute(
                 "SELECT ino, size FROM node WHERE crc IS NOT NULL ORDER BY used, ino"
             ):
@@ -533,7 +644,7 @@ class Cache:
 
     def cached(self, inos: Sequence[Ino]) -> set[Ino]:
         """Those of ``inos`` whose bodies are cached."""
-        with self._guard() as db:
+        with self._database.read() as db:
             return {
                 Ino(ino)
                 for i in inos
@@ -541,78 +652,37 @@ class Cache:
             }
 
 
-class _Unusable(Exception):
-    """The database is of another version, or was found damaged."""
-
-
-def _is_damage(error: sqlite3.Error) -> bool:
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
-
-
-def _plain(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(path, isolation_level=None, timeout=5)
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    """Open or create the database. Raises _Unusable or sqlite3.DatabaseError if it cannot be trusted."""
-    damaged = path.parent / "damaged"
-    if damaged.exists():
-        damaged.unlink()
-        raise _Unusable("it was found damaged")
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    db = _plain(path)
-    try:
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        # No fsync at each commit: what a power cut takes is fetched again.
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = NORMAL")
-        # `Cache.checkpoint` does it in a thread.
-        db.execute("PRAGMA wal_autocheckpoint = 0")
-        db.execute("PRAGMA cache_size = -16384")
-        if version == 0 and tables == 0:
-            db.executescript(
-                f"BEGIN; {_SCHEMA}"
-                f"INSERT INTO meta VALUES ('names', 'subject'), ('next_ino', {int(time.time()) << 20});"
-                f"INSERT INTO node (ino, parent, name, size, exact, mtime)"
-                f" VALUES ({ROOT}, 0, '', 0, 1, {int(time.time())});"
-                f"PRAGMA user_version = {_VERSION}; COMMIT;"
-            )
-            return db
-        if version != _VERSION:
-            raise _Unusable(f"it has format {version}, this imapfs reads format {_VERSION}")
-        (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
-        if verdict != "ok":
-            raise _Unusable("it is damaged")
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def _take_lock(lock: int, directory: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(lock, 64, 0).decode("ascii", "replace").strip()
-        by = f" (process {holder})" if holder else ""
-        raise CacheError(
-            f"another mount{by} uses the cache {directory}: unmount it first, or give another --cache-dir"
-        ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, b"%d\n" % os.getpid(), 0)
-
-
-def _take_inos(db: sqlite3.Connection, n: int) -> Ino:
+def _take_inos(db: Connection, n: int) -> Ino:
     """The first of ``n`` consecutive inode numbers that were never used."""
     (first,) = db.execute("SELECT value FROM meta WHERE key = 'next_ino'").fetchone()
     db.execute("UPDATE meta SET value = ? WHERE key = 'next_ino'", (first + n,))
     return Ino(first)
 
 
-def _delete(db: sqlite3.Connection, where: str, values: tuple[int, ...]) -> list[Gone]:
+def _row(ino: Ino, mailbox: Ino, name: bytes | None, alias: int, message: NewMessage) -> tuple[Any, ...]:
+    time_ns = message.date * 1_000_000_000
+    return (ino, mailbox, name, alias, time_ns, time_ns, *message)
+
+
+_INSERT_MESSAGE: Final = (
+    "INSERT INTO node (exact, ino, parent, name, alias, mtime, ctime, uid, size, date, zone, flags, modseq,"
+    " subject, sender, from_, message_id) VALUES (0, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
+
+
+def _free_name(db: Connection, parent: Ino, name: bytes) -> bytes:
+    """``name``, or where it is taken, one like it."""
+    stem = name.removesuffix(b".eml")
+    n = 1
+    while db.execute("SELECT 1 FROM node WHERE parent = ? AND name = ?", (parent, name)).fetchone():
+        n += 1
+        name = b"%s~%d.eml" % (stem[:240].decode("utf-8", "ignore").encode(), n)
+    return name
+
+
+def _delete(db: Connection, where: str, values: tuple[int, ...]) -> list[Gone]:
     rows = db.execute(
-        f"SELECT parent, name, ino, size, mtime, crc IS NOT NULL FROM node WHERE {where}", values
+        f"SELECT parent, name, ino, size, mtime, ctime, mode, crc IS NOT NULL FROM node WHERE {where}", values
     ).fetchall()
     db.execute(f"DELETE FROM node WHERE {where}", values)
     return [Gone._make(row) for row in rows]

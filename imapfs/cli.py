@@ -47,6 +47,11 @@ def commands() -> None:
 )
 @click.option("--read-only", is_flag=True, default=None, help="Refuse every change.")
 @click.option(
+    "--delete",
+    type=click.Choice(["trash", "expunge"]),
+    help="What rm does outside Trash: move there, or delete for good.  [default: trash]",
+)
+@click.option(
     "--names", type=click.Choice(["subject", "uid"]), help="How files are named.  [default: subject]"
 )
 @click.option("--connections", metavar="N", type=int, help="Most connections to the server.  [default: 4]")

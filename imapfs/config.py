@@ -17,7 +17,7 @@ from urllib.parse import unquote
 from imapfs import mounts
 from imapfs.credentials import FOUR_WAYS, CredentialSources
 from imapfs.errors import UsageError
-from imapfs.model import Account, MountConfig, NameScheme
+from imapfs.model import Account, DeletePolicy, MountConfig, NameScheme
 
 MAX_CONNECTIONS = 50
 MAX_TIMEOUT = 3600
@@ -38,6 +38,7 @@ Options = TypedDict(
         "cache-size": int,
         "read-only": bool,
         "names": NameScheme,
+        "delete": DeletePolicy,
         "connections": int,
         "timeout": float,
         "password-command": str,
@@ -193,6 +194,14 @@ def _names(value: object) -> NameScheme:
     raise ValueError('must be "subject" or "uid"')
 
 
+def _delete(value: object) -> DeletePolicy:
+    if value == "trash":
+        return "trash"
+    if value == "expunge":
+        return "expunge"
+    raise ValueError('must be "trash" or "expunge"')
+
+
 def _size(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
@@ -218,6 +227,7 @@ _CONVERT: Mapping[str, Callable[[object], object]] = {
     "cache-size": _size,
     "read-only": _boolean,
     "names": _names,
+    "delete": _delete,
     "connections": _integer(1, MAX_CONNECTIONS),
     "timeout": _timeout,
     "password-command": _text,
@@ -389,6 +399,7 @@ def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config
         cache_dir=merged.get("cache-dir") or _default_cache_dir(),
         cache_size=merged.get("cache-size", DEFAULT_CACHE_SIZE),
         names=merged.get("names", "subject"),
+        delete=merged.get("delete", "trash"),
         connections=merged.get("connections", DEFAULT_CONNECTIONS),
         timeout=merged.get("timeout", DEFAULT_TIMEOUT),
         read_only=read_only,

@@ -99,6 +99,62 @@ class AuthenticationFailed(ImapfsError):
     errno = errno.EACCES
 
 
+class NotFound(ImapfsError):
+    """No such file or directory."""
+
+    errno = errno.ENOENT
+
+
+class NoAttribute(ImapfsError):
+    """No such extended attribute."""
+
+    errno = errno.ENODATA
+
+
+class NotSupported(ImapfsError):
+    """Neither imapfs nor the server can do this, now or later."""
+
+    errno = errno.ENOTSUP
+
+
+class NotADirectory(ImapfsError):
+    errno = errno.ENOTDIR
+
+
+class IsADirectory(ImapfsError):
+    errno = errno.EISDIR
+
+
+class NotEmpty(ImapfsError):
+    """The mailbox holds messages, other mailboxes or local files."""
+
+    errno = errno.ENOTEMPTY
+
+
+class Exists(ImapfsError):
+    """There is something by that name already."""
+
+    errno = errno.EEXIST
+
+
+class NotPermitted(ImapfsError):
+    """What a file can do but mail cannot."""
+
+    errno = errno.EPERM
+
+
+class Invalid(ImapfsError):
+    """The value or name makes no sense to an IMAP server."""
+
+    errno = errno.EINVAL
+
+
+class TooBig(ImapfsError):
+    """Larger than the server takes."""
+
+    errno = errno.EFBIG
+
+
 class CacheError(ImapfsError):
     """The local cache cannot be used: locked by another mount, no space, not writable."""
 

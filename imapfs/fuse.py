@@ -22,14 +22,25 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
-from pyfuse3 import EntryAttributes, FileHandleT, FileInfo, FUSEError, InodeT, ReaddirToken, RequestContext
+from pyfuse3 import (
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FUSEError,
+    InodeT,
+    ReaddirToken,
+    RequestContext,
+    SetattrFields,
+)
 
 from imapfs.cache import Cache
 from imapfs.errors import ImapfsError, UsageError
 from imapfs.imap.pool import SessionPool
 from imapfs.model import Ino, MountConfig, Secret
 from imapfs.sync import Changes
-from imapfs.vfs import Attributes, Filesystem
+from imapfs.vfs import Attributes as FileAttributes
+from imapfs.vfs import Filesystem
+from imapfs.xattrs import Attributes
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +50,8 @@ T = TypeVar("T")
 _TIMEOUT: Final = 86400.0
 """Seconds for which the kernel may use names and attributes without asking again."""
 _BLOCK: Final = 4096
+_PUSH: Final = 1 << 17
+"""Most bytes in one notification."""
 _DOT, _DOTDOT = 1, 2
 """Directory positions of ``.`` and ``..``; any other entry's is its inode number, which is larger."""
 
@@ -78,7 +91,7 @@ class _Listing:
     """An open directory and the page of it that the kernel is reading."""
 
     ino: Ino
-    page: Sequence[tuple[bytes, Attributes]] = ()
+    page: Sequence[tuple[bytes, FileAttributes]] = ()
     index: int = 0
 
     def forget_page(self) -> None:
@@ -90,10 +103,11 @@ class _Invalid:
     """What the kernel has to drop."""
 
     attributes: set[Ino] = field(default_factory=set)
+    contents: set[Ino] = field(default_factory=set)
     entries: list[tuple[Ino, bytes, Ino]] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.attributes or self.entries)
+        return bool(self.attributes or self.contents or self.entries)
 
 
 class Adapter(pyfuse3.Operations):
@@ -106,8 +120,9 @@ class Adapter(pyfuse3.Operations):
         super().__init__()
         self.timeout = timeout
         self.fs: Filesystem
-        self._file_mode = stat.S_IFREG | (0o400 if read_only else 0o600)
-        self._dir_mode = stat.S_IFDIR | (0o500 if read_only else 0o700)
+        self.xattrs: Attributes
+        self._file_mode = 0o400 if read_only else 0o600
+        self._dir_mode = 0o500 if read_only else 0o700
         self._uid, self._gid = os.getuid(), os.getgid()
         self._lookups: dict[int, int] = {}
         """Inode -> references that the kernel holds (the nlookup of FORGET)."""
@@ -115,6 +130,9 @@ class Adapter(pyfuse3.Operations):
         """Inodes whose bytes the kernel was given."""
         self._resized: set[Ino] = set()
         """Inodes of which the kernel may know a size that is not the exact one."""
+        self._handles: dict[int, Ino] = {}
+        """Handle -> file. The lowest bit says that it is open for writing."""
+        self._next_file = 1
         self._listings: dict[int, _Listing] = {}
         self._next_listing = 1
         self._invalid = _Invalid()
@@ -130,7 +148,7 @@ class Adapter(pyfuse3.Operations):
             if listing.ino == changes.directory:
                 listing.forget_page()
         for gone in changes.gone:
-            if gone.ino in self._lookups:
+            if gone.name is not None and gone.ino in self._lookups:
                 self._invalid.entries.append((changes.directory, gone.name, gone.ino))
         self._invalid.attributes.add(changes.directory)
         self._invalid_news.set()
@@ -144,6 +162,13 @@ class Adapter(pyfuse3.Operations):
             self._invalid.attributes.add(ino)
             self._invalid_news.set()
 
+    def on_rewrite(self, ino: Ino) -> None:
+        """Have the kernel drop the bytes of a file, and its size."""
+        self._pushed.discard(ino)
+        if ino in self._lookups:
+            self._invalid.contents.add(ino)
+            self._invalid_news.set()
+
     async def invalidate_forever(self) -> None:
         """Tell the kernel what it has to drop, as it comes."""
         while True:
@@ -155,23 +180,30 @@ class Adapter(pyfuse3.Operations):
 
     # -- attributes ----------------------------------------------------------------------------------------
 
-    def _entry(self, attributes: Attributes) -> EntryAttributes:
+    def _entry(self, attributes: FileAttributes) -> EntryAttributes:
         entry = EntryAttributes()
         entry.st_ino = InodeT(attributes.ino)
-        entry.st_mode = pyfuse3.ModeT(self._dir_mode if attributes.is_dir else self._file_mode)
+        if attributes.is_dir:
+            entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | self._dir_mode)
+        else:
+            mode = self._file_mode if attributes.mode is None else attributes.mode
+            entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | mode)
         entry.st_nlink = 1
         entry.st_uid, entry.st_gid = self._uid, self._gid
         entry.st_size = attributes.size
         entry.st_blksize = _BLOCK
         entry.st_blocks = (attributes.size + 511) // 512
-        nanoseconds = attributes.mtime * 1_000_000_000
-        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = nanoseconds
+        entry.st_atime_ns = entry.st_mtime_ns = attributes.mtime
+        entry.st_ctime_ns = attributes.ctime
         entry.entry_timeout = entry.attr_timeout = _TIMEOUT
         return entry
 
     @handler
     async def lookup(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        attributes = await self.fs.lookup(Ino(parent_inode), name)
+        return self._known(await self.fs.lookup(Ino(parent_inode), name))
+
+    def _known(self, attributes: FileAttributes) -> EntryAttributes:
+        """An entry whose answer gives the kernel a reference to the inode."""
         self._lookups[attributes.ino] = self._lookups.get(attributes.ino, 0) + 1
         return self._entry(attributes)
 
@@ -250,20 +282,31 @@ class Adapter(pyfuse3.Operations):
 
     # -- files ---------------------------------------------------------------------------------------------
 
+    def _file_info(self, ino: Ino, flags: int) -> FileInfo:
+        """A handle says which file it is, and whether it was opened for writing."""
+        handle = self._next_file << 1 | (flags & os.O_ACCMODE != os.O_RDONLY)
+        self._next_file += 1
+        self._handles[handle] = ino
+        # What the kernel has of a file stays good until it is told otherwise.
+        return FileInfo(fh=FileHandleT(handle), keep_cache=True)
+
     @handler
     async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> FileInfo:
-        if flags & os.O_ACCMODE != os.O_RDONLY:
-            raise FUSEError(errno.EROFS)
-        ino = Ino(inode)
-        data = await self.fs.open(ino, wanted=inode not in self._pushed)
-        if ino in self._resized:
-            # Before the first read: the kernel would cut off or pad at the size that it knows.
-            await trio.to_thread.run_sync(_invalidate, _Invalid(attributes={ino}))
-            self._resized.discard(ino)
-        if data is not None and inode not in self._pushed:
-            self._push(inode, data)
-        # A body never changes, so what the kernel has of it stays good.
-        return FileInfo(fh=FileHandleT(inode), keep_cache=True)
+        ino, writing = Ino(inode), flags & os.O_ACCMODE != os.O_RDONLY
+        data = await self.fs.open(ino, writing=writing, wanted=inode not in self._pushed and not writing)
+        try:
+            if ino in self._resized:
+                # Before the first read: the kernel would cut off or pad at the size that it knows.
+                await trio.to_thread.run_sync(_invalidate, _Invalid(attributes={ino}))
+                self._resized.discard(ino)
+            if data is not None and inode not in self._pushed:
+                self._push(inode, data)
+            if flags & os.O_TRUNC:
+                await self.fs.files.truncate(ino, 0)
+        except BaseException:
+            self.fs.release(ino, writing=writing)
+            raise
+        return self._file_info(ino, flags)
 
     def _push(self, inode: InodeT, data: bytes) -> None:
         """Give the kernel the bytes before it asks.
@@ -271,52 +314,146 @@ class Adapter(pyfuse3.Operations):
         Safe here only because nobody else has the file open: a reader that waits for a page of it would hold
         the page's lock, and this thread is the one that has to answer it.
         """
-        if self.fs.users(Ino(inode)) > 1:
+        file = self.fs.files.get(Ino(inode))
+        if file is None or file.users > 1:
             return
         try:
-            for start in range(0, len(data), 1 << 17):
-                pyfuse3.notify_store(inode, start, data[start : start + (1 << 17)])
+            for start in range(0, len(data), _PUSH):
+                pyfuse3.notify_store(inode, start, data[start : start + _PUSH])
         except OSError as error:
             log.debug("the kernel did not take the bytes of inode %d: %s", inode, error)
             return
         self._pushed.add(inode)
 
     @handler
-    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        return await self.fs.read(Ino(fh), off, size)
+    async def create(
+        self, parent_inode: InodeT, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        attributes = await self.fs.create(Ino(parent_inode), name, stat.S_IMODE(mode) & ~ctx.umask)
+        return self._file_info(attributes.ino, flags), self._known(attributes)
 
     @handler
-    async def release(self, fh: FileHandleT) -> None:
-        self.fs.release(Ino(fh))
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        return await self.fs.files.read(self._handles[fh], off, size)
+
+    @handler
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        return await self.fs.files.write(self._handles[fh], off, buf)
 
     @handler
     async def flush(self, fh: FileHandleT) -> None:
-        pass
+        if fh & 1:
+            await self.fs.files.flush(self._handles[fh])
+
+    @handler
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        await self.fs.fsync(self._handles[fh])
+
+    @handler
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        await self.fs.fsync_directory()
+
+    @handler
+    async def release(self, fh: FileHandleT) -> None:
+        self.fs.release(self._handles.pop(fh), writing=bool(fh & 1))
+
+    @handler
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        ino = Ino(inode)
+        if fields.update_size:
+            await self.fs.files.truncate(ino, attr.st_size)
+            if fh is None:
+                self.fs.release_truncated(ino)
+        # With a new size the kernel sends the time of day along, which nobody asked for.
+        sets_time = fields.update_mtime and not fields.update_size
+        if sets_time or fields.update_mode or fields.update_uid or fields.update_gid:
+            self.fs.set_attributes(
+                ino,
+                mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
+                mtime=attr.st_mtime_ns if sets_time else None,
+                owner=attr.st_uid if fields.update_uid else None,
+                group=attr.st_gid if fields.update_gid else None,
+            )
+        return self._entry(self.fs.getattr(ino))
+
+    # -- names ---------------------------------------------------------------------------------------------
+
+    @handler
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: bytes,
+        parent_inode_new: InodeT,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        if flags & ~pyfuse3.RENAME_NOREPLACE:
+            raise FUSEError(errno.EINVAL)
+        await self.fs.rename(
+            Ino(parent_inode_old),
+            name_old,
+            Ino(parent_inode_new),
+            name_new,
+            keep_existing=bool(flags & pyfuse3.RENAME_NOREPLACE),
+        )
+
+    @handler
+    async def unlink(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
+        await self.fs.unlink(Ino(parent_inode), name)
+
+    @handler
+    async def mkdir(
+        self, parent_inode: InodeT, name: bytes, mode: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        return self._known(await self.fs.mkdir(Ino(parent_inode), name))
+
+    @handler
+    async def rmdir(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
+        await self.fs.rmdir(Ino(parent_inode), name)
+
+    @handler
+    async def link(
+        self, inode: InodeT, new_parent_inode: InodeT, new_name: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        raise FUSEError(errno.EPERM)
+
+    @handler
+    async def symlink(
+        self, parent_inode: InodeT, name: bytes, target: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        raise FUSEError(errno.EPERM)
+
+    @handler
+    async def mknod(
+        self, parent_inode: InodeT, name: bytes, mode: int, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        raise FUSEError(errno.EPERM)
 
     # -- extended attributes -------------------------------------------------------------------------------
 
     @handler
     async def getxattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> bytes:
-        return await self.fs.getxattr(Ino(inode), name)
+        return await self.xattrs.get(Ino(inode), name)
 
     @handler
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[bytes]:
-        return self.fs.listxattr(Ino(inode))
+        return self.xattrs.names(Ino(inode))
 
+    @handler
+    async def setxattr(self, inode: InodeT, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        await self.xattrs.set(Ino(inode), name, value)
 
-def _refuse(name: str) -> Any:
-    async def refuse(*_: object) -> None:
-        raise FUSEError(errno.EROFS)
-
-    refuse.__name__ = name
-    return refuse
-
-
-for _name in (
-    "create", "fsync", "link", "mkdir", "mknod", "removexattr", "rename", "rmdir", "setattr", "setxattr",
-    "symlink", "unlink", "write",
-):  # fmt: skip
-    setattr(Adapter, _name, _refuse(_name))
+    @handler
+    async def removexattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> None:
+        await self.xattrs.remove(Ino(inode), name)
 
 
 def _invalidate(batch: _Invalid) -> None:
@@ -327,9 +464,9 @@ def _invalidate(batch: _Invalid) -> None:
         except OSError as error:
             if error.errno != errno.ENOENT:
                 log.debug("the kernel did not drop %r: %s", name, error)
-    for ino in batch.attributes:
+    for ino in batch.attributes | batch.contents:
         try:
-            pyfuse3.invalidate_inode(InodeT(ino), attr_only=True)
+            pyfuse3.invalidate_inode(InodeT(ino), attr_only=ino not in batch.contents)
         except OSError as error:
             if error.errno != errno.ENOENT:
                 log.debug("the kernel did not drop the attributes of inode %d: %s", ino, error)
@@ -383,7 +520,16 @@ async def _run(
 ) -> None:
     """Mount, and serve until somebody unmounts or this is cancelled."""
     adapter = Adapter(config.timeout, config.read_only)
-    fs = adapter.fs = Filesystem(config, pool, cache, background, adapter.on_changes, adapter.on_resize)
+    fs = adapter.fs = Filesystem(
+        config,
+        pool,
+        cache,
+        background,
+        on_changes=adapter.on_changes,
+        on_resize=adapter.on_resize,
+        on_rewrite=adapter.on_rewrite,
+    )
+    adapter.xattrs = Attributes(fs)
     try:
         await fs.start()
         _mount(adapter, config)
@@ -398,7 +544,8 @@ async def _run(
             pyfuse3.close(unmount=True)
             log.info("unmounted %s", config.mountpoint)
     finally:
-        fs.close()
+        with trio.CancelScope(shield=True):
+            await fs.end()
 
 
 def _mount(adapter: Adapter, config: MountConfig) -> None:

@@ -15,6 +15,8 @@ ModSeq = NewType("ModSeq", int)
 """Modification sequence (RFC 7162); 0 where the server keeps none."""
 
 NameScheme = Literal["subject", "uid"]
+DeletePolicy = Literal["trash", "expunge"]
+"""What rm does with a message that is not in Trash: move it there, or delete it for good."""
 
 ROOT = Ino(1)
 
@@ -66,6 +68,7 @@ class MountConfig:
     cache_size: int
     """Upper bound for cached bodies, in bytes."""
     names: NameScheme
+    delete: DeletePolicy
     connections: int
     """Most IMAP connections open at once, >= 1."""
     timeout: float

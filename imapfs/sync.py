@@ -8,11 +8,12 @@ One synchronisation a mailbox at a time; whoever asks meanwhile waits for that o
 thread and hands over results in batches; each batch is one transaction on the trio thread.
 """
 
+import contextlib
 import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -95,9 +96,17 @@ class Synchroniser:
         self._tree_at = -math.inf
         self._mailboxes: dict[Ino, Refresh] = {}
         self._mailbox_at: dict[Ino, float] = {}
+        self._locks: dict[Ino, trio.Lock] = {}
         self._prefix: bytes | None = None
+        self.delimiter = b""
+        """Hierarchy delimiter of the personal namespace, once the tree is known."""
 
     # -- the tree ------------------------------------------------------------------------------------------
+
+    @property
+    def prefix(self) -> bytes:
+        """Prefix of the personal namespace, once the tree is known."""
+        return self._prefix or b""
 
     def refresh_tree(self, max_age: float) -> Refresh | None:
         """Have the list of mailboxes not older than ``max_age`` seconds; None if it is so already."""
@@ -110,13 +119,14 @@ class Synchroniser:
         error: ImapfsError | None = None
         try:
             entries = await self._pool.run(self._list)
-            added, gone = self._cache.set_tree(plan_tree(entries, self._prefix or b""))
+            self.delimiter = next((e.delimiter for e in entries if e.delimiter), b"")
+            added, gone = self._cache.set_tree(plan_tree(entries, self.prefix))
             self._tree_at = time.monotonic()
             for parent in {n.parent for n in added} | {g.parent for g in gone}:
-                self._publish(
+                self.publish(
                     Changes(
                         parent,
-                        added=[(n.ino, n.name) for n in added if n.parent == parent],
+                        added=[(n.ino, n.name or b"") for n in added if n.parent == parent],
                         gone=[g for g in gone if g.parent == parent],
                     )
                 )
@@ -148,8 +158,9 @@ class Synchroniser:
             mailbox = self._cache.mailbox(ino)
             if mailbox is None or mailbox.server_name is None or not mailbox.selectable:
                 raise MailboxGone("the mailbox is gone")
-            work = _MailboxSync(self._cache, ino, refresh, self._publish)
-            await self._pool.run(work.run, mailbox.server_name)
+            work = _MailboxSync(self._cache, ino, refresh, self.publish)
+            async with self.exclusive(ino):
+                await self._pool.run(work.run, mailbox.server_name)
             self._mailbox_at[ino] = started
             await trio.to_thread.run_sync(self._cache.checkpoint)
         except Exception as failure:
@@ -161,7 +172,23 @@ class Synchroniser:
             del self._mailboxes[ino]
             refresh.finish(error)
 
-    def _publish(self, changes: Changes) -> None:
+    @contextlib.asynccontextmanager
+    async def exclusive(self, *mailboxes: Ino) -> AsyncIterator[None]:
+        """No synchronisation and no other change of these mailboxes meanwhile.
+
+        LOCK ORDER: by inode number. Held over questions to the server, so never waited for by a handler that
+        can answer from the cache.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            for ino in sorted(set(mailboxes)):
+                await stack.enter_async_context(self._locks.setdefault(ino, trio.Lock()))
+            yield
+
+    def forget_age(self, mailbox: Ino) -> None:
+        """The next look at a mailbox asks the server."""
+        self._mailbox_at.pop(mailbox, None)
+
+    def publish(self, changes: Changes) -> None:
         """Tell of a transaction; first those who may want to keep a body that goes."""
         if changes.added or changes.gone or changes.flagged:
             self._on_changes(changes)
@@ -210,7 +237,7 @@ class _MailboxSync:
 
         def take(data: FetchData) -> None:
             if data.date is not None:
-                listed.append(_message(data))
+                listed.append(new_message(data))
             else:
                 flags.append(_flags(data))
 
@@ -226,7 +253,7 @@ class _MailboxSync:
         listed: list[NewMessage] = []
         if state.exists:
             # Asked for even if UIDNEXT has not moved: the last message proves that the mailbox is the same.
-            session.fetch_metadata_from(last, lambda data: listed.append(_message(data)))
+            session.fetch_metadata_from(last, lambda data: listed.append(new_message(data)))
         self._check_known(listed, last)
         flags: list[tuple[Uid, str, ModSeq]] = []
         if state.highestmodseq != box.modseq:
@@ -255,12 +282,12 @@ class _MailboxSync:
         _check_incarnation(box, state)
         listed: list[NewMessage] = []
         if last and last not in known:
-            session.fetch_metadata([last], lambda data: listed.append(_message(data)))
+            session.fetch_metadata([last], lambda data: listed.append(new_message(data)))
             self._check_known(listed, last)
         self._on_trio(self._apply, [(uid, uid) for uid in known], [], flags)
         batches = _Batches(lambda batch: self._on_trio(self._apply, [], batch, []))
         if new:
-            session.fetch_metadata(new, lambda data: batches.add(_message(data)))
+            session.fetch_metadata(new, lambda data: batches.add(new_message(data)))
         batches.flush()
         self._done(state)
 
@@ -268,7 +295,7 @@ class _MailboxSync:
         batches = _Batches(lambda batch: self._on_trio(self._apply, [], batch, []))
         session.list_all(
             name,
-            lambda data: batches.add(_message(data)),
+            lambda data: batches.add(new_message(data)),
             lambda state: self._on_trio(self._reset, _uidvalidity(state)),
         )
         batches.flush()
@@ -282,7 +309,7 @@ class _MailboxSync:
         for message in listed:
             if message.uid <= last:
                 node = self._on_trio(self._cache.message, self._ino, message.uid)
-                if node and (node.mtime != message.date or not (node.exact or node.size == message.size)):
+                if node and (node.date != message.date or not (node.exact or node.size == message.size)):
                     raise _Stale
 
     # On the trio thread:
@@ -351,7 +378,8 @@ def _flags(data: FetchData) -> tuple[Uid, str, ModSeq]:
     return data.uid, data.flags or "", data.modseq or ModSeq(0)
 
 
-def _message(data: FetchData) -> NewMessage:
+def new_message(data: FetchData) -> NewMessage:
+    """A cache row for what a FETCH of metadata gave."""
     assert data.uid is not None
     date, zone = parse_date(data.date or b"")
     headers = parse_headers(data.body or b"")

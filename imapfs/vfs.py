@@ -1,18 +1,21 @@
 """What a mail account looks like as files: this module, and no other, decides it.
 
-The tree. Every mailbox is a directory, every message in it a regular file with exactly the bytes of BODY[].
-Attributes: INTERNALDATE is mtime, and ctime too, as backup programs compare it and flags are no content;
-flags and header fields are extended attributes.
+The tree. Every mailbox is a directory; every message in it a regular file with exactly the bytes of BODY[];
+beside them drafts, files that are not (yet) on the server. Attributes: INTERNALDATE is mtime and ctime until
+the user changes something; flags and header fields are extended attributes, as backup programs compare ctime
+and flags are no content.
 
 Freshness. Opening a directory asks the server what changed, unless that was asked a moment ago; looking up a
 name that is not known does so too. Whatever is known is served if the server does not answer soon.
+
+Changes. What each operation does is one method here (`rename` is what ``mv`` does). A message changes on the
+server first and in the cache then; a draft changes in the spool and is submitted when it is complete: when
+the last writer closes it, it is renamed to a message's name, or fsync is called.
 
 All methods run on the trio thread. Inode 1 is the mountpoint, which is the root of the account or of the
 subtree that is mounted. Failures are `imapfs.errors`; nothing here knows the kernel's interface.
 """
 
-import errno
-import json
 import logging
 import math
 import os
@@ -24,16 +27,34 @@ from typing import Final, NamedTuple
 
 import trio
 
-from imapfs import __version__
-from imapfs.bodies import SMALL, BodyStore
-from imapfs.cache import Cache, Details, Gone, Mailbox, Node
-from imapfs.errors import ConnectionLost, ImapfsError, MessageGone, TlsError, UsageError
-from imapfs.fetch import Download, Fetcher
-from imapfs.imap.grammar import format_iso
+from imapfs.bodies import BodyStore
+from imapfs.cache import Cache, Node
+from imapfs.errors import (
+    ConnectionLost,
+    Exists,
+    ImapfsError,
+    Invalid,
+    IsADirectory,
+    MessageGone,
+    NotADirectory,
+    NotEmpty,
+    NotFound,
+    NotPermitted,
+    Refused,
+    TlsError,
+    UsageError,
+    report,
+)
+from imapfs.fetch import Fetcher
+from imapfs.files import Files
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Quota, Session
 from imapfs.model import ROOT, Ino, MountConfig
-from imapfs.sync import Changes, Refresh, Synchroniser, display_name
+from imapfs.names import server_component
+from imapfs.operations import Journal, Operations
+from imapfs.spool import Base, Draft, Spool
+from imapfs.sync import Changes, Refresh, Synchroniser
+from imapfs.upload import Uploader
 
 log = logging.getLogger(__name__)
 
@@ -43,35 +64,7 @@ _PATIENCE: Final = 3.0
 """Seconds that a known listing waits for news from the server before it is served as it is."""
 _QUOTA_AGE: Final = 60.0
 _PAGE: Final = 500
-_MAILBOX_NUMBERS: Final = (
-    b"user.imap.uidvalidity",
-    b"user.imap.uidnext",
-    b"user.imap.messages",
-    b"user.imap.unseen",
-)
-_SYSTEM_FLAGS: Final = ("seen", "answered", "flagged", "deleted", "draft")
-
-
-class NotFound(ImapfsError):
-    """No such file, directory or attribute."""
-
-    errno = errno.ENOENT
-
-
-class NoAttribute(ImapfsError):
-    errno = errno.ENODATA
-
-
-class NotSupported(ImapfsError):
-    errno = errno.ENOTSUP
-
-
-class NotADirectory(ImapfsError):
-    errno = errno.ENOTDIR
-
-
-class IsADirectory(ImapfsError):
-    errno = errno.EISDIR
+_SUFFIX: Final = b".eml"
 
 
 class Attributes(NamedTuple):
@@ -82,7 +75,11 @@ class Attributes(NamedTuple):
     size: int
     """Bytes."""
     mtime: int
-    """Seconds since the epoch; ctime and atime are the same."""
+    """Nanoseconds since the epoch."""
+    ctime: int
+    """Nanoseconds since the epoch."""
+    mode: int | None
+    """Permission bits that the user has set."""
 
 
 class Space(NamedTuple):
@@ -92,28 +89,17 @@ class Space(NamedTuple):
     free: int
 
 
-class _OpenFile:
-    """A message that some program has open: where its bytes come from, once they are wanted."""
-
-    def __init__(self) -> None:
-        self.users = 0
-        self.fd = -1
-        self.download: Download | None = None
-        self.gone: Gone | None = None
-        """What it was, once it was removed on the server."""
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-        if self.download is not None:
-            self.download.release()
+def is_message_name(name: bytes) -> bool:
+    """Whether a new file of this name is meant to be a message; others, such as editors' own, stay here."""
+    return name.lower().endswith(_SUFFIX) and not name.startswith(b".")
 
 
 class Filesystem:
     """One mounted account. Background work runs in ``nursery``, whose end is the end of the mount.
 
-    ``on_changes`` and ``on_resize`` are called on the trio thread when the server changed a directory, and
-    when a message turned out to have another size than was shown.
+    Called on the trio thread: ``on_changes`` when the server, or an upload, changed a directory;
+    ``on_resize`` when a file turned out to have another size than was shown; ``on_rewrite`` when the bytes of
+    a file are others now.
     """
 
     def __init__(
@@ -122,297 +108,561 @@ class Filesystem:
         pool: SessionPool,
         cache: Cache,
         nursery: trio.Nursery,
+        *,
         on_changes: Callable[[Changes], None],
         on_resize: Callable[[Ino], None],
+        on_rewrite: Callable[[Ino], None],
     ) -> None:
-        self._config = config
-        self._pool = pool
-        self._cache = cache
+        self.config = config
+        self.pool = pool
+        self.cache = cache
+        self._nursery = nursery
         self._on_changes = on_changes
+        self._on_resize = on_resize
+        self._on_rewrite = on_rewrite
         self._bodies = BodyStore(cache, config.cache_size)
-        self._sync = Synchroniser(pool, cache, self._bodies, nursery, self._changed)
-        self._fetcher = Fetcher(pool, cache, self._bodies, nursery, on_resize)
-        self._open: dict[Ino, _OpenFile] = {}
-        self._verified: set[Ino] = set()
-        """Large messages whose cached bodies were found intact since the mount began."""
+        self.spool = Spool(cache.directory / "spool")
+        self.sync = Synchroniser(pool, cache, self._bodies, nursery, self._changed)
+        fetcher = Fetcher(pool, cache, self._bodies, nursery, on_resize)
+        self.files = Files(cache, self._bodies, fetcher, self.spool, self._draft_of)
+        journal = Journal(cache.directory / "journal.json")
+        self.operations = Operations(pool, cache, self.sync, journal, config.delete)
+        self.uploader = Uploader(
+            pool, cache, self._bodies, self.spool, self.sync, self.operations, nursery,
+            self._old_version, self._sent,
+        )  # fmt: skip
         self._root = ROOT
         self._quota: Quota | None = None
         self._quota_at = -math.inf
-        self._nursery = nursery
+        self._renamed: dict[tuple[Ino, bytes], Ino] = {}
+        """Name that a message had before it was renamed to no message's name -> the message.
+
+        Editors do that before they write the file anew: what comes under the old name is a new version."""
 
     async def start(self) -> None:
         """Find the root of the mount. Raises whatever makes a mount impossible.
 
         An account that is cached can be mounted without its server.
         """
-        refresh = self._sync.refresh_tree(0)
+        refresh = self.sync.refresh_tree(0)
         if refresh is not None:
             await refresh.finished()
             if refresh.error is not None:
-                transient = isinstance(refresh.error, ConnectionLost) and not isinstance(
-                    refresh.error, TlsError
-                )
-                if not transient or not self._cache.children(ROOT, 0, 1):
+                transient = isinstance(refresh.error, ConnectionLost)
+                transient = transient and not isinstance(refresh.error, TlsError)
+                if not transient or not self.cache.children(ROOT, 0, 1):
                     raise refresh.error
                 log.warning("mounted from the cache: %s", refresh.error)
-        if self._config.account.mailbox is not None:
-            self._root = self._find_root(self._config.account.mailbox)
+        if self.config.account.mailbox is not None:
+            self._root = self._find_root(self.config.account.mailbox)
+        self._place_drafts()
+        if not self.config.read_only:
+            self._nursery.start_soon(self.operations.recover)
+            self.uploader.resume()
         self._nursery.start_soon(self._bodies.sweep)
 
     def _find_root(self, path: str) -> Ino:
         ino = ROOT
         for name in path.strip("/").encode().split(b"/"):
-            node = self._cache.child(ino, name)
+            node = self.cache.child(ino, name)
             if node is None or not node.is_dir:
-                shown = [n.name.decode() for n in self._cache.children(ino, 0, 20) if n.is_dir]
+                shown = [(n.name or b"").decode() for n in self.cache.directories(ino)]
                 raise UsageError(
-                    f"{self._config.account.host} has no mailbox {path}; at that place there are: "
+                    f"{self.config.account.host} has no mailbox {path}; at that place there are: "
                     + (", ".join(shown) or "none")
                 )
             ino = node.ino
         return ino
 
-    def close(self) -> None:
-        """Release files and note what was used."""
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
+    def _place_drafts(self) -> None:
+        """Find the directories of the drafts of an earlier mount, whose inodes may be others now."""
+        for draft in self.spool:
+            ino = ROOT
+            for name in draft.path:
+                node = self.cache.child(ino, name)
+                if node is None or not node.is_dir:
+                    log.warning("%s has lost its mailbox: it is at the top of the mount now", draft.shown)
+                    ino = self._root
+                    break
+                ino = node.ino
+            if ino != draft.parent:
+                self.spool.rename(draft, ino, draft.name, self.cache.path(ino))
+
+    async def end(self) -> None:
+        """Send what can be sent, then release everything."""
+        if not self.config.read_only:
+            with trio.move_on_after(self.config.timeout):
+                await self.uploader.drain()
+        waiting = self.uploader.pending()
+        if waiting:
+            log.warning("%d files are not on the server yet: the next mount sends them", len(waiting))
+        self.files.close()
         self._bodies.flush_use()
 
     def _changed(self, changes: Changes) -> None:
         for gone in changes.gone:
-            file = self._open.get(gone.ino)
-            if file is not None:
-                # Whoever has it open goes on reading what is cached.
-                file.gone = gone
-                if file.fd < 0 and file.download is None:
-                    file.fd = self._bodies.pin(gone.ino) or -1
+            self.files.removed(gone)
         if changes.directory == self._root:
             changes = replace(changes, directory=ROOT)
         self._on_changes(changes)
 
     # -- names and attributes ------------------------------------------------------------------------------
 
-    def _node(self, ino: Ino) -> Node:
-        node = self._cache.node(self._root if ino == ROOT else ino)
+    def node(self, ino: Ino) -> Node:
+        """The directory or message that an inode is. Raises MessageGone."""
+        node = self.cache.node(self._root if ino == ROOT else ino)
         if node is None:
             raise MessageGone("it was removed on the server")
         return node
 
-    def _directory(self, ino: Ino) -> tuple[Node, Mailbox | None]:
-        node = self._node(ino)
+    def _directory(self, ino: Ino) -> Node:
+        node = self.node(ino)
         if not node.is_dir:
             raise NotADirectory("a message is no directory")
-        return node, self._cache.mailbox(node.ino)
+        return node
 
     def _attributes(self, node: Node) -> Attributes:
+        draft = self.spool.get(node.ino)
+        if draft is not None:
+            return _draft_attributes(draft)
         ino = ROOT if node.ino == self._root else node.ino
-        return Attributes(ino, node.is_dir, node.size, node.mtime)
+        return Attributes(ino, node.is_dir, node.size, node.mtime, node.ctime, node.mode)
 
     def getattr(self, ino: Ino) -> Attributes:
-        file = self._open.get(ino)
+        draft = self.spool.get(ino)
+        if draft is not None:
+            return _draft_attributes(draft)
+        file = self.files.get(ino)
         if file is not None and file.gone is not None:
-            return Attributes(ino, False, file.gone.size, file.gone.mtime)
-        return self._attributes(self._node(ino))
+            gone = file.gone
+            return Attributes(ino, False, gone.size, gone.mtime, gone.ctime, gone.mode)
+        return self._attributes(self.node(ino))
 
-    def users(self, ino: Ino) -> int:
-        """How many times a message is open."""
-        file = self._open.get(ino)
-        return file.users if file is not None else 0
+    def _child(self, directory: Ino, name: bytes) -> Draft | Node | None:
+        """What is in a directory by that name, as far as is known."""
+        return self.spool.child(directory, name) or self.cache.child(directory, name)
 
     async def lookup(self, parent: Ino, name: bytes) -> Attributes:
-        directory, mailbox = self._directory(parent)
-        node = self._cache.child(directory.ino, name)
-        if node is None and not _is_noise(name):
-            await self._freshen(directory.ino, mailbox, names_message=name.endswith(b".eml"))
-            node = self._cache.child(directory.ino, name)
-        if node is None:
+        directory = self._directory(parent).ino
+        found = self._child(directory, name)
+        if found is None and not _is_noise(name):
+            refresh, known = self._news_of(directory, names_message=name.lower().endswith(_SUFFIX))
+            with trio.move_on_after(_PATIENCE if known else math.inf):
+                while refresh is not None and not refresh.done and found is None:
+                    await refresh.progress()
+                    found = self._child(directory, name)
+            found = found or self._child(directory, name)
+            if found is None and not known and refresh is not None and refresh.error is not None:
+                raise refresh.error.with_traceback(None)
+        if found is None:
             raise NotFound("no such file")
-        return self._attributes(node)
+        return _draft_attributes(found) if isinstance(found, Draft) else self._attributes(found)
 
-    async def _freshen(self, ino: Ino, mailbox: Mailbox | None, *, names_message: bool) -> None:
-        """Learn whether a name that is not known has come into being."""
+    def _news_of(self, ino: Ino, *, names_message: bool) -> tuple[Refresh | None, bool]:
+        """Whatever can say if a name has come into being, and whether the directory is known otherwise."""
         if not names_message:
-            await self._await(self._sync.refresh_tree(MAX_AGE), known=True)
-        elif mailbox is not None and mailbox.selectable:
-            known = bool(mailbox.complete)
-            await self._await(self._sync.refresh_mailbox(ino, MAX_AGE), known=known)
+            return self.sync.refresh_tree(MAX_AGE), True
+        mailbox = self.cache.mailbox(ino)
+        if mailbox is None or not mailbox.selectable:
+            return None, True
+        return self.sync.refresh_mailbox(ino, MAX_AGE), bool(mailbox.complete)
 
-    async def _await(self, refresh: Refresh | None, *, known: bool) -> None:
-        """Wait for a synchronisation: briefly, and whatever comes of it, if there is something to serve."""
-        if refresh is None:
-            return
-        with trio.move_on_after(_PATIENCE if known else math.inf):
-            await refresh.finished()
-        if refresh.error is not None and not known:
-            raise refresh.error
+    async def wait_for_news(self, refresh: Refresh | None) -> None:
+        """Wait for a synchronisation, but not long, and whatever comes of it."""
+        if refresh is not None:
+            with trio.move_on_after(_PATIENCE):
+                await refresh.finished()
 
     # -- directories ---------------------------------------------------------------------------------------
 
     async def opendir(self, ino: Ino) -> None:
         """Bring the directory up to date, so that reading it shows what the server has now."""
-        node, mailbox = self._directory(ino)
-        tree = self._sync.refresh_tree(MAX_AGE)
+        node = self._directory(ino)
+        mailbox = self.cache.mailbox(node.ino)
+        tree = self.sync.refresh_tree(MAX_AGE)
         if mailbox is not None and mailbox.selectable:
-            messages = self._sync.refresh_mailbox(node.ino, MAX_AGE)
+            messages = self.sync.refresh_mailbox(node.ino, MAX_AGE)
             if mailbox.complete:
-                await self._await(messages, known=True)
-        await self._await(tree, known=True)
+                await self.wait_for_news(messages)
+        await self.wait_for_news(tree)
 
     async def readdir(self, ino: Ino, after: int) -> list[tuple[bytes, Attributes]]:
         """Entries with inode numbers above ``after``, by inode number; none means that there are no more.
 
         In a mailbox that is being listed for the first time the entries come as they arrive.
         """
-        node, _ = self._directory(ino)
+        directory = self._directory(ino).ino
         while True:
-            page = self._cache.children(node.ino, after, _PAGE)
+            page = self._page(directory, after)
             if page:
-                return [(child.name, self._attributes(child)) for child in page]
-            mailbox = self._cache.mailbox(node.ino)
+                return page
+            mailbox = self.cache.mailbox(directory)
             if mailbox is None or mailbox.complete or not mailbox.selectable:
                 return []
-            refresh = self._sync.refresh_mailbox(node.ino, MAX_AGE)
+            refresh = self.sync.refresh_mailbox(directory, MAX_AGE)
             if refresh is None:
                 return []
             await refresh.progress()
             if refresh.error is not None:
-                raise refresh.error
+                raise refresh.error.with_traceback(None)
 
-    # -- bodies --------------------------------------------------------------------------------------------
+    def _page(self, directory: Ino, after: int) -> list[tuple[bytes, Attributes]]:
+        nodes = self.cache.children(directory, after, _PAGE)
+        page = [(node.name or b"", self._attributes(node)) for node in nodes]
+        end = nodes[-1].ino if len(nodes) == _PAGE else math.inf
+        drafts = [d for d in self.spool.within(directory) if after < d.ino <= end]
+        if drafts:
+            # A new version of a message has its inode, and stands in the page with its own attributes.
+            there = {attributes.ino for _, attributes in page}
+            names = {draft.name for draft in drafts}
+            page = [(n, a) for n, a in page if n not in names or self.spool.get(a.ino) is not None]
+            page += [(d.name, _draft_attributes(d)) for d in drafts if d.ino not in there]
+            page.sort(key=lambda entry: entry[1].ino)
+        return page
 
-    async def open(self, ino: Ino, *, wanted: bool) -> bytes | None:
-        """Begin to use a message; its exact size is known when this returns.
+    # -- reading and writing -------------------------------------------------------------------------------
 
-        ``wanted``: the whole body is of use to the caller, and is returned if it is small.
+    async def open(self, ino: Ino, *, writing: bool, wanted: bool) -> bytes | None:
+        """Begin to use a file; its exact size is known when this returns.
+
+        ``wanted``: all the bytes are of use to the caller, and are returned if they are few.
         """
-        node = self._node(ino)
+        draft = self.spool.get(ino)
+        if draft is not None:
+            self.files.open_draft(draft, writing=writing)
+            return None
+        node = self.node(ino)
         if node.is_dir:
             raise IsADirectory("it is a directory")
-        file = self._open.setdefault(ino, _OpenFile())
-        file.users += 1
-        try:
-            if not node.exact or (wanted and node.size <= SMALL):
-                return await self._whole(node, file)
-        except BaseException:
-            self.release(ino)
-            raise
-        return None
+        return await self.files.open(node, writing=writing, wanted=wanted)
 
-    async def _whole(self, node: Node, file: _OpenFile) -> bytes | None:
-        if node.crc is not None and node.size <= SMALL:
-            data = self._bodies.load(node)
-            if data is not None:
-                return data
-        if file.download is None and file.fd < 0:
-            file.download = self._fetcher.start(node).acquire()
-        if file.download is None:
-            return None
-        spool = await file.download.wait_for(0)
-        if spool.small is None:
-            return None
-        data = bytes(spool.small)
-        kept = self._cache.node(node.ino)
-        if file.download is not None and kept is not None and kept.crc is not None:
-            # It is in its file: no need to hold it in memory too.
-            file.download.release()
-            file.download = None
-        return data
+    async def create(self, parent: Ino, name: bytes, mode: int) -> Attributes:
+        """A new, empty file, open for writing."""
+        directory = self._directory(parent).ino
+        if self._child(directory, name) is not None:
+            raise Exists("there is a file of that name")
+        if is_message_name(name):
+            self.operations.mailbox(directory)
+        draft = self.spool.create(self.cache.new_ino(), directory, name, self.cache.path(directory), mode)
+        draft.state = "open" if is_message_name(name) else "local"
+        previous = self._renamed.pop((directory, name), None)
+        if previous is not None and (old := self.cache.node(previous)) is not None:
+            self._replace(draft, old)
+        draft.save()
+        self._touched(directory)
+        self.files.open_draft(draft, writing=True)
+        return _draft_attributes(draft)
 
-    async def read(self, ino: Ino, offset: int, size: int) -> bytes:
-        """Bytes of an open message; fewer than ``size`` only at its end."""
-        file = self._open[ino]
-        if file.fd < 0 and file.download is None:
-            await self._locate(ino, file)
-        if file.fd >= 0:
-            return os.pread(file.fd, size, offset)
-        assert file.download is not None
-        spool = await file.download.wait_for(offset + size)
-        if spool.small is not None:
-            return bytes(spool.small[offset : offset + size])
-        return os.pread(spool.fd, size, offset)
+    def _draft_of(self, node: Node) -> Draft:
+        """Begin a new version of a message under the same name and inode."""
+        path = self.cache.path(node.parent)
+        draft = self.spool.create(node.ino, node.parent, node.name or b"", path, node.mode or 0o600)
+        if not is_message_name(draft.name):
+            # Whatever its name: the file is a message on the server, and stays one.
+            log.debug("%s is a message by another name", draft.shown)
+        self._replace(draft, node)
+        draft.save()
+        return draft
 
-    async def _locate(self, ino: Ino, file: _OpenFile) -> None:
-        node = self._node(ino)
-        if node.crc is not None:
-            if node.size > SMALL and ino in self._verified:
-                fd = self._bodies.pin(ino)
-            else:
-                fd = await self._bodies.open(node)
-            if fd is not None:
-                if node.size > SMALL:
-                    self._verified.add(ino)
-                if file.fd >= 0 or not file.users:
-                    os.close(fd)  # another reader was quicker, or the last one gave up
-                else:
-                    file.fd = fd
+    def _replace(self, draft: Draft, old: Node) -> None:
+        """Let a draft be a new version of a message: with its flags, unless it has some of its own."""
+        details = self.cache.details(old.ino)
+        mailbox = self.cache.mailbox(old.parent)
+        if details is None or mailbox is None or mailbox.server_name is None:
+            return
+        draft.base = Base(mailbox.server_name, mailbox.uidvalidity, details.uid, details.date, details.zone)
+        draft.flags = draft.flags or details.flags
+
+    async def _old_version(self, ino: Ino) -> bytes:
+        """The bytes on the server of a message of which there may be a draft."""
+        return await self.files.contents(self.node(ino))
+
+    def release(self, ino: Ino, *, writing: bool) -> None:
+        """End one use of a file; when the last writer is done, what was written is complete."""
+        last = self.files.release(ino, writing=writing)
+        draft = self.spool.get(ino)
+        if last and draft is not None:
+            self._complete(draft)
+
+    def release_truncated(self, ino: Ino) -> None:
+        """A file was truncated by name: if nobody has it open for writing, it is complete."""
+        draft = self.spool.get(ino)
+        file = self.files.get(ino)
+        if draft is not None and (file is None or not file.writers):
+            self._complete(draft)
+
+    def _complete(self, draft: Draft, *, now: bool = False) -> bool:
+        """Submit a draft if it is one that has something to send; true if it did."""
+        if draft.state in {"local", "unsent"} or (draft.state == "open" and not draft.dirty):
+            return False
+        if draft.dirty and draft.size == 0:
+            return False  # an empty file is never a message; more will come
+        draft.dirty = False
+        self.uploader.submit(draft, now=now)
+        return True
+
+    async def fsync(self, ino: Ino) -> None:
+        """Return when a file is safe: a message on the server, anything else on this disk."""
+        draft = self.spool.get(ino)
+        if draft is None:
+            return
+        await draft.secure()
+        if self._complete(draft, now=True):
+            await self.uploader.submit(draft, now=True).wait()
+
+    async def fsync_directory(self) -> None:
+        """Return when everything that can be sent is on the server."""
+        await self.uploader.drain()
+
+    def retry(self, ino: Ino) -> None:
+        """Send again what was refused."""
+        draft = self.spool.get(ino)
+        if draft is None or draft.state != "unsent":
+            raise Invalid("it is not unsent")
+        draft.dirty = False
+        self.uploader.submit(draft, now=True)
+
+    def _sent(self, draft: Draft, altered: bool) -> None:
+        """A draft has become a message."""
+        self.files.replaced(draft.ino)
+        if altered:
+            self._on_rewrite(draft.ino)
+        else:
+            self._on_resize(draft.ino)
+        self._touched(draft.parent)
+
+    def _touched(self, directory: Ino) -> None:
+        self.cache.touch_directory(directory)
+
+    def set_attributes(
+        self, ino: Ino, *, mode: int | None, mtime: int | None, owner: int | None, group: int | None
+    ) -> None:
+        """chmod, utimens, chown: kept here, as a server has no place for them. mtime in nanoseconds."""
+        if (owner is not None and owner != os.getuid()) or (
+            group is not None and group not in {os.getgid(), *os.getgroups()}
+        ):
+            raise NotPermitted("files belong to the user who mounted them")
+        draft = self.spool.get(ino)
+        if draft is None:
+            self.cache.set_local(self.node(ino).ino, mode=mode, mtime=mtime)
+            return
+        if mode is not None:
+            draft.mode = mode
+        if mtime is not None:
+            draft.mtime, draft.timed = mtime, True
+        draft.ctime = time.time_ns()
+        draft.save()
+
+    # -- names ---------------------------------------------------------------------------------------------
+
+    async def rename(
+        self, parent: Ino, name: bytes, new_parent: Ino, new_name: bytes, *, keep_existing: bool
+    ) -> None:
+        """What ``mv`` does.
+
+        A directory: RENAME. A message: within its mailbox a new name kept here, else MOVE. A draft: a new
+        place; a message's name makes it complete, and the server is waited for. Whatever had the new name is
+        replaced: a message goes the way of rm, after everything else has worked.
+        """
+        here, there = self._directory(parent).ino, self._directory(new_parent).ino
+        source, target = self._child(here, name), self._child(there, new_name)
+        if source is None:
+            raise NotFound("no such file")
+        if target is not None and keep_existing:
+            raise Exists("there is a file of that name")
+        if target is not None and target.ino == source.ino:
+            return
+        if isinstance(source, Node) and source.is_dir:
+            await self._rename_directory(source, target, there, new_name)
+            return
+        if isinstance(target, Node) and target.is_dir:
+            raise IsADirectory("there is a directory of that name")
+        if isinstance(source, Draft):
+            if self.cache.node(source.ino) is None or here == there:
+                await self._rename_draft(source, target, there, new_name)
                 return
-        if file.download is None:
-            file.download = self._fetcher.start(node).acquire()
-
-    def release(self, ino: Ino) -> None:
-        """End one use of a message."""
-        file = self._open[ino]
-        file.users -= 1
-        if not file.users:
-            del self._open[ino]
-            file.close()
-
-    # -- extended attributes -------------------------------------------------------------------------------
-
-    async def getxattr(self, ino: Ino, name: bytes) -> bytes:
-        """The value of an attribute. Raises NoAttribute, or NotSupported outside ``user.``"""
-        if not name.startswith(b"user."):
-            raise NotSupported("only user attributes")
-        if ino == ROOT and name == b"user.imapfs.status":
-            return json.dumps(self.status()).encode()
-        node = self._node(ino)
-        details = self._cache.details(node.ino)
-        if details is not None:
-            found = _message_xattrs(details, self._cache.mailbox(details.parent))
+            # A message with changes on their way cannot move before they have arrived.
+            await self._settle(source)
+            source = self.node(source.ino)
+        if isinstance(target, Draft):
+            target = await self._withdraw(target)
+        if here != there:
+            await self.operations.move(source.ino, there, new_name)
         else:
-            found = await self._mailbox_xattrs(node.ino, ask=name in _MAILBOX_NUMBERS)
+            if target is not None:
+                self.cache.hide(target.ino)
+            self.cache.rename(source.ino, new_name)
+            if is_message_name(name) and not is_message_name(new_name):
+                self._renamed[here, name] = source.ino
+        self._renamed.pop((there, new_name), None)
+        if target is not None:
+            await self._remove_replaced(target)
+
+    async def _rename_draft(
+        self, draft: Draft, target: Draft | Node | None, there: Ino, new_name: bytes
+    ) -> None:
+        """Give a draft another place; see `rename`."""
+        message = is_message_name(new_name)
+        if message:
+            self.operations.mailbox(there)
+        if not await self.uploader.withdraw(draft):
+            raise Refused("it is being sent: try again", "UNAVAILABLE")
+        if isinstance(target, Draft):
+            # A new version of a message is replaced by another new version of it.
+            inherited, target = target.base, await self._withdraw(target)
+            if inherited is not None and target is None:
+                draft.base = inherited
+        before = draft.parent, draft.name, draft.path, draft.state, draft.base
+        if target is not None and message:
+            self._replace(draft, target)
+            self.cache.hide(target.ino)
+        elif message and draft.base is None and (old := self._renamed.pop((there, new_name), None)):
+            node = self.cache.node(old)
+            if node is not None:
+                self._replace(draft, node)
+        self.spool.rename(draft, there, new_name, self.cache.path(there))
+        self._touched(before[0])
+        self._touched(there)
+        if self.cache.node(draft.ino) is not None:
+            self.cache.rename(draft.ino, new_name)
+        elif not message:
+            draft.state = "local"
+            draft.save()
+            if target is not None:
+                await self.operations.remove(target.ino)
+            return
+        elif draft.state == "local":
+            draft.state, draft.dirty = "open", True
+        if not self._complete(draft, now=True):
+            draft.save()
+            return
         try:
-            return found[name]
-        except KeyError:
-            raise NoAttribute("no such attribute") from None
+            await self._wait_for_server(draft)
+        except ImapfsError:
+            # It goes back to where it was, as rename either happens or does not.
+            draft.state, draft.base = before[3], before[4]
+            self.spool.rename(draft, *before[:3])
+            if target is not None:
+                self.cache.rename(target.ino, new_name)
+            raise
 
-    def listxattr(self, ino: Ino) -> list[bytes]:
-        """Names of the attributes, without asking the server."""
-        node = self._node(ino)
-        names = [b"user.imapfs.status"] if ino == ROOT else []
-        details = self._cache.details(node.ino)
-        if details is not None:
-            return [*names, *_message_xattrs(details, self._cache.mailbox(details.parent))]
-        mailbox = self._cache.mailbox(node.ino)
-        if mailbox is not None and mailbox.server_name is not None:
-            names += _mailbox_xattrs(mailbox)
-            if mailbox.selectable:
-                names += _MAILBOX_NUMBERS
-        return names
+    async def _wait_for_server(self, draft: Draft) -> None:
+        """Wait until a draft is sent or refused; a server that is away or slow is not waited for."""
+        with trio.move_on_after(self.config.timeout * 0.8):
+            try:
+                await self.uploader.submit(draft, now=True).wait()
+            except ConnectionLost as error:
+                log.info("%s is sent later: %s", draft.shown, error)
 
-    async def _mailbox_xattrs(self, ino: Ino, *, ask: bool) -> dict[bytes, bytes]:
-        """Attributes of a directory; with ``ask`` those too that may take a question to the server."""
-        mailbox = self._cache.mailbox(ino)
-        if mailbox is None or mailbox.server_name is None:
-            return {}
-        name = mailbox.server_name
-        if not ask or not mailbox.selectable:
-            return _mailbox_xattrs(mailbox)
-        if mailbox.complete:
-            await self._await(self._sync.refresh_mailbox(ino, MAX_AGE), known=True)
-            mailbox = self._cache.mailbox(ino) or mailbox
-            messages, unseen = self._cache.counts(ino)
-            numbers = {
-                "UIDVALIDITY": int(mailbox.uidvalidity),
-                "UIDNEXT": mailbox.uidnext,
-                "MESSAGES": messages,
-                "UNSEEN": unseen,
-            }
+    async def _settle(self, draft: Draft) -> None:
+        """Have a new version of a message on the server."""
+        if self._complete(draft, now=True):
+            await self.uploader.submit(draft, now=True).wait()
+        elif draft.state == "open":
+            self.spool.forget(draft)
+
+    async def _withdraw(self, draft: Draft) -> Node | None:
+        """Discard a draft that is deleted or replaced; the message that it was a version of, if any."""
+        await self.uploader.withdraw(draft)
+        if self.spool.get(draft.ino) is draft:
+            self.spool.forget(draft)
+        node = self.cache.node(draft.ino)
+        if node is None and draft.base is not None:
+            node = self.operations.find(draft.base)
+        return node
+
+    async def _remove_replaced(self, target: Node) -> None:
+        try:
+            await self.operations.remove(target.ino)
+        except MessageGone:
+            pass
+        except ImapfsError as error:
+            # What was to take its place is there already: it comes back under a name of its own.
+            self.cache.show(target.ino)
+            report(error, "a message that was replaced is still there")
+
+    async def unlink(self, parent: Ino, name: bytes) -> None:
+        """What ``rm`` does: a message goes to Trash or for good, a draft with all that it replaced."""
+        directory = self._directory(parent).ino
+        found = self._child(directory, name)
+        if found is None:
+            raise NotFound("no such file")
+        if isinstance(found, Draft):
+            node = await self._withdraw(found)
+            self._touched(directory)
+            if node is None or (node.name is not None and node.name != name):
+                return
         else:
-            # Not listed yet: no need to list it only to count.
-            numbers = await self._pool.run(partial(Session.status, mailbox=name))
-        return {f"user.imap.{key.lower()}".encode(): b"%d" % number for key, number in numbers.items()}
+            node = found
+        if node.is_dir:
+            raise IsADirectory("it is a directory")
+        await self.operations.remove(node.ino)
+
+    # -- mailboxes -----------------------------------------------------------------------------------------
+
+    async def mkdir(self, parent: Ino, name: bytes) -> Attributes:
+        """CREATE a mailbox."""
+        directory = self._directory(parent).ino
+        if self._child(directory, name) is not None:
+            raise Exists("there is a file of that name")
+        await self.operations.create_mailbox(self._server_name(directory, name))
+        made = self.cache.child(directory, name)
+        if made is None:
+            raise Refused("the server took the name of the mailbox for another one")
+        return self._attributes(made)
+
+    def _server_name(self, parent: Ino, name: bytes) -> bytes:
+        """What a mailbox in ``parent`` is called on the server. Raises NotPermitted, Invalid."""
+        if name.startswith(b"."):
+            # Among them .Trash-1000: file managers then offer to delete for good, which is an unlink.
+            raise NotPermitted("a mailbox cannot begin with a dot")
+        component = server_component(name)
+        delimiter = self.sync.delimiter
+        if component is None or (delimiter and delimiter in component):
+            raise Invalid("the server cannot have a mailbox of that name")
+        if parent == ROOT:
+            return self.sync.prefix + component
+        mailbox = self.cache.mailbox(parent)
+        if mailbox is None or mailbox.server_name is None or not mailbox.delimiter:
+            raise NotPermitted("there can be no mailbox in this directory")
+        if mailbox.server_name + mailbox.delimiter == self.sync.prefix:
+            raise NotPermitted("what is in this mailbox is shown beside it: make it there")
+        return mailbox.server_name + mailbox.delimiter + component
+
+    async def rmdir(self, parent: Ino, name: bytes) -> None:
+        """DELETE a mailbox, if there is nothing in it on the server or here."""
+        node = self._child(self._directory(parent).ino, name)
+        if node is None:
+            raise NotFound("no such directory")
+        if isinstance(node, Draft) or not node.is_dir:
+            raise NotADirectory("it is a file")
+        mailbox = self.cache.mailbox(node.ino)
+        if mailbox is None or mailbox.server_name is None or mailbox.server_name.upper() == b"INBOX":
+            raise NotPermitted("it cannot be deleted")
+        refresh = self.sync.refresh_tree(0)
+        if refresh is not None:
+            await refresh.finished()
+        if self.cache.directories(node.ino) or self.spool.within(node.ino):
+            raise NotEmpty("the directory is not empty")
+        if not await self.operations.delete_mailbox(node.ino):
+            raise NotEmpty("the mailbox is not empty")
+
+    async def _rename_directory(
+        self, source: Node, target: Draft | Node | None, parent: Ino, name: bytes
+    ) -> None:
+        mailbox = self.cache.mailbox(source.ino)
+        if target is not None:
+            raise NotEmpty("there is a file or mailbox of that name")
+        if mailbox is None or mailbox.server_name is None or mailbox.server_name.upper() == b"INBOX":
+            # RENAME INBOX moves its messages and leaves it there (RFC 9051 section 6.3.6), and some servers
+            # lose them.
+            raise NotPermitted("this mailbox cannot be renamed")
+        new = self._server_name(parent, name)
+        await self.operations.rename_mailbox(source.ino, mailbox.server_name, new, parent, name)
+        for draft in self.spool:
+            path = self.cache.path(draft.parent)
+            if path != draft.path:
+                self.spool.rename(draft, draft.parent, draft.name, path)
 
     # -- the whole -----------------------------------------------------------------------------------------
 
@@ -420,40 +670,26 @@ class Filesystem:
         """The account's STORAGE quota; where it has none, the disk that holds the cache."""
         if time.monotonic() - self._quota_at > _QUOTA_AGE:
             self._quota_at = time.monotonic()
-            try:
-                with trio.move_on_after(_PATIENCE):
-                    self._quota = await self._ask_quota()
-            except ImapfsError as error:
-                log.debug("quota not known: %s", error)
+            asked = trio.Event()
+            self._nursery.start_soon(self._ask_quota, asked)
+            with trio.move_on_after(_PATIENCE):
+                await asked.wait()
         if self._quota is not None:
             return Space(self._quota.limit, max(0, self._quota.limit - self._quota.used))
-        disk = os.statvfs(self._cache.directory)
+        disk = os.statvfs(self.cache.directory)
         return Space(disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize)
 
-    async def _ask_quota(self) -> Quota | None:
-        return await self._pool.run(partial(Session.quota, mailbox=b"INBOX"))
+    async def _ask_quota(self, asked: trio.Event) -> None:
+        try:
+            self._quota = await self.pool.run(partial(Session.quota, mailbox=b"INBOX"))
+        except Exception as error:
+            report(error, "the quota is not known")
+        finally:
+            asked.set()
 
-    def status(self) -> dict[str, object]:
-        """What ``imapfs status`` shows."""
-        messages, bodies, size = self._cache.totals()
-        return {
-            "version": __version__,
-            "pid": os.getpid(),
-            "source": self._config.account.url,
-            "mountpoint": str(self._config.mountpoint),
-            "state": "offline" if self._pool.reason else "online",
-            "reason": self._pool.reason,
-            "since": self._pool.since.isoformat(timespec="seconds"),
-            "read_only": self._config.read_only,
-            "connections": {"open": self._pool.open, "limit": self._pool.limit},
-            "cache": {
-                "path": str(self._cache.directory),
-                "bytes": size,
-                "limit": self._config.cache_size,
-                "messages": messages,
-                "bodies": bodies,
-            },
-        }
+
+def _draft_attributes(draft: Draft) -> Attributes:
+    return Attributes(draft.ino, False, draft.size, draft.mtime, draft.ctime, draft.mode)
 
 
 def _is_noise(name: bytes) -> bool:
@@ -466,35 +702,3 @@ def _is_noise(name: bytes) -> bool:
         b"autorun.inf",
         b"desktop.ini",
     }
-
-
-def _mailbox_xattrs(mailbox: Mailbox) -> dict[bytes, bytes]:
-    found = {b"user.imap.mailbox": display_name(mailbox.server_name or b"").encode()}
-    if mailbox.special_use:
-        found[b"user.imap.special_use"] = mailbox.special_use.encode()
-    return found
-
-
-def _message_xattrs(details: Details, mailbox: Mailbox | None) -> dict[bytes, bytes]:
-    flags = details.flags.split()
-    lower = {flag.lower() for flag in flags}
-    found = {"user.imap.flags": details.flags}
-    for flag in _SYSTEM_FLAGS:
-        found[f"user.imap.{flag}"] = "1" if f"\\{flag}" in lower else "0"
-    found |= {
-        "user.imap.uid": str(details.uid),
-        "user.imap.uidvalidity": str(mailbox.uidvalidity if mailbox else 0),
-        "user.imap.internaldate": format_iso(details.mtime, details.zone),
-        "user.mime_type": "message/rfc822",
-        "user.xdg.tags": ",".join(flag for flag in flags if not flag.startswith("\\")),
-    }
-    if details.modseq:
-        found["user.imap.modseq"] = str(details.modseq)
-    for key, value in (
-        ("subject", details.subject),
-        ("from", details.from_),
-        ("message-id", details.message_id),
-    ):
-        if value:
-            found[f"user.xdg.origin.email.{key}"] = value
-    return {key.encode(): value.encode("utf-8", "replace") for key, value in found.items()}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from imapfs.mounts import mount_at
 from tests.mail import sample_account
-from tests.servers.dovecot import DEADLINE, Dovecot
+from tests.servers.account import DEADLINE
+from tests.servers.dovecot import Dovecot
 from tests.servers.tls import CertificateAuthority
 
 IMAPFS = Path(sys.executable).with_name("imapfs")

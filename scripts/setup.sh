@@ -1,9 +1,10 @@
 # shellcheck shell=bash disable=SC2034 # the lists of packages are for those who source this
-# What scripts/test, scripts/check and scripts/demo have in common: sourced from the top of the project.
+# What the commands in scripts have in common: sourced from the top of the project.
 
 BUILD_PACKAGES=(python3-venv python3-dev gcc pkg-config libfuse3-dev)
 SERVER_PACKAGES=(fuse3 dovecot-imapd)
 TOOL_PACKAGES=(rsync attr)
+PEER_PACKAGES=(isync)
 
 # The programs of a server are not in the PATH of an ordinary user.
 PATH=$PATH:/usr/sbin:/sbin
@@ -27,6 +28,7 @@ have_package() {
         fuse3) command -v fusermount3 >/dev/null ;;
         dovecot-imapd) command -v dovecot >/dev/null && { [[ -x /usr/lib/dovecot/imap || -x /usr/libexec/dovecot/imap ]]; } ;;
         attr) command -v getfattr >/dev/null ;;
+        isync) command -v mbsync >/dev/null ;;
     esac
 }
 
@@ -115,4 +117,77 @@ set_up_venv() {
             "it needs the network (or a configured mirror); run this again when that is there"
     fi
     echo "$wanted" >.venv/stamp
+}
+
+# Courier-IMAP and Dovecot conflict as packages, so the second server is only unpacked, into .servers/courier: its
+# imapd, and the libraries that this machine lacks. tests/servers/courier.py starts it.
+set_up_second_server() {
+    local wanted directory=.servers/courier
+    wanted="$(. /etc/os-release && echo "$ID ${VERSION_ID-}") $(uname -m) $(declare -f unpack_courier | sha256sum)"
+    [[ -f $directory/stamp && $(<"$directory/stamp") == "$wanted" ]] && return
+    command -v apt-get >/dev/null ||
+        fail "the second server of the tests, Courier-IMAP, is taken from packages of Debian or Ubuntu," \
+            "and there is no apt-get here: run the tests on one of these, or in a container of one"
+    echo "setup: unpacking Courier-IMAP into $directory" >&2
+    # The first attempt fails where apt-get has no list of packages yet, or one so old that they are gone.
+    if ! unpack_courier "$directory" 2>/dev/null; then
+        [[ $EUID -eq 0 ]] || command -v sudo >/dev/null ||
+            fail "apt-get cannot download courier-imap, and only root can renew its list of packages" \
+                "as root, run: apt-get update; then run this again"
+        as_root apt-get -q -q -o DPkg::Lock::Timeout=300 update >&2 || true
+        unpack_courier "$directory" ||
+            fail "Courier-IMAP could not be unpacked; the message is above" \
+                "it needs the network (or a mirror known to apt-get), and on Ubuntu the component universe"
+    fi
+    echo "$wanted" >"$directory/stamp"
+}
+
+# Names of libraries differ from one release to the next, so they are read from the packages that need them.
+unpack_courier() (
+    rm -rf "$1"
+    mkdir -p "$1/packages" && cd "$1/packages" || return 1
+    declare -A seen=()
+    queue=(courier-imap)
+    while [[ ${#queue[@]} -gt 0 ]]; do
+        package=${queue[0]}
+        queue=("${queue[@]:1}")
+        [[ ! ${seen[$package]-} ]] || continue
+        seen[$package]=yes
+        download "$package" && dpkg-deb -x "$package"_*.deb .. || return 1
+        while read -ra alternatives; do
+            case ${alternatives[0]-} in
+                lib* | gamin | courier-authlib)
+                    dependency=$(first_available "${alternatives[@]}") && queue+=("$dependency")
+                    ;;
+            esac
+        done < <(dpkg-deb -f "$package"_*.deb Depends | tr ',' '\n' | sed -E 's/\([^)]*\)|:any|\|/ /g')
+    done
+    cd .. && rm -r packages
+    unresolved=$(LD_LIBRARY_PATH=$(courier_libraries) ldd usr/bin/imapd | grep 'not found') || return 0
+    echo "imapd of courier-imap lacks libraries: $unresolved" >&2
+    return 1
+)
+
+courier_libraries() {
+    find . -name 'lib*.so*' -printf '%h\n' | sort -u | paste -sd:
+}
+
+# Without -o, apt warns that its own user may not write here.
+download() {
+    apt-get -q -q -o "APT::Sandbox::User=$(id -un)" download "$1"
+}
+
+# Prints the first of these packages that there is; fails if one is installed, so that none is needed.
+first_available() {
+    local package
+    for package in "$@"; do
+        [[ $(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null) != installed ]] || return 1
+    done
+    for package in "$@"; do
+        # The last is not looked up: if it is missing too, its download says so.
+        if [[ $package == "${!#}" ]] || apt-cache show "$package" >/dev/null 2>&1; then
+            echo "$package"
+            return
+        fi
+    done
 }

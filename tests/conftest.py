@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.mounting import Mounter, mounter
 from tests.servers.dovecot import Account, Dovecot
 from tests.servers.tls import CertificateAuthority
 
@@ -49,6 +51,13 @@ def dovecot(ca: CertificateAuthority) -> Iterator[Dovecot]:
 def user(dovecot: Dovecot) -> Account:
     """Return an empty account that no other test uses."""
     return dovecot.account(f"user{next(_user_numbers)}")
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Mounter]:
+    """Return a function that mounts an account, any number of times, until the test ends."""
+    with mounter(tmp_path) as made:
+        yield made
 
 
 @pytest.fixture

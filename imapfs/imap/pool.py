@@ -65,18 +65,21 @@ class SessionPool:
     def limit(self) -> int:
         return self._limit
 
-    async def run(self, work: Callable[[Session], T], mailbox: bytes | None = None) -> T:
+    async def run(
+        self, work: Callable[[Session], T], mailbox: bytes | None = None, *, repeat: bool = True
+    ) -> T:
         """Run ``work`` in a thread with a session, if possible one that has ``mailbox`` selected.
 
-        ``work`` must be safe to repeat: it is tried once more with a new connection if a kept one turns out
-        to be dead. Raises what ``work`` raises, and ConnectionLost, AuthenticationFailed or TlsError.
+        With ``repeat``, ``work`` is tried once more with a new connection if a kept one turns out to be
+        dead; without, that is for the caller, as its command may have been carried out. Raises what ``work``
+        raises, and ConnectionLost, AuthenticationFailed or TlsError.
         """
         while True:
             session, kept = await self._take(mailbox)
             try:
                 return await trio.to_thread.run_sync(work, session, limiter=self._threads)
             except ConnectionLost as error:
-                if not kept or self._closed:
+                if not (kept and repeat) or self._closed:
                     raise
                 log.info("connection lost, trying again with a new one: %s", error)
                 # The others were made in the same past and have most likely died of the same cause.

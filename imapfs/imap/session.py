@@ -1,14 +1,17 @@
 """Typed IMAP commands over one connection. Blocking: runs in a thread, one thread at a time.
 
-Decisions that protect mail are made here and nowhere else: mailboxes are opened with EXAMINE, bodies are
-asked for with BODY.PEEK, so that reading can set no flag (RFC 9051 sections 6.3.3 and 6.4.5); data is taken
-by UID only, and FETCH data that names no UID is dropped.
+Decisions that protect mail are made here and nowhere else. For reading, mailboxes are opened with EXAMINE and
+bodies are asked for with BODY.PEEK, so that no flag can be set (RFC 9051 sections 6.3.3 and 6.4.5). Data is
+taken by UID only, and FETCH data that names no UID is dropped. Messages are expunged with UID EXPUNGE (RFC
+4315) and never with EXPUNGE or CLOSE, which would take along what other clients have marked as deleted.
 """
 
 import contextlib
+import io
 import logging
+import re
 import ssl
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -17,6 +20,8 @@ from imapfs.errors import ConnectionLost, MailboxGone, ProtocolError, Refused
 from imapfs.imap.grammar import (
     FetchData,
     ListEntry,
+    flag_list,
+    format_date,
     parse_fetch,
     parse_list,
     parse_sequence_set,
@@ -24,7 +29,7 @@ from imapfs.imap.grammar import (
     sequence_sets,
     values,
 )
-from imapfs.imap.wire import Command, Completion, Response, Sink, Wire, astring
+from imapfs.imap.wire import Buffer, Command, Completion, Literal, Response, Sink, Wire, astring
 from imapfs.model import Account, ModSeq, Secret, UidValidity
 
 log = logging.getLogger(__name__)
@@ -32,6 +37,9 @@ log = logging.getLogger(__name__)
 _METADATA: Final = (
     b"UID FLAGS INTERNALDATE RFC822.SIZE%s BODY.PEEK[HEADER.FIELDS (FROM SUBJECT DATE MESSAGE-ID)]"
 )
+
+
+_EXISTS: Final = re.compile(rb"\* (\d{1,10}) EXISTS\r?\n", re.I)
 
 
 @dataclass(slots=True)
@@ -42,19 +50,31 @@ class MailboxState:
     uidnext: int = 0
     exists: int = 0
     highestmodseq: ModSeq = field(default=ModSeq(0))
+    permanent_flags: frozenset[str] | None = None
+    """Lower case; what the server keeps. None where it does not say, which means everything."""
+    read_only: bool = False
     vanished: list[tuple[int, int]] = field(default_factory=list)
     """UID ranges that QRESYNC reports as expunged (RFC 7162 section 3.2.10)."""
+
+    def take_any(self, response: Response) -> None:
+        """`take` for a response of any kind."""
+        if b" FETCH " not in response[0][:24]:
+            self.take(response)
 
     def take(self, response: Response) -> None:
         """Note what one untagged response says about the mailbox."""
         text = response[0]
-        if text.endswith(b" EXISTS\r\n"):
-            self.exists = int(text.split()[1])
+        if m := _EXISTS.match(text):
+            self.exists = int(m[1])
         elif text[:19].upper() == b"* VANISHED (EARLIER":
             self.vanished += parse_sequence_set(text.split()[-1])
         elif text[:6].upper() == b"* OK [":
             completion = Completion.parse(text[2:])
-            if completion is None or not completion.argument.isdigit():
+            if completion is None:
+                return
+            if completion.code == "PERMANENTFLAGS":
+                self.permanent_flags = frozenset(flag_list(completion.argument.strip(b"()")).lower().split())
+            if not completion.argument.isdigit():
                 return
             number = int(completion.argument)
             match completion.code:
@@ -79,14 +99,29 @@ BodySink = Callable[[int | None, int], Sink]
 """Given the UID, where the server has named it already, and the exact size in bytes: where the body goes."""
 
 
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A message for APPEND (RFC 9051 section 6.3.12)."""
+
+    data: Buffer
+    """With CRLF line ends."""
+    flags: str
+    """Space-separated."""
+    date: int
+    """INTERNALDATE, seconds since the epoch."""
+    zone: int
+    """Minutes east of UTC."""
+
+
 class Session:
-    """A connection with at most one mailbox selected, always read-only."""
+    """A connection with at most one mailbox selected."""
 
     def __init__(self, wire: Wire, capabilities: frozenset[str]) -> None:
         self._wire = wire
         self.capabilities = capabilities
         self.selected: bytes | None = None
         self.state = MailboxState()
+        self._writable = False
 
     @classmethod
     def connect(
@@ -222,7 +257,7 @@ class Session:
             # In an empty mailbox some servers refuse every FETCH.
             for command, completion in zip(commands[1:], others, strict=True):
                 self._wire.check(command, completion)
-        self.selected, self.state = mailbox, state
+        self.selected, self.state, self._writable = mailbox, state, False
         return state
 
     # -- metadata ------------------------------------------------------------------------------------------
@@ -330,6 +365,18 @@ class Session:
                 b"UID FETCH %s (UID BODY.PEEK[])" % uid_set, on_response=take, sink_for=sink_for
             )
 
+    def fetch_body(self, mailbox: bytes, uidvalidity: int, uid: int) -> bytes | None:
+        """One body in memory; None if the message is gone."""
+        spool = io.BytesIO()
+        body: bytes | None = None
+
+        def take(_: int, data: bytes | None) -> None:
+            nonlocal body
+            body = None if data is None else spool.getvalue() or data
+
+        self.fetch_bodies(mailbox, UidValidity(uidvalidity), [uid], lambda *_: spool, take)
+        return body
+
     def quota(self, mailbox: bytes) -> Quota | None:
         """STORAGE quota of the root that ``mailbox`` counts against; None where there is none."""
         found: Quota | None = None
@@ -349,6 +396,191 @@ class Session:
             with contextlib.suppress(Refused):
                 self._wire.execute(b"GETQUOTAROOT ", astring(mailbox), on_response=take)
         return found
+
+    # -- changes -------------------------------------------------------------------------------------------
+
+    def select(self, mailbox: bytes, uidvalidity: UidValidity, *, afresh: bool = False) -> MailboxState:
+        """Have ``mailbox`` selected for changes; with ``afresh`` also learn what it holds now.
+
+        Raises MailboxGone also where its UIDVALIDITY is another, Refused where it is read-only.
+        """
+        if afresh or self.selected != mailbox or not self._writable:
+            state = MailboxState()
+            self.selected = None
+            try:
+                completion = self._wire.execute(b"SELECT ", astring(mailbox), on_response=state.take_any)
+            except Refused as error:
+                raise _mailbox_error(error) from None
+            state.read_only = completion.code == "READ-ONLY"
+            self.selected, self.state, self._writable = mailbox, state, True
+        if self.state.uidvalidity != uidvalidity:
+            raise MailboxGone("the mailbox was made anew on the server: list it again")
+        if self.state.read_only:
+            raise Refused("the server lets this account only read this mailbox", "NOPERM")
+        return self.state
+
+    def store(self, uid: int, sign: str, flags: Iterable[str], unchanged_since: int) -> FetchData | None:
+        """Add ("+") or remove ("-") flags of a message in the selected mailbox: its flags as they are then.
+
+        With ``unchanged_since`` (not 0; needs CONDSTORE) nothing happens, and None is returned, if the
+        message was changed after that MODSEQ (RFC 7162 section 3.1.3). Also None if it is gone.
+        """
+        found: FetchData | None = None
+
+        def take(response: Response) -> None:
+            nonlocal found
+            data = parse_fetch(response)
+            if data is not None and data.uid == uid and data.flags is not None:
+                found = data
+
+        modifier = b" (UNCHANGEDSINCE %d)" % unchanged_since if unchanged_since else b""
+        names = " ".join(flags).encode()
+        completions = self._wire.execute_all(
+            [
+                (b"UID STORE %d%s %sFLAGS (%s)" % (uid, modifier, sign.encode(), names),),
+                # Servers differ in what they say unasked.
+                (b"UID FETCH %d (UID FLAGS%s)" % (uid, b" MODSEQ" if self.has("CONDSTORE") else b""),),
+            ],
+            on_response=take,
+        )
+        if completions[0].code == "MODIFIED":
+            return None
+        self._wire.check((b"UID STORE",), completions[0])
+        return found
+
+    def move(self, uid: int, target: bytes) -> int | None:
+        """UID MOVE (RFC 6851) out of the selected mailbox: the new UID, or None where none is named."""
+        return self._transfer(b"UID MOVE", uid, target)
+
+    def copy(self, uid: int, target: bytes) -> int | None:
+        """UID COPY out of the selected mailbox: the new UID, or None where none is named."""
+        return self._transfer(b"UID COPY", uid, target)
+
+    def _transfer(self, verb: bytes, uid: int, target: bytes) -> int | None:
+        named: Completion | None = None
+
+        def take(response: Response) -> None:
+            nonlocal named
+            if response[0][:5].upper() == b"* OK ":
+                completion = Completion.parse(response[0][2:])
+                if completion is not None and completion.code == "COPYUID":
+                    named = completion
+
+        tagged = self._wire.execute(b"%s %d " % (verb, uid), astring(target), on_response=take)
+        if tagged.code == "COPYUID":
+            named = tagged
+        return _copied_uid(named, uid) if named is not None else None
+
+    def expunge(self, uid: int) -> bool:
+        """Delete one message of the selected mailbox; false if it stays, marked as deleted.
+
+        Without UIDPLUS there is no way to expunge it alone, so that this is left to the server or to a
+        client that means all of them.
+        """
+        self._wire.execute(b"UID STORE %d +FLAGS.SILENT (\\Deleted)" % uid)
+        if not self.has("UIDPLUS"):
+            return False
+        self._wire.execute(b"UID EXPUNGE %d" % uid)
+        return True
+
+    def append(
+        self, mailbox: bytes, uploads: Sequence[Upload], uidnext: int, on_message: OnMessage
+    ) -> tuple[list[int | Refused | None], MailboxState]:
+        """APPEND messages, then look at what the mailbox holds from ``uidnext`` on: all in one flight.
+
+        For each upload the UID where the server names it (APPENDUID), None where it does not, or the
+        refusal. ``on_message`` gets metadata of every message from ``uidnext`` on.
+        """
+        state = MailboxState()
+
+        def take(response: Response) -> None:
+            data = parse_fetch(response)
+            if data is None:
+                state.take_any(response)
+            elif data.uid is not None and data.uid >= uidnext and data.date is not None:
+                on_message(data)
+
+        commands: list[Command] = [
+            (
+                b"APPEND ",
+                astring(mailbox),
+                b' (%s) "%s" ' % (u.flags.encode(), format_date(u.date, u.zone)),
+                Literal(u.data),
+            )
+            for u in uploads
+        ]
+        looking: list[Command] = [
+            (b"EXAMINE ", astring(mailbox)),
+            (b"UID FETCH %d:* %s" % (max(uidnext, 1), self._metadata()),),
+        ]
+        self.selected = None
+        completions = self._wire.execute_all([*commands, *looking], on_response=take)
+        if completions[len(commands)].status == "OK":
+            self.selected, self.state, self._writable = mailbox, state, False
+        outcomes: list[int | Refused | None] = []
+        for command, completion in zip(commands, completions, strict=False):
+            try:
+                self._wire.check(command, completion)
+            except Refused as error:
+                outcomes.append(error)
+                continue
+            uid: int | None = None
+            if completion.code == "APPENDUID":
+                validity, _, number = completion.argument.partition(b" ")
+                # Some gateways send UIDVALIDITY 0 or the wrong one: such a UID says nothing.
+                if number.isdigit() and validity == b"%d" % state.uidvalidity:
+                    uid = int(number)
+            outcomes.append(uid)
+        return outcomes, state
+
+    def _unselect(self) -> None:
+        """Have no mailbox selected: a server closes the connection when the selected one is deleted."""
+        if self.selected is not None:
+            self.selected = None
+            # What is no mailbox cannot be selected, and then none is (RFC 9051 section 6.3.2).
+            with contextlib.suppress(Refused):
+                self._wire.execute(b"UNSELECT" if self.has("UNSELECT") else b'EXAMINE ""')
+
+    def create_mailbox(self, mailbox: bytes) -> None:
+        """CREATE, and SUBSCRIBE so that other programs show it too."""
+        self._wire.execute(b"CREATE ", astring(mailbox))
+        with contextlib.suppress(Refused):
+            self._wire.execute(b"SUBSCRIBE ", astring(mailbox))
+
+    def delete_mailbox(self, mailbox: bytes) -> bool:
+        """DELETE a mailbox that is empty at this moment; false, and nothing happens, if it is not.
+
+        DELETE takes the messages along (RFC 9051 section 6.3.5), so the look is as late as can be.
+        """
+        if self.status(mailbox).get("MESSAGES", 1):
+            return False
+        self._unselect()
+        self._wire.execute(b"DELETE ", astring(mailbox))
+        with contextlib.suppress(Refused):
+            self._wire.execute(b"UNSUBSCRIBE ", astring(mailbox))
+        return True
+
+    def rename_mailbox(self, mailbox: bytes, target: bytes) -> None:
+        """RENAME a mailbox with all below it."""
+        self._unselect()
+        self._wire.execute(b"RENAME ", astring(mailbox), b" ", astring(target))
+        for verb, name in ((b"SUBSCRIBE ", target), (b"UNSUBSCRIBE ", mailbox)):
+            with contextlib.suppress(Refused):
+                self._wire.execute(verb, astring(name))
+
+
+def _copied_uid(completion: Completion, uid: int) -> int | None:
+    """The UID that the copy of ``uid`` has, by COPYUID (RFC 4315 section 3)."""
+    with contextlib.suppress(ProtocolError, ValueError):
+        _, old, new = completion.argument.split(b" ")
+        pairs = zip(_each(parse_sequence_set(old)), _each(parse_sequence_set(new)), strict=False)
+        return dict(pairs).get(uid)
+    return None
+
+
+def _each(ranges: list[tuple[int, int]]) -> Iterator[int]:
+    for low, high in ranges:
+        yield from range(low, high + 1)
 
 
 def _mailbox_error(error: Refused) -> Exception:

@@ -13,6 +13,7 @@ called from another.
 """
 
 import contextlib
+import mmap
 import re
 import socket
 import ssl
@@ -46,11 +47,14 @@ class Sink(Protocol):
     def write(self, data: bytes, /) -> object: ...
 
 
+Buffer = bytes | mmap.mmap
+
+
 @dataclass(frozen=True, slots=True)
 class Literal:
     """Bytes to be sent as a literal within a command (RFC 9051 section 4.3)."""
 
-    data: bytes
+    data: Buffer
 
 
 Part = bytes | Literal
@@ -167,9 +171,13 @@ class _Stream:
                 since = 0
                 self.renew()
 
-    def write(self, data: bytes) -> None:
-        self.sock.settimeout(self.timeout)
-        self.sock.sendall(data)
+    def write(self, data: Buffer) -> None:
+        """Send all of ``data``; the timeout counts anew for each piece that the network takes."""
+        view = memoryview(data)
+        for start in range(0, len(view), _PROGRESS):
+            self.sock.settimeout(self.timeout)
+            self.sock.sendall(view[start : start + _PROGRESS])
+        self.renew()
 
 
 class _Imap4(tls.IMAP4_TLS):  # type: ignore[misc]  # IMAPClient is not annotated
@@ -345,7 +353,12 @@ class Wire:
                 while not self._read_response(handle, None, done):
                     if tag in done:
                         return tag  # refused before the literal was sent
-            out += part.data
+            if len(part.data) > _PROGRESS:
+                self._stream.write(bytes(out))
+                out.clear()
+                self._stream.write(part.data)
+            else:
+                out += part.data
         self._stream.write(bytes(out) + b"\r\n")
         return tag
 

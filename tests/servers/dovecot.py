@@ -8,29 +8,21 @@ What Dovecot serves is not always what lies in the Maildir: see `as_served`.
 
 import base64
 import grp
-import imaplib
-import itertools
 import os
 import pwd
 import re
 import shutil
 import signal
 import socket
-import ssl
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TypedDict
 
+from tests.servers.account import DEADLINE, ImapAccount, modified_utf7, run_as
 from tests.servers.tls import CertificateAuthority
-
-DEADLINE = 20.0
-"""Seconds that a start, a stop or one answer of the server may take before it counts as broken."""
 
 SPECIAL_USE = ("Drafts", "Sent", "Trash", "Junk")
 """Mailboxes that every account has beside INBOX, each with the RFC 6154 attribute of its name."""
@@ -107,7 +99,7 @@ class Dovecot:
         done = subprocess.run(
             ["doveadm", "-c", str(self.directory / "dovecot.conf"), *arguments],
             env=_environment(),
-            **_identity(self.uid, self.gid),
+            **run_as(self.uid, self.gid),
             capture_output=True,
             text=True,
         )
@@ -150,7 +142,7 @@ class Dovecot:
                     env=_environment(),
                     # So that Ctrl-C in the terminal does not reach it, and that stopping reaches all of it.
                     start_new_session=True,
-                    **_identity(self.uid, self.gid),
+                    **run_as(self.uid, self.gid),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=errors,
@@ -357,85 +349,15 @@ userdb static {{
 {quota}"""
 
 
-class Account:
-    """One user of a `Dovecot`.
+class Account(ImapAccount):
+    """One user of a `Dovecot`; `append` drops one CR where several precede an LF, and one at the very end."""
 
-    A mailbox is named by its decoded path, with ``/`` and without the namespace prefix, whatever the server's
-    separator.
-    """
+    server: Dovecot
 
     def __init__(self, server: Dovecot, name: str) -> None:
-        self.server = server
-        self.name = name
-        self.password = server.password
+        super().__init__(server, name)
         self._maildir = server.directory / "mail" / name / "Maildir"
         self._trace = server.directory / "trace" / name
-
-    def server_name(self, mailbox: str) -> str:
-        """Return ``mailbox`` as the server spells it: prefix, separator, modified UTF-7."""
-        if mailbox == "INBOX":
-            return mailbox
-        parts = mailbox.split("/")
-        return self.server.prefix + self.server.separator.join(modified_utf7(part) for part in parts)
-
-    def deliver(self, mailbox: str, messages: Iterable[tuple[bytes, int, str]]) -> None:
-        """Write messages straight into the Maildir: (bytes, INTERNALDATE in epoch seconds, Maildir flags).
-
-        UIDs follow the order given. Flags are Maildir's letters, such as ``"FS"`` for ``\\Flagged \\Seen``.
-        The mailbox is created where it is missing.
-        """
-        directory = self._mailbox_directory(mailbox)
-        give_away = os.geteuid() != self.server.uid
-        for content, date, flags in messages:
-            # Dovecot gives UIDs in the order of the number at the start of the name.
-            name = f"{next(_sequence)}.M1P1.test,S={len(content)},W={len(as_served(content))}"
-            written = f"{directory}/tmp/{name}"
-            descriptor = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            try:
-                if give_away:
-                    os.fchown(descriptor, self.server.uid, self.server.gid)
-                with open(descriptor, "wb", buffering=0, closefd=False) as file:
-                    file.write(content)
-                os.utime(descriptor, (date, date))
-            finally:
-                os.close(descriptor)
-            os.rename(written, f"{directory}/cur/{name}:2,{''.join(sorted(flags))}")
-
-    def append(self, mailbox: str, message: bytes, date: int, flags: str = "") -> int:
-        """APPEND (RFC 9051 section 6.3.12) the exact bytes and return the UID (RFC 4315).
-
-        ``date`` is the INTERNALDATE in epoch seconds, ``flags`` IMAP's words, such as ``\\Seen $Work``. The
-        mailbox must exist. Dovecot drops one CR where several precede an LF, and one at the very end.
-
-        Raises RuntimeError where the server refuses, as it does with an empty message.
-        """
-        with self.client() as client:
-            internal_date = imaplib.Time2Internaldate(datetime.fromtimestamp(date, UTC))
-            # Its append() would turn every bare CR and LF into CRLF.
-            client.literal = message  # type: ignore[assignment]  # typeshed: str
-            status, data = client.xatom(
-                "APPEND", f'"{self.server_name(mailbox)}"', f"({flags})", internal_date
-            )
-            appended = re.search(rb"\[APPENDUID \d+ (\d+)\]", data[0])
-            if status != "OK" or appended is None:
-                raise RuntimeError(f"APPEND to {mailbox}: {status} {data[0]!r}")
-            return int(appended[1])
-
-    @contextmanager
-    def client(self) -> Iterator[imaplib.IMAP4_SSL]:
-        """Log in as a second, independent client; it logs out at the end of the block."""
-        context = ssl.create_default_context(cafile=self.server.authority.certificate)
-        client = imaplib.IMAP4_SSL(self.server.host, self.server.port, ssl_context=context, timeout=DEADLINE)
-        try:
-            # LOGIN could not carry a password that is not ASCII.
-            client.authenticate("PLAIN", lambda _: f"\0{self.name}\0{self.password}".encode())
-            yield client
-        finally:
-            try:
-                client.logout()
-            except (imaplib.IMAP4.abort, OSError):
-                # The server ended the connection first, as a test of just that makes it do.
-                client.shutdown()
 
     def start_trace(self) -> None:
         """Record what is said on the connections that log in from now on."""
@@ -467,9 +389,8 @@ class Account:
             self._make(directory / name)
         return directory
 
-    def _make(self, directory: Path) -> None:
-        directory.mkdir(mode=0o700, exist_ok=True)
-        self.server.own(directory)
+    def _as_stored(self, content: bytes) -> tuple[bytes, str]:
+        return content, f",W={len(as_served(content))}"
 
 
 def as_served(stored: bytes) -> bytes:
@@ -480,28 +401,8 @@ def as_served(stored: bytes) -> bytes:
     return _LINE_FEED.sub(b"\r\n", stored).replace(b"\0", b"\x80")
 
 
-def modified_utf7(name: str) -> str:
-    """Encode one part of a mailbox name (RFC 3501 section 5.1.3)."""
-
-    def shift(run: re.Match[str]) -> str:
-        if run[0] == "&":
-            return "&-"
-        return "&" + base64.b64encode(run[0].encode("utf-16-be"), b"+,").decode().rstrip("=") + "-"
-
-    return re.sub(r"&|[^ -~]+", shift, name)
-
-
-class _Identity(TypedDict, total=False):
-    user: int
-    group: int
-    extra_groups: list[int]
-
-
 class _PortTakenError(Exception):
     """Somebody else bound the port between its choice and its use."""
-
-
-_sequence = itertools.count(1_000_000_000)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -518,13 +419,6 @@ def _free_ports(count: int) -> list[int]:
 def _environment() -> dict[str, str]:
     # The server's programs are in sbin, which is not in the PATH of an ordinary user.
     return {"PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/bin:/bin", "LC_ALL": "C.UTF-8"}
-
-
-def _identity(uid: int, gid: int) -> _Identity:
-    """Return what makes a subprocess run as this user: nothing where this process does already."""
-    if os.geteuid() == uid:
-        return {}
-    return {"user": uid, "group": gid, "extra_groups": []}
 
 
 def _kill(process: int, number: signal.Signals) -> None:

@@ -1,0 +1,215 @@
+"""The SQLite file of one account's cache: opening, locking, trusting it. The only module that knows SQLite.
+
+Used on the trio thread only and synchronously, so that everything between two awaits is atomic for the rest
+of the program; no transaction is open across an await. The file holds nothing that the server does not have:
+one that is damaged, or of another version, is removed and built anew.
+"""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from imapfs.errors import CacheError
+from imapfs.model import ROOT
+
+log = logging.getLogger(__name__)
+
+Connection = sqlite3.Connection
+IntegrityError = sqlite3.IntegrityError
+
+_VERSION: Final = 1
+_SCHEMA: Final = """
+CREATE TABLE meta (
+  key TEXT PRIMARY KEY,        -- 'next_ino': first inode number not yet given out; 'names': naming scheme
+  value
+) WITHOUT ROWID;
+CREATE TABLE node (            -- every directory entry
+  ino INTEGER PRIMARY KEY,
+  parent INTEGER NOT NULL,     -- ino of the directory it is in
+  name BLOB,                   -- directory entry name; NULL for what is not shown
+  alias INTEGER NOT NULL,      -- 1: the name was given by the user, 0: it follows from the message
+  uid INTEGER,                 -- of a message; NULL for a directory
+  size INTEGER NOT NULL,       -- bytes; of a message the server's RFC822.SIZE until exact; 0 for a directory
+  exact INTEGER NOT NULL,      -- 1 once size is the number of bytes that BODY[] has
+  date INTEGER,                -- INTERNALDATE, seconds since the epoch
+  mtime INTEGER NOT NULL,      -- nanoseconds since the epoch: INTERNALDATE unless set by the user
+  ctime INTEGER NOT NULL,      -- nanoseconds since the epoch: INTERNALDATE, or the last change made here
+  mode INTEGER,                -- permission bits set by the user, else NULL
+  crc INTEGER,                 -- CRC-32 of the cached body; NULL while it is not cached
+  used INTEGER,                -- when the cached body was last wanted, seconds since the epoch
+  zone INTEGER,                -- minutes east of UTC in INTERNALDATE
+  flags TEXT,                  -- space-separated as the server spells them, without \\Recent
+  modseq INTEGER,              -- 0 where the server keeps none
+  subject TEXT, sender TEXT, from_ TEXT, message_id TEXT,  -- decoded header fields
+  UNIQUE (parent, name)
+);
+CREATE INDEX node_order ON node (parent, ino);
+CREATE UNIQUE INDEX node_uid ON node (parent, uid) WHERE uid IS NOT NULL;
+CREATE INDEX node_lru ON node (used) WHERE crc IS NOT NULL;
+CREATE TABLE mailbox (         -- what a directory stands for on the server
+  ino INTEGER PRIMARY KEY,
+  server_name BLOB,            -- as the server spells it; NULL for a directory that only leads to others
+  delimiter BLOB NOT NULL,     -- hierarchy delimiter, one byte or none
+  selectable INTEGER NOT NULL, -- 0: holds no messages
+  special_use TEXT NOT NULL,   -- RFC 6154 attribute or ''
+  uidvalidity INTEGER NOT NULL,
+  uidnext INTEGER NOT NULL,    -- at the last synchronisation
+  modseq INTEGER NOT NULL,     -- HIGHESTMODSEQ up to which all changes are known
+  complete INTEGER NOT NULL    -- 1 once every message was listed
+);
+"""
+
+
+class Database:
+    """An open database, locked for this process. Raises CacheError for whatever SQLite says."""
+
+    def __init__(self, directory: Path, lock: int, db: Connection) -> None:
+        self.directory = directory
+        self._lock = lock
+        self._db = db
+
+    @classmethod
+    def open(cls, directory: Path) -> "Database":
+        """Open the database in ``directory``, making or rebuilding it where needed.
+
+        Raises CacheError if another mount has it, or the disk does not let us.
+        """
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.chmod(0o700)
+            lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise CacheError.from_os_error(error, f"cannot use the cache directory {directory}") from None
+        try:
+            _take_lock(lock, directory)
+            return cls(directory, lock, _open_or_rebuild(directory))
+        except BaseException:
+            os.close(lock)
+            raise
+
+    def close(self) -> None:
+        """Close the database and let another mount have it."""
+        with contextlib.suppress(sqlite3.Error):
+            self._db.close()
+        os.close(self._lock)
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Connection]:
+        """For queries."""
+        try:
+            yield self._db
+        except sqlite3.Error as error:
+            if _is_damage(error):
+                # Found by the next mount, which then does not trust the file.
+                with contextlib.suppress(OSError):
+                    (self.directory / "damaged").touch(mode=0o600)
+                raise CacheError(
+                    f"the cache in {self.directory} is damaged: unmount and mount again to build it anew"
+                ) from None
+            made = CacheError(f"the cache in {self.directory} cannot be written ({error}): is the disk full?")
+            made.errno = errno.ENOSPC if error.sqlite_errorcode == sqlite3.SQLITE_FULL else errno.EIO
+            raise made from None
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Connection]:
+        """For one transaction: all of it happens or, after an exception, nothing."""
+        with self.read() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+            except BaseException:
+                # A full disk may have rolled back by itself already.
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+            db.execute("COMMIT")
+
+    def checkpoint(self) -> None:
+        """From any thread: move the write-ahead log into the database, so that no reader pays for it."""
+        with (
+            contextlib.suppress(sqlite3.Error),
+            contextlib.closing(_plain(self.directory / "cache.db")) as db,
+        ):
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+
+def _open_or_rebuild(directory: Path) -> Connection:
+    path = directory / "cache.db"
+    try:
+        return _connect(path)
+    except (sqlite3.DatabaseError, _Unusable) as error:
+        if isinstance(error, sqlite3.OperationalError) and not _is_damage(error):
+            raise CacheError(f"cannot open the cache {path}: {error}") from None
+        log.warning("the cache %s is not usable (%s): it is built anew from the server", path, error)
+    for name in ("cache.db", "cache.db-wal", "cache.db-shm"):
+        (directory / name).unlink(missing_ok=True)
+    return _connect(path)
+
+
+class _Unusable(Exception):
+    """The database is of another version, or was found damaged."""
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
+
+def _plain(path: Path) -> Connection:
+    return sqlite3.connect(path, isolation_level=None, timeout=5)
+
+
+def _connect(path: Path) -> Connection:
+    """Open or create the database. Raises _Unusable or sqlite3.DatabaseError if it cannot be trusted."""
+    damaged = path.parent / "damaged"
+    if damaged.exists():
+        damaged.unlink()
+        raise _Unusable("it was found damaged")
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    db = _plain(path)
+    try:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        # No fsync at each commit: what a power cut takes is fetched again.
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        # `Cache.checkpoint` does it in a thread.
+        db.execute("PRAGMA wal_autocheckpoint = 0")
+        db.execute("PRAGMA cache_size = -16384")
+        if version == 0 and tables == 0:
+            db.executescript(
+                f"BEGIN; {_SCHEMA}"
+                f"INSERT INTO meta VALUES ('names', 'subject'), ('next_ino', {int(time.time()) << 20});"
+                f"INSERT INTO node (ino, parent, name, alias, size, exact, mtime, ctime)"
+                f" VALUES ({ROOT}, 0, '', 0, 0, 1, {time.time_ns()}, {time.time_ns()});"
+                f"PRAGMA user_version = {_VERSION}; COMMIT;"
+            )
+            return db
+        if version != _VERSION:
+            raise _Unusable(f"it has format {version}, this imapfs reads format {_VERSION}")
+        (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise _Unusable("it is damaged")
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _take_lock(lock: int, directory: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 64, 0).decode("ascii", "replace").strip()
+        by = f" (process {holder})" if holder else ""
+        raise CacheError(
+            f"another mount{by} uses the cache {directory}: unmount it first, or give another --cache-dir"
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, b"%d\n" % os.getpid(), 0)

@@ -1,0 +1,510 @@
+"""Changes on the server: each is done there first and then in the cache, at most once.
+
+A connection that breaks after a command was sent leaves open whether it was carried out. Commands that can
+be repeated without harm are; for the others (MOVE, COPY) the outcome is looked up on the server before
+anything is done again: is the message still there, and is there a new one where it was to go? The same look
+finishes, at the next start, a move by COPY that a kill cut in two: such moves are in a journal while they
+last. APPEND has its own module, `imapfs.upload`, on the same principle.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import trio
+
+from imapfs.cache import Cache, Details, Gone, Node
+from imapfs.errors import (
+    CacheError,
+    ConnectionLost,
+    ImapfsError,
+    MailboxGone,
+    MessageGone,
+    NotSupported,
+    Refused,
+    report,
+)
+from imapfs.headers import parse_headers
+from imapfs.imap.grammar import FetchData, parse_date
+from imapfs.imap.pool import SessionPool
+from imapfs.imap.session import Session
+from imapfs.model import DeletePolicy, Ino, ModSeq, Uid, UidValidity
+from imapfs.spool import Base
+from imapfs.sync import Changes, Synchroniser
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_CONFLICTS = 5
+"""How often a change of flags is worked out anew because another client was quicker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What tells a copy of a message from other messages."""
+
+    size: int
+    date: int
+    """INTERNALDATE, seconds since the epoch."""
+    message_id: str
+
+    def matches(self, other: "Fingerprint") -> bool:
+        """Whether the other is a copy. The Message-ID says it; without one, date and size have to do."""
+        if self.message_id or other.message_id:
+            return self.message_id == other.message_id
+        return self.date == other.date and self.size == other.size
+
+    @classmethod
+    def of(cls, data: FetchData) -> "Fingerprint":
+        date, _ = parse_date(data.date or b"")
+        return cls(data.size or 0, date, parse_headers(data.body or b"").message_id)
+
+
+class Operations:
+    """Moves, deletions, flags and mailboxes of one account."""
+
+    def __init__(
+        self, pool: SessionPool, cache: Cache, sync: Synchroniser, journal: "Journal", policy: DeletePolicy
+    ) -> None:
+        self._pool = pool
+        self._cache = cache
+        self._sync = sync
+        self._journal = journal
+        self._policy = policy
+
+    # -- messages ------------------------------------------------------------------------------------------
+
+    async def move(self, ino: Ino, target: Ino, name: bytes) -> None:
+        """Move a message to another mailbox, where it has ``name``; inode and cached body stay."""
+        node = self._message(ino)
+        async with self._sync.exclusive(node.parent, target):
+            node = self._message(ino)
+            moved = await self._transfer(node, target)
+            if moved.uid is None:
+                # The server did not say, and no look found it: the next listing will.
+                self._remove(node, stays=moved.original_stays)
+                self._sync.forget_age(target)
+                return
+            gone = self._cache.move(ino, target, Uid(moved.uid), name, original_stays=moved.original_stays)
+            self._publish(gone)
+
+    async def remove(self, ino: Ino) -> None:
+        """Delete a message by the account's policy: into Trash, or, from there, for good."""
+        node = self._message(ino)
+        trash = self._cache.special_use("\\Trash")
+        if self._policy == "trash" and trash is not None and not self._is_within(node.parent, trash):
+            async with self._sync.exclusive(node.parent, trash):
+                node = self._message(ino)
+                moved = await self._transfer(node, trash)
+                self._remove(node, stays=moved.original_stays)
+                self._sync.forget_age(trash)
+            return
+        async with self._sync.exclusive(node.parent):
+            node = self._message(ino)
+            mailbox = self.mailbox(node.parent)
+
+            def expunge(session: Session) -> bool:
+                session.select(mailbox.name, mailbox.uidvalidity)
+                return session.expunge(_uid(node))
+
+            expunged = await self._pool.run(expunge, mailbox.name)
+            self._remove(node, stays=not expunged)
+
+    def _is_within(self, ino: Ino, ancestor: Ino) -> bool:
+        path, top = self._cache.path(ino), self._cache.path(ancestor)
+        return path[: len(top)] == top
+
+    def _remove(self, node: Node, *, stays: bool) -> None:
+        if stays:
+            self._cache.hide(node.ino)
+        else:
+            self._publish(self._cache.remove_node(node.ino))
+
+    async def _transfer(self, node: Node, target: Ino) -> "_Transfer":
+        details = self._cache.details(node.ino)
+        assert details is not None
+        source, destination = self.mailbox(node.parent), self.mailbox(target)
+        transfer = _Transfer(source, destination, node, details, self._journal, self._known)
+        try:
+            await self._run_transfer(transfer, source)
+        except MessageGone:
+            self._publish(self._cache.remove_node(node.ino))
+            raise
+        return transfer
+
+    async def _run_transfer(self, transfer: "_Transfer", source: "Box") -> None:
+        try:
+            await self._pool.run(transfer.run, source.name, repeat=False)
+        except ConnectionLost as error:
+            log.info("a move was cut off, looking what became of it: %s", error)
+            await self._pool.run(transfer.run, source.name)
+
+    def _known(self, mailbox: Ino, uid: int) -> bool:
+        return self._cache.message(mailbox, Uid(uid)) is not None
+
+    async def change_flags(self, ino: Ino, change: Callable[[list[str]], tuple[set[str], set[str]]]) -> None:
+        """Add and remove the flags that ``change`` derives from those that the message has.
+
+        Raises NotSupported for what the server would not keep.
+        """
+        node = self._message(ino)
+        async with self._sync.exclusive(node.parent):
+            for _ in range(_CONFLICTS):
+                details = self._cache.details(ino)
+                if details is None:
+                    raise MessageGone("it was removed on the server")
+                add, remove = change(details.flags.split())
+                if not add and not remove:
+                    return
+                mailbox = self.mailbox(details.parent)
+                store = _Store(mailbox, details, add, remove)
+                data = await self._pool.run(store.run, mailbox.name)
+                if data is None:
+                    raise MessageGone("it was removed on the server")
+                flags = data.flags or ""
+                changed = self._cache.set_flags(mailbox.ino, [(details.uid, flags, data.modseq or ModSeq(0))])
+                self._sync.publish(Changes(mailbox.ino, flagged=changed))
+                if not store.conflict:
+                    missing = {flag for flag in add if flag.lower() not in flags.lower().split()}
+                    if missing:
+                        raise NotSupported(f"the server does not keep {' '.join(sorted(missing))}")
+                    return
+        raise Refused("another client keeps changing this message", "INUSE")
+
+    # -- mailboxes -----------------------------------------------------------------------------------------
+
+    async def create_mailbox(self, server_name: bytes) -> None:
+        await self._once(
+            lambda session: session.create_mailbox(server_name),
+            lambda listed: server_name in listed,
+        )
+        await self._relist()
+
+    async def delete_mailbox(self, ino: Ino) -> bool:
+        """Delete a mailbox that is empty on the server; false if it is not."""
+        name = self.mailbox(ino).name
+        async with self._sync.exclusive(ino):
+            deleted = await self._once(
+                lambda session: session.delete_mailbox(name), lambda listed: name not in listed
+            )
+        await self._relist()
+        return deleted is not False
+
+    async def rename_mailbox(self, ino: Ino, old: bytes, new: bytes, parent: Ino, name: bytes) -> None:
+        """Rename a mailbox and all below it; messages keep inodes and cached bodies."""
+        async with self._sync.exclusive(*self._family(ino)):
+            await self._once(
+                lambda session: session.rename_mailbox(old, new),
+                lambda listed: new in listed and old not in listed,
+            )
+            self._cache.rename_directory(ino, parent, name, old, new)
+
+    async def _once(self, work: Callable[[Session], T], is_done: Callable[[set[bytes]], bool]) -> T | None:
+        """Run ``work``; if the connection breaks meanwhile, again unless the list of mailboxes shows that it
+        was carried out, which gives None."""
+        try:
+            return await self._pool.run(work, repeat=False)
+        except ConnectionLost as error:
+            log.info("a change of mailboxes was cut off, looking what became of it: %s", error)
+        if is_done({entry.name for entry in await self._pool.run(Session.list_mailboxes)}):
+            return None
+        return await self._pool.run(work, repeat=False)
+
+    def _family(self, ino: Ino) -> list[Ino]:
+        return [ino, *(one for child in self._cache.directories(ino) for one in self._family(child.ino))]
+
+    async def _relist(self) -> None:
+        refresh = self._sync.refresh_tree(0)
+        if refresh is not None:
+            await refresh.finished()
+            # One that was under way may have been answered before the change.
+            again = self._sync.refresh_tree(0)
+            if again is not None:
+                await again.finished()
+
+    # -- the past ------------------------------------------------------------------------------------------
+
+    async def recover(self) -> None:
+        """Finish the moves that the end of an earlier process cut in two."""
+        for entry in self._journal.entries():
+            try:
+                await self._pool.run(_Recovery(entry).run)
+                self._journal.remove(entry)
+            except MailboxGone:
+                self._journal.remove(entry)
+            except ImapfsError as error:
+                report(error, "a move that was cut off is not finished yet")
+
+    # -- helpers -------------------------------------------------------------------------------------------
+
+    def _message(self, ino: Ino) -> Node:
+        node = self._cache.node(ino)
+        if node is None or node.uid is None:
+            raise MessageGone("it was removed on the server")
+        return node
+
+    def mailbox(self, ino: Ino) -> "Box":
+        """The mailbox of a directory. Raises MailboxGone if it has none that holds messages."""
+        mailbox = self._cache.mailbox(ino)
+        if mailbox is None or mailbox.server_name is None or not mailbox.selectable:
+            raise MailboxGone("this directory is no mailbox")
+        return Box(ino, mailbox.server_name, mailbox.uidvalidity, mailbox.uidnext)
+
+    def find(self, base: Base) -> Node | None:
+        """The message that a draft is a new version of, if it is still there."""
+        mailbox = self._cache.mailbox_named(base.mailbox)
+        if mailbox is None or mailbox.uidvalidity != base.uidvalidity:
+            return None
+        return self._cache.message(mailbox.ino, Uid(base.uid))
+
+    def _publish(self, gone: list[Gone]) -> None:
+        for parent in {g.parent for g in gone}:
+            self._sync.publish(Changes(parent, gone=[g for g in gone if g.parent == parent]))
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A mailbox as an operation needs it."""
+
+    ino: Ino
+    name: bytes
+    uidvalidity: UidValidity
+    uidnext: int
+
+
+def _uid(node: Node) -> int:
+    assert node.uid is not None
+    return node.uid
+
+
+class _Transfer:
+    """One move; `run` runs in a thread, and again if the connection breaks."""
+
+    def __init__(
+        self,
+        source: Box,
+        target: Box,
+        node: Node,
+        details: Details,
+        journal: "Journal",
+        known: Callable[[Ino, int], bool],
+    ) -> None:
+        self._source = source
+        self._target = target
+        self._node = node
+        self._details = details
+        self._journal = journal
+        self._known = known
+        self._sent = False
+        self._uidnext = target.uidnext
+        self._entry: JournalEntry | None = None
+        self.uid: int | None = None
+        """The UID in the target, once it is known."""
+        self.original_stays = False
+
+    def run(self, session: Session) -> None:
+        """Move the message, or find out that it is moved. Raises MessageGone if it is nowhere."""
+        uid = _uid(self._node)
+        if self._sent and self._settle(session, uid):
+            return
+        if not self._uidnext:
+            self._uidnext = session.status(self._target.name).get("UIDNEXT", 1)
+        session.select(self._source.name, self._source.uidvalidity)
+        if not session.has("MOVE"):
+            self._copy(session, uid)
+            return
+        self._sent = True
+        self.uid = session.move(uid, self._target.name)
+        if self.uid is None and not self._settle(session, uid):
+            # The connection did not know of the message yet, or the server moved nothing.
+            session.select(self._source.name, self._source.uidvalidity, afresh=True)
+            self.uid = session.move(uid, self._target.name)
+            if self.uid is None and not self._settle(session, uid):
+                raise Refused("the server did not move the message")
+
+    def _copy(self, session: Session, uid: int) -> None:
+        """COPY, then delete: the journal has it between the two."""
+        if self._entry is None:
+            fingerprint = self._fingerprint(session, uid)
+            self._entry = JournalEntry(
+                self._source.name.decode("latin-1"),
+                self._source.uidvalidity,
+                uid,
+                self._target.name.decode("latin-1"),
+                self._uidnext,
+                fingerprint.size,
+                fingerprint.date,
+                fingerprint.message_id,
+            )
+            self._journal.add(self._entry)
+        self._sent = True
+        self.uid = session.copy(uid, self._target.name)
+        if self.uid is None:
+            self.uid = self._find(session)
+            session.select(self._source.name, self._source.uidvalidity)
+            if self.uid is None:
+                raise Refused("the server did not copy the message")
+        self._delete_original(session, uid)
+
+    def _delete_original(self, session: Session, uid: int) -> None:
+        self.original_stays = not session.expunge(uid)
+        if self._entry is not None:
+            self._journal.remove(self._entry)
+            self._entry = None
+
+    def _settle(self, session: Session, uid: int) -> bool:
+        """Look what became of the move; true if nothing is left to do."""
+        session.select(self._source.name, self._source.uidvalidity, afresh=True)
+        here = bool(_metadata(session, [uid]))
+        self.uid = self._find(session)
+        if here and self.uid is not None and not session.has("MOVE"):
+            session.select(self._source.name, self._source.uidvalidity)
+            self._delete_original(session, uid)
+            return True
+        if not here:
+            if self._entry is not None:
+                self._journal.remove(self._entry)
+            if self.uid is None:
+                raise MessageGone("it was removed on the server")
+            return True
+        return False
+
+    def _find(self, session: Session) -> int | None:
+        """The message in the target, among what came after the move was begun."""
+        wanted = Fingerprint(self._node.size, self._details.date, self._details.message_id)
+        session.examine(self._target.name)
+        found: list[FetchData] = []
+        session.fetch_metadata_from(self._uidnext, found.append)
+        for data in found:
+            assert data.uid is not None
+            if data.uid < self._uidnext or trio.from_thread.run_sync(self._known, self._target.ino, data.uid):
+                continue
+            if wanted.matches(Fingerprint.of(data)):
+                return data.uid
+        return None
+
+    def _fingerprint(self, session: Session, uid: int) -> Fingerprint:
+        found = _metadata(session, [uid])
+        if not found:
+            raise MessageGone("it was removed on the server")
+        return Fingerprint.of(found[0])
+
+
+def _metadata(session: Session, uids: Iterable[int]) -> list[FetchData]:
+    found: list[FetchData] = []
+    session.fetch_metadata(uids, found.append)
+    return found
+
+
+class _Store:
+    """One change of flags in a thread."""
+
+    def __init__(self, mailbox: Box, details: Details, add: set[str], remove: set[str]) -> None:
+        self._mailbox = mailbox
+        self._details = details
+        self._add = add
+        self._remove = remove
+        self.conflict = False
+        """Whether nothing was changed because another client had changed the message."""
+
+    def run(self, session: Session) -> FetchData | None:
+        """The message's flags afterwards; None if it is gone."""
+        state = session.select(self._mailbox.name, self._mailbox.uidvalidity)
+        kept = state.permanent_flags
+        if kept is not None:
+            for flag in self._add | self._remove:
+                if flag.lower() not in kept and ("\\*" not in kept or flag.startswith("\\")):
+                    raise NotSupported(f"the server does not keep the flag {flag} in this mailbox")
+        uid = self._details.uid
+        modseq = self._details.modseq if session.has("CONDSTORE") else 0
+        data: FetchData | None = None
+        for sign, flags in (("+", self._add), ("-", self._remove)):
+            if flags:
+                data = session.store(uid, sign, sorted(flags), modseq)
+                if data is None:
+                    break
+                modseq = (data.modseq or 0) if modseq else 0
+        if data is None:
+            found: list[FetchData] = []
+            session.select(self._mailbox.name, self._mailbox.uidvalidity, afresh=True)
+            session.fetch_metadata([uid], found.append)
+            self.conflict = True
+            return found[0] if found else None
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEntry:
+    """A move by COPY and delete that is under way; names as latin-1 text of the server's bytes."""
+
+    source: str
+    uidvalidity: int
+    uid: int
+    target: str
+    uidnext: int
+    """Of the target before the move: the copy has this UID or a higher one."""
+    size: int
+    date: int
+    message_id: str
+
+
+class Journal:
+    """Moves under way, in a file that survives a power cut. Used from several threads in turn."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._entries: list[JournalEntry] = []
+        try:
+            self._entries = [JournalEntry(**entry) for entry in json.loads(path.read_text())]
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError) as error:
+            log.warning("the journal %s cannot be read (%s): look for messages that are doubled", path, error)
+
+    def entries(self) -> list[JournalEntry]:
+        return list(self._entries)
+
+    def add(self, entry: JournalEntry) -> None:
+        """Note ``entry``; durable when this returns. Raises CacheError."""
+        self._entries = [*self._entries, entry]
+        self._write()
+
+    def remove(self, entry: JournalEntry) -> None:
+        self._entries = [e for e in self._entries if e != entry]
+        self._write()
+
+    def _write(self) -> None:
+        temporary = self._path.with_suffix(".tmp")
+        entries: list[dict[str, Any]] = [asdict(entry) for entry in self._entries]
+        try:
+            temporary.touch(mode=0o600)
+            with temporary.open("w") as file:
+                json.dump(entries, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(self._path)
+        except OSError as error:
+            raise CacheError.from_os_error(error, f"cannot write the journal {self._path}") from None
+
+
+class _Recovery:
+    """Finishes a move of an earlier process: if the copy is there, the original goes."""
+
+    def __init__(self, entry: JournalEntry) -> None:
+        self._entry = entry
+
+    def run(self, session: Session) -> None:
+        entry = self._entry
+        wanted = Fingerprint(entry.size, entry.date, entry.message_id)
+        session.examine(entry.target.encode("latin-1"))
+        found: list[FetchData] = []
+        session.fetch_metadata_from(entry.uidnext, found.append)
+        if any((d.uid or 0) >= entry.uidnext and wanted.matches(Fingerprint.of(d)) for d in found):
+            session.select(entry.source.encode("latin-1"), UidValidity(entry.uidvalidity))
+            session.expunge(entry.uid)
+            log.info("finished a move of message %d that was cut off", entry.uid)

@@ -1,0 +1,289 @@
+"""Files that are not on the server: what programs write, until it is a message, or for good.
+
+The durable half of "at every instant every message exists on the server or in the spool". Each draft is two
+plain files, so that nothing but a text editor is needed to rescue mail from it: ``INO`` with the bytes and
+``INO.json`` with the rest. It is apart from the database on purpose: that one is made to be thrown away.
+
+INVARIANT: a draft leaves the disk only when its bytes are known to be on the server, or when the user
+deleted it. The description is replaced atomically; `Draft.secure` makes both files survive a power cut.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import trio
+
+from imapfs.errors import CacheError
+from imapfs.model import ROOT, Ino
+
+log = logging.getLogger(__name__)
+
+State = Literal["local", "open", "sending", "unsent", "sent"]
+"""``local``: not meant for the server; ``open``: being written; ``sending``: complete, to be sent;
+``unsent``: refused, or of doubtful completeness, so that a person has to decide; ``sent``: a message now, of
+which the old version has still to be removed from the server."""
+
+
+@dataclass(slots=True)
+class Attempt:
+    """Where an upload was tried whose outcome is not known: it is looked for from ``uidnext`` on."""
+
+    mailbox: bytes
+    uidvalidity: int
+    uidnext: int
+
+
+@dataclass(slots=True)
+class Base:
+    """The message that a draft is a new version of."""
+
+    mailbox: bytes
+    """As the server spells it."""
+    uidvalidity: int
+    uid: int
+    date: int
+    """INTERNALDATE, seconds since the epoch."""
+    zone: int
+    """Minutes east of UTC."""
+
+
+@dataclass(slots=True)
+class Draft:
+    """A file in the spool."""
+
+    spool: "Spool"
+    ino: Ino
+    parent: Ino
+    name: bytes
+    path: tuple[bytes, ...] = ()
+    """Names of the directories that lead to it: how it is found again if the database was rebuilt."""
+    mode: int = 0o600
+    mtime: int = 0
+    """Nanoseconds since the epoch."""
+    timed: bool = False
+    """Whether the user set mtime, so that it is to be the INTERNALDATE."""
+    ctime: int = 0
+    flags: str = ""
+    state: State = "open"
+    error: str = ""
+    """Why it is unsent, or the last reason why it could not be sent."""
+    base: Base | None = None
+    attempt: Attempt | None = None
+    dirty: bool = False
+    """Whether it was written to since it was last complete."""
+
+    @property
+    def file(self) -> Path:
+        return self.spool.directory / str(self.ino)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        try:
+            return self.file.stat().st_size
+        except OSError as error:
+            raise CacheError.from_os_error(error, f"cannot read {self.file}") from None
+
+    @property
+    def shown(self) -> str:
+        """Its path below the mountpoint, for people."""
+        return b"/".join((*self.path, self.name)).decode("utf-8", "replace")
+
+    def touch(self) -> None:
+        """It was changed now."""
+        self.ctime = time.time_ns()
+        if not self.timed:
+            self.mtime = self.ctime
+
+    def save(self) -> None:
+        """Write the description down."""
+        self.spool.save(self)
+
+    async def secure(self) -> None:
+        """Return when bytes and description survive a power cut."""
+        await trio.to_thread.run_sync(self.spool.sync, self.ino)
+
+
+class Spool:
+    """All drafts of one account, by inode and by name. Drafts are few: they are kept in memory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._drafts: dict[Ino, Draft] = {}
+        self._names: dict[tuple[Ino, bytes], Ino] = {}
+        try:
+            directory.mkdir(mode=0o700, exist_ok=True)
+            for left in directory.glob("*.tmp"):
+                left.unlink()
+            found = [path for path in directory.iterdir() if path.name.isdigit()]
+        except OSError as error:
+            raise CacheError.from_os_error(error, f"cannot use the spool {directory}") from None
+        self.sent: list[Draft] = []
+        """Drafts that are messages now, of which the old version has still to be removed."""
+        for path in found:
+            draft = self._load(path)
+            if draft.state == "sent":
+                self.sent.append(draft)
+            else:
+                self._add(draft)
+
+    # -- looking -------------------------------------------------------------------------------------------
+
+    def get(self, ino: Ino) -> Draft | None:
+        return self._drafts.get(ino)
+
+    def child(self, parent: Ino, name: bytes) -> Draft | None:
+        ino = self._names.get((parent, name))
+        return None if ino is None else self._drafts[ino]
+
+    def within(self, parent: Ino) -> list[Draft]:
+        """The drafts in a directory, by inode number."""
+        return sorted((d for d in self._drafts.values() if d.parent == parent), key=lambda d: d.ino)
+
+    def __iter__(self) -> Iterator[Draft]:
+        return iter(list(self._drafts.values()))
+
+    # -- changing ------------------------------------------------------------------------------------------
+
+    def create(self, ino: Ino, parent: Ino, name: bytes, path: tuple[bytes, ...], mode: int) -> Draft:
+        """A new, empty draft."""
+        draft = Draft(self, ino, parent, name, path, mode)
+        draft.touch()
+        try:
+            os.close(os.open(draft.file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise CacheError.from_os_error(error, f"cannot write to the spool {self.directory}") from None
+        try:
+            self.save(draft)
+        except CacheError:
+            draft.file.unlink(missing_ok=True)
+            raise
+        self._add(draft)
+        return draft
+
+    def _add(self, draft: Draft) -> None:
+        self._drafts[draft.ino] = draft
+        self._names[draft.parent, draft.name] = draft.ino
+
+    def rename(self, draft: Draft, parent: Ino, name: bytes, path: tuple[bytes, ...]) -> None:
+        """Give a draft another place; nothing else may be there."""
+        if self._names.get((draft.parent, draft.name)) == draft.ino:
+            del self._names[draft.parent, draft.name]
+        draft.parent, draft.name, draft.path = parent, name, path
+        draft.ctime = time.time_ns()
+        self._names[parent, name] = draft.ino
+        draft.save()
+
+    def detach(self, draft: Draft) -> None:
+        """It is a message now; what is left on disk says only that its old version has to go."""
+        self._drafts.pop(draft.ino, None)
+        if self._names.get((draft.parent, draft.name)) == draft.ino:
+            del self._names[draft.parent, draft.name]
+
+    def forget(self, draft: Draft) -> None:
+        """It is not a draft any more; its bytes, if they are still here, go with it."""
+        self.detach(draft)
+        # The description last: bytes without one would come back as a rescued file.
+        for path in (draft.file, self._description(draft.ino)):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    # -- the disk ------------------------------------------------------------------------------------------
+
+    def _description(self, ino: Ino) -> Path:
+        return self.directory / f"{ino}.json"
+
+    def save(self, draft: Draft) -> None:
+        """Write the description of ``draft`` down, all of it or nothing. Raises CacheError."""
+        temporary = self.directory / f"{draft.ino}.json.tmp"
+        try:
+            temporary.touch(mode=0o600)
+            temporary.write_text(json.dumps(_describe(draft)))
+            temporary.rename(self._description(draft.ino))
+        except OSError as error:
+            raise CacheError.from_os_error(error, f"cannot write to the spool {self.directory}") from None
+
+    def sync(self, ino: Ino) -> None:
+        """In a thread: see `Draft.secure`."""
+        try:
+            for path in (self.directory / str(ino), self._description(ino), self.directory):
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+        except FileNotFoundError:
+            return  # deleted meanwhile: nothing to secure
+        except OSError as error:
+            raise CacheError.from_os_error(error, f"cannot write to the spool {self.directory}") from None
+
+    def _load(self, path: Path) -> Draft:
+        ino = Ino(int(path.name))
+        try:
+            draft = _restore(self, ino, json.loads(self._description(ino).read_text()))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            log.warning("the spool file %s has lost its description (%s): see rescued-%d", path, error, ino)
+            draft = Draft(self, ino, ROOT, b"rescued-%d" % ino, state="local")
+            draft.touch()
+        if draft.state == "open" and draft.dirty:
+            # Half a message must not reach the server.
+            draft.state = "unsent"
+            draft.error = "imapfs ended before this file was closed: look at it, then run 'imapfs retry'"
+        return draft
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "surrogateescape")
+
+
+def _describe(draft: Draft) -> dict[str, Any]:
+    base = draft.base and {**dataclasses.asdict(draft.base), "mailbox": _text(draft.base.mailbox)}
+    attempt = draft.attempt and {**dataclasses.asdict(draft.attempt), "mailbox": _text(draft.attempt.mailbox)}
+    return {
+        "path": [_text(name) for name in draft.path],
+        "name": _text(draft.name),
+        "parent": draft.parent,
+        "mode": draft.mode,
+        "mtime": draft.mtime,
+        "timed": draft.timed,
+        "ctime": draft.ctime,
+        "flags": draft.flags,
+        "state": draft.state,
+        "error": draft.error,
+        "dirty": draft.dirty,
+        "base": base,
+        "attempt": attempt,
+    }
+
+
+def _bytes(value: str) -> bytes:
+    return value.encode("utf-8", "surrogateescape")
+
+
+def _restore(spool: Spool, ino: Ino, found: dict[str, Any]) -> Draft:
+    base, attempt = found["base"], found["attempt"]
+    return Draft(
+        spool,
+        ino,
+        Ino(found["parent"]),
+        _bytes(found["name"]),
+        tuple(_bytes(name) for name in found["path"]),
+        found["mode"],
+        found["mtime"],
+        found["timed"],
+        found["ctime"],
+        found["flags"],
+        found["state"],
+        found["error"],
+        Base(**{**base, "mailbox": _bytes(base["mailbox"])}) if base else None,
+        Attempt(**{**attempt, "mailbox": _bytes(attempt["mailbox"])}) if attempt else None,
+        found["dirty"],
+    )
