@@ -7,7 +7,7 @@ Exit codes: 0 done, 1 failed (one line on stderr), 2 wrong usage, 130 interrupte
 # inside the function that needs it: --help, completion and a mistyped command must answer at once.
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -98,10 +98,61 @@ def mount(
 @commands.command()
 @click.argument("mountpoint", type=_DIRECTORY)
 def umount(mountpoint: Path) -> None:
-    """Unmount MOUNTPOINT and wait until its daemon has ended."""
+    """Send what is waiting, unmount MOUNTPOINT and wait until its daemon has ended."""
     from imapfs import mounts
 
+    try:
+        mounts.sync(mountpoint, _progress("Ctrl-C unmounts now and leaves them to the next mount"))
+    except KeyboardInterrupt:
+        _end_progress()
+    except ImapfsError:
+        pass  # a daemon that is dead or stuck: what there is to say is said below
     mounts.unmount(mountpoint)
+
+
+@commands.command()
+@click.argument("mountpoint", type=_DIRECTORY)
+def sync(mountpoint: Path) -> None:
+    """Wait until everything written below MOUNTPOINT is on the server.
+
+    Lists what cannot be sent, and fails if there is any.
+    """
+    from imapfs import mounts
+
+    waiting = mounts.sync(mountpoint, _progress("Ctrl-C stops waiting, not sending"))
+    for one in waiting:
+        click.echo(_printable(f"{one['path']}: {one['state']}: {one['error'] or 'not sent yet'}"))
+    if waiting:
+        raise ImapfsError(
+            f"{len(waiting)} files are not on the server; 'imapfs retry {mountpoint}' tries refused ones"
+        )
+
+
+@commands.command()
+@click.argument("mountpoint", type=_DIRECTORY)
+def retry(mountpoint: Path) -> None:
+    """Send again what the server refused."""
+    from imapfs import mounts
+
+    click.echo(f"{mounts.retry(mountpoint)} files are sent again")
+
+
+def _progress(how_to_stop: str) -> Callable[[int], None]:
+    """Shows the number of files that wait, on a terminal, as long as there are any."""
+    shown = False
+
+    def show(count: int) -> None:
+        nonlocal shown
+        if sys.stderr.isatty() and (count or shown):
+            shown = True
+            click.echo(f"\r\x1b[K{count} files to send ({how_to_stop})", err=True, nl=not count)
+
+    return show
+
+
+def _end_progress() -> None:
+    if sys.stderr.isatty():
+        click.echo(err=True)
 
 
 @commands.command()

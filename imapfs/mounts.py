@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +118,49 @@ def read_status(path: Path, timeout: float = 5.0) -> dict[str, Any]:
     if not isinstance(status, dict):
         raise ImapfsError(f"{where}: the status is not a JSON object: daemon and command differ in version")
     return status
+
+
+def sync(path: Path, on_progress: Callable[[int], None]) -> list[dict[str, Any]]:
+    """Have the daemon send all it can, and return what is still waiting: as in the status.
+
+    ``on_progress`` is called now and then with the number of files that are being sent. Returns early where
+    the server is away. Raises as `read_status` does.
+    """
+    where = _imapfs_at(path).mountpoint
+    while True:
+        # fsync of the mountpoint returns when everything that can be sent is.
+        flush = threading.Thread(target=_fsync, args=(where,), daemon=True)
+        flush.start()
+        while flush.is_alive():
+            on_progress(len(_sending(read_status(where))))
+            flush.join(0.3)
+        status = read_status(where)
+        if not _sending(status) or status.get("state") == "offline":
+            return list(status.get("waiting", []))
+
+
+def _sending(status: dict[str, Any]) -> list[dict[str, Any]]:
+    return [one for one in status.get("waiting", []) if one.get("state") == "sending"]
+
+
+def _fsync(directory: Path) -> None:
+    # Whatever keeps it from being done is in the status afterwards.
+    with contextlib.suppress(OSError):
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def retry(path: Path) -> int:
+    """Have the daemon try again what the server refused: the number of files."""
+    where = _imapfs_at(path).mountpoint
+    unsent = [one for one in read_status(where).get("waiting", []) if one.get("state") == "unsent"]
+    for one in unsent:
+        with contextlib.suppress(FileNotFoundError):
+            os.setxattr(where / one["path"], "user.imap.state", b"sending")
+    return len(unsent)
 
 
 def unmount(path: Path, timeout: float = 60.0) -> None:

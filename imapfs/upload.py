@@ -1,12 +1,13 @@
 """Turning drafts into messages: APPEND, at most once.
 
 A draft is submitted when it is complete. It is then made fit for a server (CRLF line ends), compared with
-the message that it is a new version of, secured on disk together with a note of where it is about to go, and
-appended; several at a time in one flight. When the server has it, the cache adopts it under the same inode
+the message that it is a new version of, and appended, with a note on disk of where it is about to go; several
+at a time in one flight. When the server has it, the cache adopts it under the same inode
 and name, and only then does the draft leave the spool and the old version the server.
 
 If a connection breaks in between, or the process ends, the note says where to look: what is found beyond the
-UIDNEXT of that time, with the same bytes, is the message, and is not sent again.
+UIDNEXT of that time, with the same bytes, is the message, and is not sent again. The note need not survive
+a power cut: a draft of an earlier process that has none is looked for in the whole mailbox.
 """
 
 import contextlib
@@ -194,6 +195,9 @@ class Uploader:
     def resume(self) -> None:
         """Go on with what an earlier process left."""
         for draft in self._spool:
+            mailbox = self._cache.mailbox(draft.parent)
+            if draft.attempt is None and mailbox is not None and mailbox.server_name is not None:
+                draft.attempt = Attempt(mailbox.server_name, mailbox.uidvalidity, 1)
             if draft.state != "sending":
                 continue
             node = self._cache.node(draft.ino)
@@ -344,7 +348,6 @@ class Uploader:
             draft = prepared.job.draft
             draft.attempt = Attempt(box.name, flight.uidvalidity, flight.uidnext)
             draft.save()
-            await draft.secure()
         await self._pool.run(flight.send, box.name, repeat=False)
         for prepared, data in flight.pairs():
             self._adopt(box, prepared, data)

@@ -206,6 +206,11 @@ class Filesystem:
             changes = replace(changes, directory=ROOT)
         self._on_changes(changes)
 
+    def shown(self, draft: Draft) -> str:
+        """Where a draft is below the mountpoint, for people and programs."""
+        path = (*draft.path, draft.name)[len(self.cache.path(self._root)) :]
+        return b"/".join(path).decode("utf-8", "replace")
+
     # -- names and attributes ------------------------------------------------------------------------------
 
     def node(self, ino: Ino) -> Node:

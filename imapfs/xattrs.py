@@ -123,7 +123,7 @@ class Attributes:
         fs = self._fs
         messages, bodies, size = fs.cache.totals()
         waiting = [
-            {"path": draft.shown, "state": draft.state, "error": draft.error, "size": draft.size}
+            {"path": fs.shown(draft), "state": draft.state, "error": draft.error, "size": draft.size}
             for draft in fs.spool
             if draft.state in {"sending", "unsent"}
         ]

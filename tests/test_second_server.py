@@ -46,7 +46,8 @@ def test_mail_is_served_byte_for_byte_but_for_line_ends(account: CourierAccount)
 
 
 def test_appended_mail_gets_a_final_newline_and_loses_bare_carriage_returns(account: CourierAccount) -> None:
-    messages = wild()
+    odd = ("0 bytes", "one CR", "no final newline", "CR at the end", "bare CR", "bare LF", "mixed line ends")
+    messages = {name: wild()[name] for name in (*odd, "NULs", "8-bit header in Latin-1", "header of 210 KB")}
     for uid, content in enumerate(messages.values(), 1):
         assert account.append("Sent", content, DATE, "\\Seen $Work") == uid
     with account.client() as client:
@@ -55,9 +56,9 @@ def test_appended_mail_gets_a_final_newline_and_loses_bare_carriage_returns(acco
             b'1 (UID 1 FLAGS (\\Seen $Work) INTERNALDATE "14-Nov-2023 22:13:20 +0000")'
         ]
     for name, content in messages.items():
-        normal = re.sub(rb"\r(?!\n)", b"", content)
-        normal = re.sub(rb"(?<!\r)\n", b"\r\n", normal)
-        assert served[name] == (normal if normal.endswith(b"\n") else normal + b"\r\n"), name
+        lines = re.sub(rb"\r(?!\n)", b"", content).replace(b"\r\n", b"\n")
+        closed = lines if content.endswith(b"\n") else lines + b"\n"
+        assert served[name] == closed.replace(b"\n", b"\r\n"), name
 
 
 def test_delivered_mail_keeps_order_date_and_flags(account: CourierAccount) -> None:
@@ -80,7 +81,7 @@ def test_it_lacks_what_it_was_chosen_for(account: CourierAccount) -> None:
         client.select("INBOX")
         for command in (b"UID MOVE 1 INBOX.Trash", b"STATUS {5+}\r\nINBOX (MESSAGES)"):
             client.send(b"a " + command + b"\r\n")
-            assert client.readline().startswith(b"a NO")
+            assert client.readline().startswith((b"a NO", b"a BAD"))
             client.send(b"b NOOP\r\n")
             while not client.readline().startswith(b"b OK"):
                 pass
@@ -92,9 +93,8 @@ def test_mailboxes_are_below_inbox(account: CourierAccount) -> None:
     assert name == "INBOX.Projects.Z&APw-rich &- R&-D"
     with account.client() as client:
         assert client.namespace()[1] == [b'(("INBOX." ".")) NIL (("#shared." ".")("shared." "."))']
-        listed = {
-            bytes(line).partition(b' "." ')[2].strip(b'"').decode() for line in client.list()[1] if line
-        }
+        lines = [line for line in client.list()[1] if isinstance(line, bytes)]
+        listed = {line.partition(b' "." ')[2].strip(b'"').decode() for line in lines}
         assert listed == {"INBOX", "INBOX.Projects", name} | {f"INBOX.{mailbox}" for mailbox in MAILBOXES}
         assert bodies(client, f'"{name}"') == [plain(1)]
 

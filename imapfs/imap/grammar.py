@@ -34,7 +34,8 @@ _TOKEN = re.compile(
 _UNQUOTE = re.compile(rb"\\(.)", re.S)
 _DATE = re.compile(r" *(\d{1,2})-([A-Za-z]{3})-(\d{4}) (\d\d):(\d\d):(\d\d) ([+-])(\d\d)(\d\d)\Z")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_MODSEQ_MAX = (1 << 63) - 1
+_MAX = (1 << 63) - 1
+"""The largest number of IMAP (RFC 9051 number64), and of SQLite."""
 _FAR = 9_000_000_000
 """Seconds from the epoch to about the year 2255: what nanoseconds in 64 bits can hold."""
 
@@ -55,10 +56,18 @@ class FetchData:
     """None also for NIL, which is how a server says that the message is gone. b"" where it was streamed."""
 
 
+def number(raw: bytes) -> int:
+    """A number of at most 63 bits. Raises ProtocolError, also for what is none."""
+    # Python itself takes quadratic time for digits without end, and refuses them at some length.
+    if len(raw) > 19 or not raw.isdigit() or (value := int(raw)) > _MAX:
+        raise ProtocolError(f"not a number of IMAP: {raw[:80]!r}")
+    return value
+
+
 def flag_list(raw: bytes) -> str:
     """Flags as they are kept: ``\\Recent`` means nothing beyond one session (RFC 9051 removed it)."""
     text = raw.decode("utf-8", "replace")
-    if "ecent" in text:
+    if "\\recent" in text.lower():
         return " ".join(flag for flag in text.split() if flag.lower() != "\\recent")
     return text
 
@@ -87,15 +96,15 @@ def parse_fetch(response: Response) -> FetchData | None:
         at = m.end()
         kind = m.lastgroup
         if kind == "uid":
-            data.uid = Uid(int(m["uid"]))
+            data.uid = Uid(number(m["uid"]))
         elif kind == "flags":
             data.flags = flag_list(m["flags"])
         elif kind == "date":
             data.date = m["date"]
         elif kind == "size":
-            data.size = int(m["size"])
+            data.size = number(m["size"])
         elif kind == "modseq":
-            data.modseq = ModSeq(min(int(m["modseq"]), _MODSEQ_MAX))
+            data.modseq = ModSeq(number(m["modseq"]))
         else:
             data.section = m["section"].upper()
             value = m["value"]
@@ -214,7 +223,7 @@ def parse_status(response: Response) -> tuple[bytes, dict[str, int]] | None:
             numbers = {}
             for key, value in zip(items[::2], items[1::2], strict=False):
                 if isinstance(key, bytes) and isinstance(value, bytes) and value.isdigit():
-                    numbers[key.decode("ascii", "replace").upper()] = int(value)
+                    numbers[key.decode("ascii", "replace").upper()] = number(value)
             return name, numbers
     raise ProtocolError(f"malformed STATUS response: {response[0][:80]!r}")
 
@@ -225,9 +234,9 @@ def parse_sequence_set(raw: bytes) -> list[tuple[int, int]]:
     try:
         for piece in raw.split(b","):
             low, _, high = piece.partition(b":")
-            first, last = int(low), int(high or low)
+            first, last = number(low), number(high or low)
             ranges.append((min(first, last), max(first, last)))
-    except ValueError:
+    except ProtocolError:
         raise ProtocolError(f"malformed UID set: {raw[:80]!r}") from None
     return ranges
 

@@ -11,7 +11,7 @@ import io
 import logging
 import re
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -22,6 +22,7 @@ from imapfs.imap.grammar import (
     ListEntry,
     flag_list,
     format_date,
+    number,
     parse_fetch,
     parse_list,
     parse_sequence_set,
@@ -34,12 +35,16 @@ from imapfs.model import Account, ModSeq, Secret, UidValidity
 
 log = logging.getLogger(__name__)
 
-_METADATA: Final = (
-    b"UID FLAGS INTERNALDATE RFC822.SIZE%s BODY.PEEK[HEADER.FIELDS (FROM SUBJECT DATE MESSAGE-ID)]"
-)
+_HEADERS: Final = b" BODY.PEEK[HEADER.FIELDS (FROM SUBJECT DATE MESSAGE-ID)]"
+
+_EXISTS: Final = re.compile(rb"\* (\d{1,10}) EXISTS *\r?\n", re.I)
 
 
-_EXISTS: Final = re.compile(rb"\* (\d{1,10}) EXISTS\r?\n", re.I)
+OnMessage = Callable[[FetchData], None]
+
+
+def _ignore(_: FetchData) -> None:
+    """For data that nobody asked for."""
 
 
 @dataclass(slots=True)
@@ -48,18 +53,15 @@ class MailboxState:
 
     uidvalidity: UidValidity = field(default=UidValidity(0))
     uidnext: int = 0
-    exists: int = 0
+    exists: int = -1
+    """Number of messages. Every server must say it, so that a state that is given out always has it."""
     highestmodseq: ModSeq = field(default=ModSeq(0))
+    """0 also where this mailbox has no modification sequences (NOMODSEQ)."""
     permanent_flags: frozenset[str] | None = None
     """Lower case; what the server keeps. None where it does not say, which means everything."""
     read_only: bool = False
     vanished: list[tuple[int, int]] = field(default_factory=list)
     """UID ranges that QRESYNC reports as expunged (RFC 7162 section 3.2.10)."""
-
-    def take_any(self, response: Response) -> None:
-        """`take` for a response of any kind."""
-        if b" FETCH " not in response[0][:24]:
-            self.take(response)
 
     def take(self, response: Response) -> None:
         """Note what one untagged response says about the mailbox."""
@@ -76,14 +78,38 @@ class MailboxState:
                 self.permanent_flags = frozenset(flag_list(completion.argument.strip(b"()")).lower().split())
             if not completion.argument.isdigit():
                 return
-            number = int(completion.argument)
             match completion.code:
                 case "UIDVALIDITY":
-                    self.uidvalidity = UidValidity(number)
+                    self.uidvalidity = UidValidity(number(completion.argument))
                 case "UIDNEXT":
-                    self.uidnext = number
+                    self.uidnext = number(completion.argument)
                 case "HIGHESTMODSEQ":
-                    self.highestmodseq = ModSeq(number)
+                    self.highestmodseq = ModSeq(number(completion.argument))
+
+
+class _Opening:
+    """Takes the responses to SELECT or EXAMINE, and keeps out what still is about the mailbox before.
+
+    With QRESYNC the server marks the border with CLOSED (RFC 7162 section 3.2.11). Without, the new
+    mailbox's UIDVALIDITY is it: servers send FETCH and VANISHED data of the new one after that.
+    """
+
+    def __init__(self, on_message: OnMessage, *, was_selected: bool) -> None:
+        self.state = MailboxState()
+        self._on_message = on_message
+        self._is_new = not was_selected
+
+    def take(self, response: Response) -> None:
+        text = response[0]
+        if text[:13].upper() == b"* OK [CLOSED]":
+            self.state = MailboxState()
+            self._is_new = True
+        elif (data := parse_fetch(response)) is not None:
+            if self._is_new and data.uid is not None:
+                self._on_message(data)
+        elif self._is_new or text[:11].upper() != b"* VANISHED ":
+            self.state.take(response)
+            self._is_new |= bool(self.state.uidvalidity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +120,6 @@ class Quota:
     limit: int
 
 
-OnMessage = Callable[[FetchData], None]
 BodySink = Callable[[int | None, int], Sink]
 """Given the UID, where the server has named it already, and the exact size in bytes: where the body goes."""
 
@@ -111,6 +136,12 @@ class Upload:
     """INTERNALDATE, seconds since the epoch."""
     zone: int
     """Minutes east of UTC."""
+
+
+def _items(*, modseq: bool, headers: bool = True) -> bytes:
+    """What to ask for of each message."""
+    extra = (b" MODSEQ" if modseq else b"") + (_HEADERS if headers else b"")
+    return b"(UID FLAGS INTERNALDATE RFC822.SIZE%s)" % extra
 
 
 class Session:
@@ -140,7 +171,7 @@ class Session:
                 # unsolicited FETCH responses.
                 for extension in ("QRESYNC", "CONDSTORE"):
                     if extension in capabilities:
-                        wire.execute(b"ENABLE " + extension.encode())
+                        session._enable(extension)
                         break
             if "ID" in capabilities:
                 with contextlib.suppress(Refused):
@@ -149,6 +180,13 @@ class Session:
             wire.close()
             raise
         return session
+
+    def _enable(self, extension: str) -> None:
+        try:
+            self._wire.execute(b"ENABLE " + extension.encode())
+        except Refused as error:
+            log.info("synchronising by comparison only: %s", error)
+            self.capabilities -= {"QRESYNC", "CONDSTORE"}
 
     @property
     def alive(self) -> bool:
@@ -231,44 +269,59 @@ class Session:
     def _examine(
         self, mailbox: bytes, parameters: bytes, then: Sequence[bytes], on_message: OnMessage
     ) -> MailboxState:
-        """EXAMINE and, in the same round trip, the commands ``then``.
+        """EXAMINE and, in the same round trip, the commands ``then``, which ask for MODSEQ.
 
         If EXAMINE fails no mailbox is selected (RFC 9051 section 6.3.3), so that what follows can only fail.
         """
-        state = MailboxState()
-
-        def take(response: Response) -> None:
-            data = parse_fetch(response)
-            if data is None:
-                state.take(response)
-            elif data.uid is not None:
-                on_message(data)
-
         if not parameters and self.has("CONDSTORE") and not self.has("ENABLE"):
             parameters = b" (CONDSTORE)"
-        self.selected = None
         commands: list[Command] = [(b"EXAMINE ", astring(mailbox), parameters), *((c,) for c in then)]
-        examined, *others = self._wire.execute_all(commands, on_response=take)
+        opening = self._leave(on_message)
+        examined, *others = self._wire.execute_all(commands, on_response=opening.take)
         try:
             self._wire.check(commands[0], examined)
         except Refused as error:
             raise _mailbox_error(error) from None
-        if state.exists:
-            # In an empty mailbox some servers refuse every FETCH.
+        state = self._enter(mailbox, opening, writable=False)
+        if state.exists and state.highestmodseq:
+            # In an empty mailbox some servers refuse every FETCH, and without modification sequences they
+            # must refuse MODSEQ (RFC 7162 section 3.1.2.2).
             for command, completion in zip(commands[1:], others, strict=True):
                 self._wire.check(command, completion)
-        self.selected, self.state, self._writable = mailbox, state, False
+        return state
+
+    def _leave(self, on_message: OnMessage = _ignore) -> _Opening:
+        """Begin to open a mailbox: from now on none is selected."""
+        opening = _Opening(on_message, was_selected=self.selected is not None)
+        self.selected = None
+        return opening
+
+    def _enter(self, mailbox: bytes, opening: _Opening, *, writable: bool) -> MailboxState:
+        """Note that a mailbox was opened. Raises ProtocolError if the server did not say what it holds."""
+        state = opening.state
+        if state.exists < 0:
+            # To take it for empty would remove every message from the cache.
+            self.abort()
+            raise ProtocolError("the server opened a mailbox without saying how many messages it has")
+        self.selected, self.state, self._writable = mailbox, state, writable
         return state
 
     # -- metadata ------------------------------------------------------------------------------------------
 
+    # A server may add changes of other clients to any answer, as FETCH data with flags but without metadata
+    # (QRESYNC makes Dovecot name their UIDs). `_fetch_metadata` is where the two are told apart.
+
     def list_all(
-        self, mailbox: bytes, on_message: OnMessage, on_state: Callable[[MailboxState], None]
+        self,
+        mailbox: bytes,
+        on_message: OnMessage,
+        on_state: Callable[[MailboxState], None],
+        on_flags: OnMessage = _ignore,
     ) -> None:
         """Metadata of every message, streamed in the server's order."""
         on_state(self.examine(mailbox))
         if self.state.exists:
-            self._fetch(b"1:*", self._metadata(), on_message)
+            self._fetch_metadata(b"1:*", on_message, on_flags)
 
     def list_flags(self, mailbox: bytes, on_message: OnMessage) -> MailboxState:
         """UID and FLAGS of every message: what there is to compare where the server keeps no MODSEQ."""
@@ -284,12 +337,15 @@ class Session:
 
         Needs QRESYNC. The message ``last_uid`` itself is known: it comes again so that the caller can see
         that it is still the same message (or, being gone, the one before it, as ``n:*`` always includes the
-        last message). With another UIDVALIDITY the server ignores the parameter and the result is useless.
+        last message). With another UIDVALIDITY the server ignores the parameter and the result is useless;
+        so it is if the mailbox has lost its modification sequences (``highestmodseq`` is 0).
+
+        ``on_message`` gets both kinds of data: only metadata has a size.
         """
         return self._examine(
             mailbox,
             b" (QRESYNC (%d %d))" % (uidvalidity, modseq),
-            [b"UID FETCH %d:* %s" % (max(last_uid, 1), self._metadata())],
+            [b"UID FETCH %d:* %s" % (max(last_uid, 1), _items(modseq=True))],
             on_message,
         )
 
@@ -297,18 +353,35 @@ class Session:
         """UID and FLAGS of messages changed since ``modseq`` in the selected mailbox. Needs CONDSTORE."""
         self._fetch(b"1:*", b"(UID FLAGS) (CHANGEDSINCE %d)" % modseq, on_message)
 
-    def fetch_metadata_from(self, uid: int, on_message: OnMessage) -> None:
+    def fetch_metadata_from(self, uid: int, on_message: OnMessage, on_flags: OnMessage = _ignore) -> None:
         """Metadata of the messages from ``uid`` on, at least of the last one, in the selected mailbox."""
-        self._fetch(b"%d:*" % max(uid, 1), self._metadata(), on_message)
+        self._fetch_metadata(b"%d:*" % max(uid, 1), on_message, on_flags)
 
-    def fetch_metadata(self, uids: Iterable[int], on_message: OnMessage) -> None:
-        """Metadata of ``uids`` in the selected mailbox; silent about those that are gone."""
+    def fetch_metadata(
+        self,
+        uids: Iterable[int],
+        on_message: OnMessage,
+        on_flags: OnMessage = _ignore,
+        *,
+        headers: bool = True,
+    ) -> None:
+        """Metadata of ``uids`` in the selected mailbox; silent about those that are gone.
+
+        Without ``headers`` only what a server knows of a message that it cannot read.
+        """
         for uid_set in sequence_sets(uids):
-            self._fetch(uid_set, self._metadata(), on_message)
+            self._fetch_metadata(uid_set, on_message, on_flags, headers=headers)
 
-    def _metadata(self) -> bytes:
-        modseq = b" MODSEQ" if self.has("CONDSTORE") else b""
-        return b"(" + _METADATA % modseq + b")"
+    def _fetch_metadata(
+        self, uid_set: bytes, on_message: OnMessage, on_flags: OnMessage, *, headers: bool = True
+    ) -> None:
+        def take(data: FetchData) -> None:
+            if data.size is not None:
+                on_message(data)
+            elif data.flags is not None:
+                on_flags(data)
+
+        self._fetch(uid_set, _items(modseq=bool(self.state.highestmodseq), headers=headers), take)
 
     def _fetch(self, uid_set: bytes, items: bytes, on_message: OnMessage) -> None:
         def take(response: Response) -> None:
@@ -333,7 +406,8 @@ class Session:
         UIDs of which the server says nothing are not reported. Raises MailboxGone also where UIDVALIDITY is
         no longer ``uidvalidity``: the same UIDs then name other messages.
         """
-        if self.selected != mailbox:
+        if self.selected != mailbox or self.state.uidvalidity != uidvalidity:
+            # A selection from before the mailbox was made anew lasts, and would say so for ever.
             self.examine(mailbox)
         if self.state.uidvalidity != uidvalidity:
             raise MailboxGone("the mailbox was made anew on the server: list it again")
@@ -387,10 +461,11 @@ class Session:
                 return
             match values(response, 8):
                 case [_, [*items]]:
-                    for name, used, limit in zip(items[::3], items[1::3], items[2::3], strict=False):
-                        if isinstance(name, bytes) and name.upper() == b"STORAGE" and used and limit:
-                            # RFC 9208 section 5.1: units of 1024 octets.
-                            found = Quota(int(bytes(used)) * 1024, int(bytes(limit)) * 1024)  # type: ignore[arg-type]
+                    for triple in zip(items[::3], items[1::3], items[2::3], strict=False):
+                        match triple:
+                            case (bytes(name), bytes(used), bytes(limit)) if name.upper() == b"STORAGE":
+                                # RFC 9208 section 5.1: units of 1024 octets.
+                                found = Quota(number(used) * 1024, number(limit) * 1024)
 
         if self.has("QUOTA"):
             with contextlib.suppress(Refused):
@@ -404,15 +479,14 @@ class Session:
 
         Raises MailboxGone also where its UIDVALIDITY is another, Refused where it is read-only.
         """
-        if afresh or self.selected != mailbox or not self._writable:
-            state = MailboxState()
-            self.selected = None
+        known = self.selected == mailbox and self._writable and self.state.uidvalidity == uidvalidity
+        if afresh or not known:
+            opening = self._leave()
             try:
-                completion = self._wire.execute(b"SELECT ", astring(mailbox), on_response=state.take_any)
+                completion = self._wire.execute(b"SELECT ", astring(mailbox), on_response=opening.take)
             except Refused as error:
                 raise _mailbox_error(error) from None
-            state.read_only = completion.code == "READ-ONLY"
-            self.selected, self.state, self._writable = mailbox, state, True
+            self._enter(mailbox, opening, writable=True).read_only = completion.code == "READ-ONLY"
         if self.state.uidvalidity != uidvalidity:
             raise MailboxGone("the mailbox was made anew on the server: list it again")
         if self.state.read_only:
@@ -439,7 +513,7 @@ class Session:
             [
                 (b"UID STORE %d%s %sFLAGS (%s)" % (uid, modifier, sign.encode(), names),),
                 # Servers differ in what they say unasked.
-                (b"UID FETCH %d (UID FLAGS%s)" % (uid, b" MODSEQ" if self.has("CONDSTORE") else b""),),
+                (b"UID FETCH %d (UID FLAGS%s)" % (uid, b" MODSEQ" if self.state.highestmodseq else b""),),
             ],
             on_response=take,
         )
@@ -491,15 +565,13 @@ class Session:
         For each upload the UID where the server names it (APPENDUID), None where it does not, or the
         refusal. ``on_message`` gets metadata of every message from ``uidnext`` on.
         """
-        state = MailboxState()
 
-        def take(response: Response) -> None:
-            data = parse_fetch(response)
-            if data is None:
-                state.take_any(response)
-            elif data.uid is not None and data.uid >= uidnext and data.date is not None:
+        def take(data: FetchData) -> None:
+            if data.uid is not None and data.uid >= uidnext and data.size is not None:
                 on_message(data)
 
+        # Not known of a mailbox that is yet to be opened, where to ask in vain would cost the whole answer.
+        modseq = self.selected == mailbox and bool(self.state.highestmodseq)
         commands: list[Command] = [
             (
                 b"APPEND ",
@@ -511,12 +583,13 @@ class Session:
         ]
         looking: list[Command] = [
             (b"EXAMINE ", astring(mailbox)),
-            (b"UID FETCH %d:* %s" % (max(uidnext, 1), self._metadata()),),
+            (b"UID FETCH %d:* %s" % (max(uidnext, 1), _items(modseq=modseq)),),
         ]
-        self.selected = None
-        completions = self._wire.execute_all([*commands, *looking], on_response=take)
+        opening = self._leave(take)
+        completions = self._wire.execute_all([*commands, *looking], on_response=opening.take)
         if completions[len(commands)].status == "OK":
-            self.selected, self.state, self._writable = mailbox, state, False
+            self._enter(mailbox, opening, writable=False)
+        state = opening.state
         outcomes: list[int | Refused | None] = []
         for command, completion in zip(commands, completions, strict=False):
             try:
@@ -526,10 +599,11 @@ class Session:
                 continue
             uid: int | None = None
             if completion.code == "APPENDUID":
-                validity, _, number = completion.argument.partition(b" ")
+                validity, _, named = completion.argument.partition(b" ")
                 # Some gateways send UIDVALIDITY 0 or the wrong one: such a UID says nothing.
-                if number.isdigit() and validity == b"%d" % state.uidvalidity:
-                    uid = int(number)
+                if validity == b"%d" % state.uidvalidity:
+                    with contextlib.suppress(ProtocolError):
+                        uid = number(named)
             outcomes.append(uid)
         return outcomes, state
 
@@ -573,14 +647,19 @@ def _copied_uid(completion: Completion, uid: int) -> int | None:
     """The UID that the copy of ``uid`` has, by COPYUID (RFC 4315 section 3)."""
     with contextlib.suppress(ProtocolError, ValueError):
         _, old, new = completion.argument.split(b" ")
-        pairs = zip(_each(parse_sequence_set(old)), _each(parse_sequence_set(new)), strict=False)
-        return dict(pairs).get(uid)
+        position = 0
+        for low, high in parse_sequence_set(old):
+            if low <= uid <= high:
+                position += uid - low
+                break
+            position += high - low + 1
+        else:
+            return None
+        for low, high in parse_sequence_set(new):
+            if position <= high - low:
+                return low + position
+            position -= high - low + 1
     return None
-
-
-def _each(ranges: list[tuple[int, int]]) -> Iterator[int]:
-    for low, high in ranges:
-        yield from range(low, high + 1)
 
 
 def _mailbox_error(error: Refused) -> Exception:

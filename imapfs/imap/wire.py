@@ -1,8 +1,9 @@
 """One IMAP connection: bytes out, responses in, every wait bounded.
 
-IMAPClient makes the connection and logs in; from then on this module reads the socket itself, because a
+IMAPClient makes the connection and reads the greeting; from then on this module uses the socket itself. A
 generic parser takes most of a listing's time, buffers whole responses, files FETCH data without a UID under
-the sequence number, and bounds each ``recv`` but not a command. The only module that knows IMAPClient.
+the sequence number, bounds each ``recv`` but not a command, and reports a connection that ends during the
+login as a wrong password. The only module that knows IMAPClient.
 
 Theory of operation. A command is sent, possibly several at once (pipelining, RFC 9051 section 5.5), then
 responses are read until each has its tagged completion. A response is a list of parts that alternate between
@@ -12,20 +13,29 @@ a sink instead of being kept. After anything but a tagged OK, NO or BAD the conn
 called from another.
 """
 
+import base64
 import contextlib
 import mmap
 import re
 import socket
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn, Protocol
 
 import imapclient
-from imapclient import exceptions, tls
+from imapclient import tls
 
-from imapfs.errors import AuthenticationFailed, ConnectionLost, ProtocolError, Refused, TimedOut, TlsError
+from imapfs.errors import (
+    AuthenticationFailed,
+    ConnectionLost,
+    ProtocolError,
+    Refused,
+    TimedOut,
+    TlsError,
+)
+from imapfs.imap.grammar import number
 from imapfs.model import Account, Secret
 
 MAX_LINE: Final = 8 << 20
@@ -36,7 +46,18 @@ _RECV: Final = 256 << 10
 _PROGRESS: Final = 64 << 10
 """Bytes of a literal that count as progress and renew the deadline, so that a trickle does not."""
 
+_DEAD_AFTER: Final = 10
+"""Seconds without an acknowledgement after which what was sent counts as lost: a network that forgot the
+connection says nothing, and the program that asked should not wait for the whole timeout to learn it."""
+_IDLE_PROBE: Final = 60
+"""Seconds after which an idle connection is probed, so that address translators do not forget it."""
+_SPARE_FETCHES: Final = 1000
+"""Unsolicited FETCH responses that a command may meet, beyond the messages that there are."""
+
 _LITERAL = re.compile(rb"\{(\d+)\}\r?\n\Z")
+_EXISTS = re.compile(rb"\* (\d{1,10}) EXISTS\b", re.I)
+_HUMAN = re.compile(rb"\* (?:OK|NO|BAD|BYE|PREAUTH)\b", re.I)
+"""Responses that end in text for people, in which nothing is a literal (RFC 9051 section 7.1)."""
 _STATUS = re.compile(rb"(OK|NO|BAD|BYE|PREAUTH)(?: \[([A-Za-z0-9-]+)([^\]\r\n]*)\])?[ ]?([^\r\n]*)", re.I)
 _QUOTABLE = re.compile(rb"[\x01-\x09\x0b\x0c\x0e-\x7f]*\Z")
 
@@ -98,8 +119,19 @@ def astring(value: bytes) -> Part:
     return Literal(value)
 
 
+class _Ended(Exception):
+    """The stream gives no more: ``error`` is what the socket said, EOFError for the end of the connection.
+
+    A class of its own so that an OSError of a sink, whose disk may be full, is not taken for one.
+    """
+
+    def __init__(self, error: OSError | EOFError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class _Stream:
-    """A socket with a read buffer and one deadline over many reads."""
+    """A socket with a read buffer and one deadline over many reads. Every method may raise _Ended."""
 
     def __init__(self, sock: socket.socket, timeout: float) -> None:
         self.sock = sock
@@ -116,15 +148,18 @@ class _Stream:
     def _receive(self) -> bytes:
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError
-        self.sock.settimeout(left)
-        data = self.sock.recv(_RECV)
+            raise _Ended(TimeoutError())
+        try:
+            self.sock.settimeout(left)
+            data = self.sock.recv(_RECV)
+        except OSError as error:
+            raise _Ended(error) from None
         if not data:
-            raise EOFError
+            raise _Ended(EOFError())
         return data
 
     def readline(self) -> bytes:
-        """One line with its end. Raises TimeoutError, EOFError, OSError, ProtocolError."""
+        """One line with its end. Raises also ProtocolError."""
         end = self._buffer.find(b"\n", self._at)
         if end < 0:
             pieces = [self._buffer[self._at :]]
@@ -174,14 +209,25 @@ class _Stream:
     def write(self, data: Buffer) -> None:
         """Send all of ``data``; the timeout counts anew for each piece that the network takes."""
         view = memoryview(data)
-        for start in range(0, len(view), _PROGRESS):
-            self.sock.settimeout(self.timeout)
-            self.sock.sendall(view[start : start + _PROGRESS])
+        try:
+            for start in range(0, len(view), _PROGRESS):
+                self.sock.settimeout(self.timeout)
+                self.sock.sendall(view[start : start + _PROGRESS])
+        except OSError as error:
+            raise _Ended(error) from None
         self.renew()
 
 
+@contextlib.contextmanager
+def _as_the_socket_said() -> Iterator[None]:
+    try:
+        yield
+    except _Ended as ended:
+        raise ended.error from None
+
+
 class _Imap4(tls.IMAP4_TLS):  # type: ignore[misc]  # IMAPClient is not annotated
-    """imaplib's connection reading through `_Stream`, so that login is bounded like everything after it."""
+    """imaplib's connection reading through `_Stream`, so that the greeting is bounded like what follows."""
 
     stream: _Stream
 
@@ -191,19 +237,27 @@ class _Imap4(tls.IMAP4_TLS):  # type: ignore[misc]  # IMAPClient is not annotate
         self.sock = self._create_socket(self._timeout)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE_PROBE)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _DEAD_AFTER)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD_AFTER * 1000)
         self.stream = _Stream(self.sock, self._timeout)
 
+    # imaplib knows the socket's own exceptions.
+
     def read(self, size: int) -> bytes:
-        return self.stream.read(size)
+        with _as_the_socket_said():
+            return self.stream.read(size)
 
     def readline(self) -> bytes:
         try:
-            return self.stream.readline()
+            with _as_the_socket_said():
+                return self.stream.readline()
         except EOFError:
             return b""  # imaplib's own sign for the end of the connection
 
     def send(self, data: bytes) -> None:
-        self.stream.write(data)
+        with _as_the_socket_said():
+            self.stream.write(data)
 
     def shutdown(self) -> None:
         self.sock.close()
@@ -228,6 +282,10 @@ def tls_context(account: Account) -> ssl.SSLContext:
     return context
 
 
+_NOT_NOW: Final = frozenset({"INUSE", "LIMIT", "SERVERBUG", "THROTTLED", "UNAVAILABLE"})
+_HIDDEN: Final = "(its answer repeats the password and is not shown)"
+
+
 class Wire:
     """A logged-in connection. Every method raises ConnectionLost (or a subclass) when it is no more."""
 
@@ -237,6 +295,9 @@ class Wire:
         self._account = account
         self._tag = 0
         self._bye = ""
+        self._exists = 0
+        """Messages in the selected mailbox, by the server's word."""
+        self._renewals = _SPARE_FETCHES
         self.alive = True
         self.greeting_capabilities: frozenset[str] = frozenset()
 
@@ -260,40 +321,78 @@ class Wire:
         return wire
 
     def _login(self, password: Secret) -> None:
-        account = self._account
-        refused: str
+        """Log in and learn the capabilities. Raises AuthenticationFailed, ConnectionLost."""
+        host, user = self._account.host, self._account.user
         try:
-            self._stream.renew()
-            # LOGIN takes ASCII only; SASL PLAIN carries any UTF-8 (RFC 4616).
-            if self._client.has_capability("AUTH=PLAIN"):
-                self._client.plain_login(account.user, password.reveal())
-            elif self._client.has_capability("LOGINDISABLED"):
-                raise AuthenticationFailed(
-                    f"{account.host} offers no login with a password; it may want OAuth or an app password"
-                )
-            else:
-                self._client.login(account.user, password.reveal())
-            self.greeting_capabilities = frozenset(
-                c.decode("ascii", "replace").upper() for c in self._client.capabilities()
-            )
-            return
-        except exceptions.LoginError as error:
-            refused = str(error)
-        except UnicodeEncodeError:
-            raise AuthenticationFailed(
-                f"{account.host} takes only ASCII passwords (no AUTH=PLAIN): change it there"
-            ) from None
-        except AuthenticationFailed:
+            completion = self._offer(password)
+        except ProtocolError:
+            # What it sent is not shown: it may be a part of the command, with the password.
+            raise ProtocolError(f"{host} answered the login with what is not IMAP") from None
+        except ConnectionLost as error:
+            if _repeats(str(error), user, password):
+                raise ConnectionLost(f"{host} closed the connection: {_HIDDEN}") from None
             raise
-        except Exception as error:
-            self._fail(error)
-        answer = Completion.parse(b"NO " + refused.removeprefix("b'").encode("utf-8", "replace"))
-        code = answer.code if answer else ""
-        words = " ".join(refused.split())
-        # RFC 5530: these say that the credentials were not even looked at.
-        if code in {"UNAVAILABLE", "LIMIT", "INUSE", "SERVERBUG", "THROTTLED"}:
-            raise ConnectionLost(f"{account.host} does not let {account.user} in now: {words}")
-        raise AuthenticationFailed(f"{account.host} refused the password of {account.user}: {words}")
+        words = completion.text or completion.status
+        if _repeats(words, user, password):
+            words = _HIDDEN
+        # RFC 5530: these codes say that the credentials were not even looked at; nor were they for BAD.
+        if completion.status == "BAD" or completion.code in _NOT_NOW:
+            raise ConnectionLost(f"{host} does not let {user} in now: {words}")
+        if completion.status != "OK":
+            code = f"[{completion.code}] " if completion.code else ""
+            raise AuthenticationFailed(f"{host} refused the password of {user}: {code}{words}")
+
+    def _offer(self, password: Secret) -> Completion:
+        """The answer to a login by the best way that the server offers; also learn its capabilities."""
+        host, user = self._account.host, self._account.user
+        self._stream.renew()
+        announced = b""
+
+        def take(response: Response) -> None:
+            nonlocal announced
+            if response[0][:13].upper() == b"* CAPABILITY ":
+                announced = response[0][13:]
+            elif response[0][:16].upper() == b"* OK [CAPABILITY":
+                announced = response[0][16:].partition(b"]")[0]
+
+        offered = {_upper(c) for c in self._client.capabilities()}
+        # LOGIN takes ASCII only; SASL PLAIN carries any UTF-8 (RFC 4616).
+        if "AUTH=PLAIN" in offered:
+            plain = base64.b64encode(f"\0{user}\0{password.reveal()}".encode())
+            completion = self._authenticate(b"PLAIN", plain, take)
+        elif "LOGINDISABLED" in offered:
+            raise AuthenticationFailed(
+                f"{host} offers no login with a password; it may want OAuth or an app password"
+            )
+        elif not (user + password.reveal()).isascii():
+            raise AuthenticationFailed(
+                f"{host} takes only ASCII names and passwords (no AUTH=PLAIN): change the password there"
+            )
+        else:
+            command = (b"LOGIN ", astring(user.encode()), b" ", astring(password.reveal().encode()))
+            (completion,) = self.execute_all([command], on_response=take)
+        if completion.status == "OK":
+            if completion.code == "CAPABILITY":
+                announced = completion.argument
+            elif not announced:
+                self.execute_all([(b"CAPABILITY",)], on_response=take)
+            self.greeting_capabilities = frozenset(_upper(c) for c in announced.split())
+        return completion
+
+    def _authenticate(
+        self, mechanism: bytes, answer: bytes, handle: Callable[[Response], None]
+    ) -> Completion:
+        """AUTHENTICATE with the one ``answer`` that a simple mechanism has (RFC 9051 section 6.2.2)."""
+        tag = self._next_tag()
+        done: dict[bytes, Completion] = {}
+        with self._breaking():
+            self._stream.write(tag + b" AUTHENTICATE " + mechanism + b"\r\n")
+            answers = iter((answer,))
+            while tag not in done:
+                if self._read_response(handle, None, done):
+                    # Whatever else the server wants to know, it is told that there is no more.
+                    self._stream.write(next(answers, b"*") + b"\r\n")
+        return done[tag]
 
     def execute(
         self,
@@ -320,23 +419,40 @@ class Wire:
         """
         handle = on_response or (lambda _: None)
         done: dict[bytes, Completion] = {}
-        try:
+        with self._breaking():
             self._stream.renew()
+            self._allow_fetches()
             tags = [self._send(command, handle, done) for command in commands]
             while not all(tag in done for tag in tags):
                 self._read_response(handle, sink_for, done)
+        return [done[tag] for tag in tags]
+
+    @contextlib.contextmanager
+    def _breaking(self) -> Iterator[None]:
+        """After any exception the connection is in the middle of something: it is not alive any more."""
+        try:
+            yield
         except BaseException as error:
             self.alive = False
-            if isinstance(error, (EOFError, OSError)):
-                self._fail(error)
+            if isinstance(error, _Ended):
+                self._fail(error.error)
             raise
-        return [done[tag] for tag in tags]
+
+    def _allow_fetches(self) -> None:
+        """Allow each message, and some changes beside, to renew the deadline during this command.
+
+        So a listing may take as long as it goes on, but a server cannot keep a command alive for ever.
+        """
+        self._renewals = 2 * self._exists + _SPARE_FETCHES
+
+    def _next_tag(self) -> bytes:
+        self._tag += 1
+        return b"f%d" % self._tag
 
     def _send(
         self, command: Command, handle: Callable[[Response], None], done: dict[bytes, Completion]
     ) -> bytes:
-        self._tag += 1
-        tag = b"f%d" % self._tag
+        tag = self._next_tag()
         out = bytearray(tag + b" ")
         for part in command:
             if isinstance(part, bytes):
@@ -381,9 +497,10 @@ class Wire:
             done[tag] = completion
             return False
         response: Response = []
-        while m := _LITERAL.search(line, max(0, len(line) - 24)):
+        human = _HUMAN.match(line)
+        while not human and (m := _LITERAL.search(line, max(0, len(line) - 24))):
             response.append(line[: m.start()])
-            size = int(m.group(1))
+            size = number(m.group(1))
             sink = sink_for(response, size) if sink_for else None
             if sink is not None:
                 stream.pour(size, sink.write)
@@ -395,8 +512,13 @@ class Wire:
             line = stream.readline()
         response.append(line)
         if b" FETCH " in response[0][:24]:
-            stream.renew()
-        elif response[0][:6].upper() == b"* BYE ":
+            self._renewals -= 1
+            if self._renewals > 0:
+                stream.renew()
+        elif m := _EXISTS.match(line):
+            self._exists = int(m[1])
+            self._allow_fetches()
+        elif line[:6].upper() == b"* BYE ":
             self._bye = line[6:].decode("utf-8", "replace").strip()
         handle(response)
         return False
@@ -413,18 +535,16 @@ class Wire:
             f"{self._account.host} refused {verb.decode('ascii', 'replace')}:{code} {words}", completion.code
         )
 
-    def _fail(self, error: BaseException) -> NoReturn:
+    def _fail(self, error: OSError | EOFError) -> NoReturn:
         """Turn what ended the connection into an error of ours."""
-        self.alive = False
         host = self._account.host
-        if isinstance(error, ConnectionLost):
-            raise error
-        if isinstance(error, TimeoutError):
+        # With an errno it is the kernel that gave up on the connection, long before.
+        if isinstance(error, TimeoutError) and error.errno is None:
             raise TimedOut(f"{host} did not answer within {self._stream.timeout:g} s") from None
         if self._bye:
             raise ConnectionLost(f"{host} closed the connection: {self._bye}") from None
         if isinstance(error, ssl.SSLError) and error.reason:
-            raise ConnectionLost(f"TLS to {host} broke: {error.reason.replace('_', ' ').lower()}") from None
+            raise ConnectionLost(f"TLS to {host} broke: {_words(error.reason)}") from None
         detail = getattr(error, "strerror", None) or "the connection ended without a word"
         raise ConnectionLost(f"lost the connection to {host}: {detail}") from None
 
@@ -463,8 +583,12 @@ def _connect_error(error: Exception, where: str, host: str, timeout: float) -> C
             "HTTP_REQUEST",
         }:
             return TlsError(f"{where} does not speak TLS: use the server's IMAPS port, usually 993")
+        case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
+            return ConnectionLost(f"{where} hung up before there was a TLS connection: it may be too busy")
+        case ssl.SSLError(reason=reason) if "ALERT" in (reason or ""):
+            return ConnectionLost(f"{where} refuses a TLS connection: {_words(reason)}")
         case ssl.SSLError():
-            return TlsError(f"no TLS connection to {where}: {(error.reason or str(error)).lower()}")
+            return TlsError(f"no TLS connection to {where}: {_words(error.reason or str(error))}")
         case socket.gaierror():
             return ConnectionLost(f"the name {host} cannot be resolved: check its spelling and your network")
         case ConnectionRefusedError():
@@ -477,3 +601,24 @@ def _connect_error(error: Exception, where: str, host: str, timeout: float) -> C
             # imaplib: the greeting was BYE, or no IMAP greeting at all.
             words = " ".join(str(error).split())[:200]
             return ConnectionLost(f"{where} did not greet as an IMAP server: {words or 'it hung up'}")
+
+
+def _words(reason: str) -> str:
+    """OpenSSL's name of an error, more readable."""
+    return reason.replace("_", " ").lower()
+
+
+def _upper(capability: bytes) -> str:
+    return capability.decode("ascii", "replace").upper()
+
+
+def _repeats(words: str, user: str, password: Secret) -> bool:
+    """Whether ``words`` hold the password, in one of the forms in which it may have been sent."""
+    secret = password.reveal()
+    forms = {
+        secret,
+        secret.replace("\\", "\\\\").replace('"', '\\"'),
+        base64.b64encode(f"\0{user}\0{secret}".encode()).decode(),
+        base64.b64encode(secret.encode()).decode(),
+    }
+    return any(form and form in words for form in forms)

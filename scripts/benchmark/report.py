@@ -27,8 +27,8 @@ FOOTNOTES = (
     "The link models round trips (that of a TCP handshake too) and bandwidth, not slow start or loss.",
 )
 
-_LEFT, _RIGHT, _LINE = 470, 230, 26
-_WIDTH = 1060
+_LEFT, _RIGHT, _LINE = 550, 230, 26
+_WIDTH = 1160
 _COLOURS = {True: "#2a7f62", False: "#c8553d"}
 
 
@@ -140,7 +140,7 @@ def chart(results: Sequence[Result]) -> str:
         at = x(10.0**exponent)
         shade, width = ("#222", 1.5) if exponent == 0 else ("#ddd", 1)
         parts.append(f'<path d="M{at:.1f} {_LINE}V{bottom}" stroke="{shade}" stroke-width="{width}"/>')
-        label = "goal" if exponent == 0 else f"{10.0**exponent:g} x goal"
+        label = "goal" if exponent == 0 else f"{10.0**exponent:g} x"
         parts.append(f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{label}</text>')
     for number, result in enumerate(results):
         middle = _LINE * (number + 1.5)

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.servers.account import DEADLINE, ImapAccount, run_as
-from tests.servers.loop import BUFFER, LoopThread, Port, accept_tls, server_context
+from tests.servers.loop import BUFFER, LoopThread, Port, abort, accept_tls, server_context
 from tests.servers.tls import CertificateAuthority
 
 UNPACKED = Path(__file__).parents[2] / ".servers" / "courier"
@@ -43,7 +43,7 @@ class Courier:
     """A running server while the ``with`` block lasts; any user name is accepted with ``password``.
 
     ``quota`` is the limit of each account in bytes. ``certificate`` (with its key) replaces the valid one for
-    localhost and 127.0.0.1. IDLE tells of a change at once.
+    localhost and 127.0.0.1. IDLE tells of a change within seconds.
 
     Raises RuntimeError where it is not unpacked or does not start.
     """
@@ -161,7 +161,11 @@ class Courier:
         """
         if not (self.directory / "bin" / "gam_server").exists():
             return
-        self._watcher, connection = self._start("gam_server", "--notimeout", self.directory.name)
+        # It looks each second. Told by the kernel it would lose changes that follow soon upon others.
+        (self.directory / ".gaminrc").write_text(f"poll {self.directory}/*\n")
+        self._watcher, connection = self._start(
+            "gam_server", "--notimeout", self.directory.name, HOME=str(self.directory)
+        )
         connection.close()
         deadline = time.monotonic() + DEADLINE
         while f"-{self.directory.name}" not in Path("/proc/net/unix").read_text():
@@ -190,8 +194,7 @@ class Courier:
                     await self._session(reader, writer, *login)
                 await writer.drain()
             finally:
-                # Not close(): that would wait for the client to agree to the end of TLS.
-                writer.transport.abort()
+                await abort(writer)
 
     async def _session(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, tag: str, user: str
@@ -231,7 +234,7 @@ class Courier:
                 for pump in pumps:
                     pump.cancel()
                 await asyncio.gather(*pumps, return_exceptions=True)
-                session_writer.transport.abort()
+                await abort(session_writer)
         finally:
             await asyncio.to_thread(_reap, process)
             self._sessions.discard(process)

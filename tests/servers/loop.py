@@ -5,6 +5,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,6 +98,15 @@ async def accept_tls(connection: socket.socket, context: ssl.SSLContext) -> Stre
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
     transport, _ = await loop.connect_accepted_socket(lambda: protocol, connection, ssl=context)
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+async def abort(writer: asyncio.StreamWriter) -> None:
+    """End the connection without an end of TLS, which the other side would have to agree to."""
+    writer.transport.abort()
+    # A writer that is not closed closes itself when it is collected, and the loop may be gone by then.
+    writer.close()
+    with suppress(OSError):
+        await writer.wait_closed()
 
 
 def _reusable_socket() -> socket.socket:

@@ -23,7 +23,7 @@ from typing import Literal
 
 from tests.servers.account import DEADLINE, Endpoint, ImapAccount
 from tests.servers.hiding import Hidden
-from tests.servers.loop import BUFFER, LoopThread, Port, accept_tls, server_context
+from tests.servers.loop import BUFFER, LoopThread, Port, abort, accept_tls, server_context
 
 Edit = Callable[[bytes], bytes | None]
 """Given a line of the server with its line end: what to send in its place (any number of lines), None to
@@ -495,7 +495,7 @@ class _Connection:
             finally:
                 if self.reset_at_end:
                     self._reset_on_close()
-                await _abort(self._to_client)
+                await abort(self._to_client)
 
     async def _before_tls(self) -> None:
         await self.flow()
@@ -550,7 +550,7 @@ class _Connection:
                 elif isinstance(end, Exception) and not isinstance(end, _Over):
                     raise end
         finally:
-            await _abort(to_server)
+            await abort(to_server)
 
     async def _upward(self) -> None:
         try:
@@ -724,7 +724,7 @@ class _Connection:
             case "cut":
                 self.reset_at_end = True
                 self._reset_on_close()
-                await _abort(self._to_client)
+                await abort(self._to_client)
                 fault.struck()
                 raise _Over
             case "close":
@@ -767,9 +767,3 @@ class _Connection:
     def _reset_on_close(self) -> None:
         if self._socket.fileno() >= 0:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-
-async def _abort(writer: asyncio.StreamWriter) -> None:
-    writer.transport.abort()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
