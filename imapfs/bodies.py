@@ -11,7 +11,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,7 +19,7 @@ from typing import Final
 import trio
 
 from imapfs.cache import Cache, Gone, Node
-from imapfs.errors import CacheError
+from imapfs.errors import CacheError, report
 from imapfs.model import Ino
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,8 @@ SMALL: Final = 256 << 10
 """Bodies up to this many bytes are handled as one piece of memory; larger ones go through a file."""
 _CHUNK: Final = 1 << 20
 _SHARDS: Final = 256
+_ROOM: Final = 64 << 20
+"""Most bytes that are evicted at once beyond what is needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,10 @@ class Spool:
             self._open()
 
     def _open(self) -> None:
-        self.path = self._store.temporary()
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        path = self._store.temporary()
+        with self._store.writing():
+            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self.path = path
 
     def write(self, data: bytes) -> None:
         """Take the next bytes. Raises CacheError if the disk does not."""
@@ -69,30 +73,28 @@ class Spool:
         self.written += len(data)
 
     def _write(self, data: bytes | bytearray) -> None:
-        try:
+        with self._store.writing():
             view = memoryview(data)
             while view:
                 view = view[os.write(self.fd, view) :]
-        except OSError as error:
-            raise CacheError.from_os_error(
-                error, f"cannot write to the cache {self._store.directory}"
-            ) from None
 
-    def keep(self, ino: Ino) -> Body:
-        """Make the file permanent as the body of ``ino``. The descriptor of a large body stays open."""
-        try:
+    def keep(self, ino: Ino) -> Body | None:
+        """Make the file permanent as the body of ``ino``. The descriptor of a large body stays open.
+
+        None for a body that alone is larger than the cache may be: it is there until `discard` only.
+        """
+        if self.written > self._store.limit:
+            return None
+        if self.small is not None:
+            self._open()
+            self._write(self.small)
+        with self._store.writing():
             if self.small is not None:
-                self._open()
-                self._write(self.small)
-                os.close(self.fd)
-                self.fd = -1
+                fd, self.fd = self.fd, -1
+                os.close(fd)
             assert self.path is not None
             self.path.rename(self._store.path(ino))
-            self.path = None
-        except OSError as error:
-            raise CacheError.from_os_error(
-                error, f"cannot write to the cache {self._store.directory}"
-            ) from None
+        self.path = None
         return Body(ino, self.written, self.crc)
 
     def discard(self) -> None:
@@ -101,7 +103,7 @@ class Spool:
             os.close(self.fd)
             self.fd = -1
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            _unlink(self.path)
             self.path = None
 
 
@@ -133,6 +135,14 @@ class BodyStore:
     def temporary(self) -> Path:
         """A new name beside the bodies."""
         return self._temporary / str(next(self._serial))
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn what the disk says into CacheError."""
+        try:
+            yield
+        except OSError as error:
+            raise CacheError.from_os_error(error, f"cannot write to the cache {self.directory}") from None
 
     def check_space(self, size: int) -> None:
         """Raise CacheError if ``size`` more bytes do not fit on the disk."""
@@ -191,9 +201,9 @@ class BodyStore:
 
     def _lost(self, node: Node) -> None:
         log.warning("the cached body of message %d is damaged or gone: it is fetched again", node.uid)
-        self._cache.forget_body(node.ino)
+        self._cache.forget_bodies([node.ino])
         self.size -= node.size
-        self.path(node.ino).unlink(missing_ok=True)
+        _unlink(self.path(node.ino))
 
     def _note_use(self, ino: Ino) -> None:
         self._used.add(ino)
@@ -217,15 +227,18 @@ class BodyStore:
             for body in bodies:
                 if self._cache.node(body.ino) is None:
                     self.size -= body.size
-                    self.path(body.ino).unlink(missing_ok=True)
+                    _unlink(self.path(body.ino))
         if self.size > self.limit:
             self._evict()
 
     def _evict(self) -> None:
+        """Make room, and some more, so that not every body that comes has to."""
         self.flush_use()
-        for ino, size in self._cache.oldest_bodies(self.size - self.limit):
-            self._cache.forget_body(ino)
-            self.path(ino).unlink(missing_ok=True)
+        room = min(self.limit // 20, _ROOM)
+        oldest = self._cache.oldest_bodies(self.size - self.limit + room)
+        self._cache.forget_bodies(ino for ino, _ in oldest)
+        for ino, size in oldest:
+            _unlink(self.path(ino))
             self.size -= size
 
     def take(self, path: Path, ino: Ino) -> None:
@@ -236,6 +249,8 @@ class BodyStore:
                 while data := file.read(_CHUNK):
                     crc = zlib.crc32(data, crc)
                     size += len(data)
+            if size > self.limit:
+                return
             path.rename(self.path(ino))
         except OSError as error:
             log.info("a body was not kept in the cache, it will be fetched: %s", error)
@@ -249,9 +264,9 @@ class BodyStore:
 
     def drop_file(self, ino: Ino) -> None:
         """Remove the body of a message that is in the database without it already."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError):
             self.size -= self.path(ino).stat().st_size
-            self.path(ino).unlink()
+            _unlink(self.path(ino))
 
     def drop(self, gone: Iterable[Gone]) -> None:
         """Remove the files of messages that were removed from the database."""
@@ -260,14 +275,28 @@ class BodyStore:
                 self.drop_file(entry.ino)
 
     async def sweep(self) -> None:
-        """Remove files that no message has: what a kill between rename and commit left behind."""
-        for shard in range(_SHARDS):
-            directory = self.directory / f"{shard:02x}"
-            inos = await trio.to_thread.run_sync(_old_files, directory, self._started)
-            wanted = self._cache.cached(inos)
-            for ino in inos:
-                if ino not in wanted:
-                    self.path(ino).unlink(missing_ok=True)
+        """Remove files that no message has: what a kill between rename and commit left behind.
+
+        Raises nothing: what stays behind is in nobody's way.
+        """
+        try:
+            for shard in range(_SHARDS):
+                directory = self.directory / f"{shard:02x}"
+                inos = await trio.to_thread.run_sync(_old_files, directory, self._started)
+                wanted = self._cache.cached(inos)
+                for ino in inos:
+                    if ino not in wanted:
+                        _unlink(self.path(ino))
+        except Exception as error:
+            report(error, "the cache was not swept")
+
+
+def _unlink(path: Path) -> None:
+    """Remove a file; one that cannot be removed only takes up room."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("cannot remove %s from the cache: %s", path, error.strerror)
 
 
 def _check(fd: int, node: Node) -> bool:

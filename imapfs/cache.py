@@ -20,6 +20,9 @@ from imapfs.database import Connection, Database, IntegrityError
 from imapfs.model import ROOT, Ino, ModSeq, NameScheme, Uid, UidValidity
 from imapfs.names import message_name
 
+MAX_UID: Final = (1 << 63) - 1
+"""Above every UID of a server."""
+
 
 class Node(NamedTuple):
     """A directory entry; columns as in the schema."""
@@ -142,10 +145,6 @@ class Cache:
     def close(self) -> None:
         self._database.close()
 
-    def checkpoint(self) -> None:
-        """From any thread: see `Database.checkpoint`."""
-        self._database.checkpoint()
-
     # -- looking -------------------------------------------------------------------------------------------
 
     def node(self, ino: Ino) -> Node | None:
@@ -167,6 +166,17 @@ class Cache:
                 f"SELECT {_NODE} FROM node WHERE parent = ? AND ino > ? AND name IS NOT NULL"
                 " ORDER BY ino LIMIT ?",
                 (parent, after, limit),
+            ).fetchall()
+        return [Node._make(row) for row in rows]
+
+    def uncached_after(self, node: Node, by_name: bool, limit: int) -> list[Node]:
+        """Messages beside ``node`` whose bodies are not cached, those after it by name or by inode."""
+        column, value = ("name", node.name) if by_name else ("ino", node.ino)
+        with self._database.read() as db:
+            rows = db.execute(
+                f"SELECT {_NODE} FROM node WHERE parent = ? AND {column} > ? AND uid IS NOT NULL"
+                f" AND crc IS NULL AND name IS NOT NULL ORDER BY {column} LIMIT ?",
+                (node.parent, value, limit),
             ).fetchall()
         return [Node._make(row) for row in rows]
 
@@ -248,10 +258,12 @@ class Cache:
                 ]
             self._changed(db, {Ino(was), parent}, now)
 
-    def last_uid(self, mailbox: Ino) -> int:
-        """The highest UID known, or 0."""
+    def last_uid(self, mailbox: Ino, below: int = MAX_UID) -> int:
+        """The highest UID known under ``below``, or 0."""
         with self._database.read() as db:
-            (uid,) = db.execute("SELECT max(uid) FROM node WHERE parent = ?", (mailbox,)).fetchone()
+            (uid,) = db.execute(
+                "SELECT max(uid) FROM node WHERE parent = ? AND uid < ?", (mailbox, below)
+            ).fetchone()
         return int(uid or 0)
 
     def counts(self, mailbox: Ino) -> tuple[int, int]:
@@ -283,7 +295,10 @@ class Cache:
     # -- directories ---------------------------------------------------------------------------------------
 
     def set_tree(self, wanted: Sequence[Directory]) -> tuple[list[Node], list[Gone]]:
-        """Make the directories be exactly ``wanted`` (parents before children): the added and the removed."""
+        """Make the directories be exactly ``wanted`` (parents before children): the added and the removed.
+
+        A directory that is no mailbox any more, though others are below it, loses its messages.
+        """
         added: list[Node] = []
         gone: list[Gone] = []
         now = time.time_ns()
@@ -307,6 +322,9 @@ class Cache:
                         " WHERE ino = ?",
                         (*values, node.ino),
                     )
+                    if not directory.selectable and (left := self._empty(db, node.ino, UidValidity(0))):
+                        gone += left
+                        changed.add(node.ino)
                     continue
                 ino = _take_inos(db, 1)
                 inos[directory.path] = ino
@@ -356,14 +374,17 @@ class Cache:
     def reset(self, mailbox: Ino, uidvalidity: UidValidity) -> list[Gone]:
         """Forget all messages of a mailbox: from now on its UIDs are of ``uidvalidity``."""
         with self._database.write() as db:
-            gone = _delete(db, "parent = ? AND uid IS NOT NULL", (mailbox,))
-            db.execute(
-                "UPDATE mailbox SET uidvalidity = ?, uidnext = 0, modseq = 0, complete = 0 WHERE ino = ?",
-                (uidvalidity, mailbox),
-            )
+            gone = self._empty(db, mailbox, uidvalidity)
             if gone:
                 self._changed(db, {mailbox})
         return gone
+
+    def _empty(self, db: Connection, mailbox: Ino, uidvalidity: UidValidity) -> list[Gone]:
+        db.execute(
+            "UPDATE mailbox SET uidvalidity = ?, uidnext = 0, modseq = 0, complete = 0 WHERE ino = ?",
+            (uidvalidity, mailbox),
+        )
+        return _delete(db, "parent = ? AND uid IS NOT NULL", (mailbox,))
 
     def _changed(self, db: Connection, directories: Iterable[Ino], now: int | None = None) -> None:
         now = now or time.time_ns()
@@ -375,7 +396,11 @@ class Cache:
     # -- messages ------------------------------------------------------------------------------------------
 
     def add_messages(self, mailbox: Ino, messages: Sequence[NewMessage]) -> list[tuple[Ino, bytes]]:
-        """Add messages not known yet; known ones only get their flags. The inode and name of each new one."""
+        """Add messages not known yet; known ones only get their flags. The inode and name of each new one.
+
+        Of what is said twice about a message the last counts.
+        """
+        messages = list({m.uid: m for m in messages}.values())
         with self._database.write() as db:
             names = self._names(db)
             known = {
@@ -428,12 +453,19 @@ class Cache:
                     changed.append(Ino(row[0]))
         return changed
 
-    def remove(self, mailbox: Ino, ranges: Iterable[tuple[int, int]]) -> list[Gone]:
-        """Remove the messages whose UIDs are in ``ranges`` (both ends included)."""
+    def remove(self, mailbox: Ino, ranges: Iterable[tuple[int, int]], limit: int) -> list[Gone]:
+        """Remove messages whose UIDs are in ``ranges`` (both ends included), ``limit`` of them at most."""
         gone: list[Gone] = []
         with self._database.write() as db:
             for low, high in ranges:
-                gone += _delete(db, "parent = ? AND uid BETWEEN ? AND ?", (mailbox, low, high))
+                gone += _delete(
+                    db,
+                    "ino IN (SELECT ino FROM node WHERE parent = ? AND uid BETWEEN ? AND ?"
+                    " ORDER BY uid LIMIT ?)",
+                    (mailbox, low, high, limit - len(gone)),
+                )
+                if len(gone) >= limit:
+                    break
             if gone:
                 self._changed(db, {mailbox})
         return gone
@@ -624,10 +656,10 @@ class Cache:
         with self._database.write() as db:
             db.executemany("UPDATE node SET used = ? WHERE ino = ?", [(now, ino) for ino in inos])
 
-    def forget_body(self, ino: Ino) -> None:
-        """Note that the body is not cached."""
+    def forget_bodies(self, inos: Iterable[Ino]) -> None:
+        """Note that bodies are not cached."""
         with self._database.write() as db:
-            db.execute("UPDATE node SET crc = NULL WHERE ino = ?", (ino,))
+            db.executemany("UPDATE node SET crc = NULL WHERE ino = ?", [(ino,) for ino in inos])
 
     def oldest_bodies(self, size: int) -> list[tuple[Ino, int]]:
         """The least recently used bodies that have ``size`` bytes together: inode and bytes of each."""

@@ -47,6 +47,11 @@ def commands() -> None:
 )
 @click.option("--read-only", is_flag=True, default=None, help="Refuse every change.")
 @click.option(
+    "--fetch-ahead",
+    metavar="SIZE",
+    help="Most that is fetched a day before it is wanted; 0 for nothing.  [default: 2GiB]",
+)
+@click.option(
     "--delete",
     type=click.Choice(["trash", "expunge"]),
     help="What rm does outside Trash: move there, or delete for good.  [default: trash]",
@@ -126,6 +131,37 @@ def sync(mountpoint: Path) -> None:
         raise ImapfsError(
             f"{len(waiting)} files are not on the server; 'imapfs retry {mountpoint}' tries refused ones"
         )
+
+
+@commands.command()
+@click.argument("directory", type=_DIRECTORY)
+def fetch(directory: Path) -> None:
+    """Fetch all messages below DIRECTORY, which is in a mount, into the cache.
+
+    Can be stopped at any time, and goes on there when it is run again.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import TransferSpeedColumn as SpeedColumn
+
+    from imapfs import download
+
+    console = Console(stderr=True)
+    with console.status(f"looking what there is in {directory}"):
+        messages = download.find(directory)
+    failed: list[str] = []
+    columns = TextColumn("Ctrl-C stops"), BarColumn(), DownloadColumn(), SpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("fetch", total=messages.size)
+        for outcome in download.read(messages.files):
+            progress.advance(task, outcome.size)
+            if outcome.error:
+                failed.append(outcome.error)
+    for line in failed[:10]:
+        click.echo(_printable(line), err=True)
+    if failed:
+        raise ImapfsError(f"{len(failed)} of {len(messages.files)} messages were not fetched; run it again")
+    click.echo(f"{len(messages.files)} messages are in the cache")
 
 
 @commands.command()

@@ -22,6 +22,7 @@ from imapfs.model import Account, DeletePolicy, MountConfig, NameScheme
 MAX_CONNECTIONS = 50
 MAX_TIMEOUT = 3600
 DEFAULT_CACHE_SIZE = 10 * 2**30
+DEFAULT_FETCH_AHEAD = 2 << 30
 DEFAULT_CONNECTIONS = 4
 DEFAULT_TIMEOUT = 30.0
 NAME_SCHEMES: tuple[NameScheme, ...] = ("subject", "uid")
@@ -37,6 +38,7 @@ Options = TypedDict(
         "cache-dir": Path,
         "cache-size": int,
         "read-only": bool,
+        "fetch-ahead": int,
         "names": NameScheme,
         "delete": DeletePolicy,
         "connections": int,
@@ -226,6 +228,7 @@ _CONVERT: Mapping[str, Callable[[object], object]] = {
     "cache-dir": _text,
     "cache-size": _size,
     "read-only": _boolean,
+    "fetch-ahead": _size,
     "names": _names,
     "delete": _delete,
     "connections": _integer(1, MAX_CONNECTIONS),
@@ -398,6 +401,7 @@ def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config
         mountpoint=mounts.real_path(mountpoint),
         cache_dir=merged.get("cache-dir") or _default_cache_dir(),
         cache_size=merged.get("cache-size", DEFAULT_CACHE_SIZE),
+        fetch_ahead=merged.get("fetch-ahead", DEFAULT_FETCH_AHEAD),
         names=merged.get("names", "subject"),
         delete=merged.get("delete", "trash"),
         connections=merged.get("connections", DEFAULT_CONNECTIONS),

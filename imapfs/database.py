@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,10 @@ log = logging.getLogger(__name__)
 Connection = sqlite3.Connection
 IntegrityError = sqlite3.IntegrityError
 
+_PAGES: Final = 2000
+"""Changed pages (of 4 KiB) after which the write-ahead log is moved into the database."""
+_PAGES_EACH: Final = 4
+"""What a transaction changes at least: tables, indexes, and the pages above them."""
 _VERSION: Final = 1
 _SCHEMA: Final = """
 CREATE TABLE meta (
@@ -74,6 +79,10 @@ class Database:
         self.directory = directory
         self._lock = lock
         self._db = db
+        self._pages = 0
+        """At most so many pages were written since the last checkpoint was begun."""
+        self._rows = db.total_changes
+        self._checkpoint: threading.Thread | None = None
 
     @classmethod
     def open(cls, directory: Path) -> "Database":
@@ -96,6 +105,8 @@ class Database:
 
     def close(self) -> None:
         """Close the database and let another mount have it."""
+        if self._checkpoint is not None:
+            self._checkpoint.join()
         with contextlib.suppress(sqlite3.Error):
             self._db.close()
         os.close(self._lock)
@@ -130,14 +141,29 @@ class Database:
                     db.execute("ROLLBACK")
                 raise
             db.execute("COMMIT")
+            self._bound_log()
 
-    def checkpoint(self) -> None:
-        """From any thread: move the write-ahead log into the database, so that no reader pays for it."""
-        with (
-            contextlib.suppress(sqlite3.Error),
-            contextlib.closing(_plain(self.directory / "cache.db")) as db,
-        ):
-            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+    def _bound_log(self) -> None:
+        """Move the write-ahead log into the database when it has grown, so that no reader pays for it.
+
+        In a thread with a connection of its own, which waits for the disk.
+        """
+        self._pages += _PAGES_EACH + self._db.total_changes - self._rows
+        self._rows = self._db.total_changes
+        if self._pages < _PAGES or (self._checkpoint is not None and self._checkpoint.is_alive()):
+            return
+        self._pages = 0
+        self._checkpoint = threading.Thread(target=_checkpoint, args=(self.directory / "cache.db",))
+        self._checkpoint.start()
+
+
+def _checkpoint(path: Path) -> None:
+    # Failing is no harm: what could not be moved is moved the next time.
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(_plain(path)) as db:
+        db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        # Only with nothing left in it does the log start anew. This one keeps writers out, but for the moment
+        # that the little takes which was written during the first.
+        db.execute("PRAGMA wal_checkpoint(RESTART)")
 
 
 def _open_or_rebuild(directory: Path) -> Connection:
@@ -179,7 +205,7 @@ def _connect(path: Path) -> Connection:
         # No fsync at each commit: what a power cut takes is fetched again.
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
-        # `Cache.checkpoint` does it in a thread.
+        # `Database.write` sees to it.
         db.execute("PRAGMA wal_autocheckpoint = 0")
         db.execute("PRAGMA cache_size = -16384")
         if version == 0 and tables == 0:

@@ -88,13 +88,13 @@ class ProtocolError(ConnectionLost):
 
 
 class TlsError(ConnectionLost):
-    """No trustworthy TLS connection: scope is the account, trying again does not help."""
+    """No trustworthy TLS connection: scope is the account, until somebody sets the server or us right."""
 
     errno = errno.EPROTO
 
 
 class AuthenticationFailed(ImapfsError):
-    """The server refused the credentials: scope is the account, trying again may lock it."""
+    """The server refused the credentials, or says so when it is busy: trying again may lock the account."""
 
     errno = errno.EACCES
 

@@ -8,8 +8,10 @@ have seen included, is touched on the trio thread only, where the thread's news 
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import trio
 
@@ -43,7 +45,7 @@ class Download:
         """
         while True:
             if self.error is not None:
-                raise self.error
+                raise self.error.with_traceback(None)
             spool = self._spool
             if spool is not None and (
                 self.done or (spool.size > SMALL and spool.written >= min(end, spool.size))
@@ -100,6 +102,8 @@ class Fetcher:
         self._nursery = nursery
         self._on_resize = on_resize
         self._downloads: dict[Ino, Download] = {}
+        # One connection stays free for what somebody waits for.
+        self._ahead = trio.CapacityLimiter(max(1, pool.limit - 1))
 
     def start(self, node: Node) -> Download:
         """The download of ``node``'s body, joined if it is under way."""
@@ -109,6 +113,17 @@ class Fetcher:
             self._nursery.start_soon(self._run, node.parent, [download])
         return download
 
+    def start_ahead(self, nodes: Sequence[Node]) -> None:
+        """Download messages of one mailbox together, before anybody wants them."""
+        new = [Download(node) for node in nodes if node.ino not in self._downloads]
+        if new:
+            self._downloads |= {download.node.ino: download for download in new}
+            self._nursery.start_soon(self._run_ahead, new[0].node.parent, new)
+
+    async def _run_ahead(self, directory: Ino, downloads: Sequence[Download]) -> None:
+        async with self._ahead:
+            await self._run(directory, downloads)
+
     async def _run(self, directory: Ino, downloads: Sequence[Download]) -> None:
         """Fetch messages of one mailbox."""
         error: ImapfsError | None = None
@@ -117,7 +132,10 @@ class Fetcher:
             if mailbox is None or mailbox.server_name is None:
                 raise MailboxGone("the mailbox is gone")
             batch = _Batch(self, self._bodies, mailbox, downloads)
-            await self._pool.run(batch.run, mailbox.server_name)
+            try:
+                await self._pool.run(batch.run, mailbox.server_name)
+            finally:
+                batch.deliver()
             error = MessageGone("it was expunged on the server")
         except Exception as failure:
             error = report(failure, f"{len(downloads)} messages of mailbox {directory} were not fetched")
@@ -129,38 +147,57 @@ class Fetcher:
     # News from a batch, on the trio thread:
 
     def sized(self, download: Download, spool: Spool) -> None:
-        """The exact size of a body is known."""
+        """The exact size of a large body is known."""
         if download.done:
             return
         download.set_spool(spool)
         node = download.node
         try:
-            resized = self._cache.set_size(node.ino, spool.size) and spool.size != node.size
-        except ImapfsError as error:
+            self._cache.set_size(node.ino, spool.size)
+        except Exception as error:
             # Without the size in the cache the kernel would go on with the wrong one.
             self._finish(download, report(error, f"message {node.uid} was not fetched"))
             return
-        if resized:
-            log.info("message %s has %d bytes, not %d as announced", node.uid, spool.size, node.size)
-            self._on_resize(node.ino)
+        self._check_size(node, spool.size)
         download.wake()
 
-    def came(self, download: Download, spool: Spool, body: Body | None) -> None:
-        """A body is complete, and in its file unless ``body`` is None."""
-        self.sized(download, spool)
-        if download.done:
-            return
+    def _check_size(self, node: Node, size: int) -> None:
+        if size != node.size:
+            log.info("message %s has %d bytes, not %d as announced", node.uid, size, node.size)
+            self._on_resize(node.ino)
+
+    def came(self, arrived: Sequence["Arrival"]) -> None:
+        """Bodies are complete."""
+        arrived = [a for a in arrived if not a.download.done]
+        kept = [a.body for a in arrived if a.body is not None]
+        cached = True
         try:
-            if body is not None:
-                self._bodies.add([body])
-        except ImapfsError as error:
-            # The bytes are there all the same, for those who wait now.
-            report(error, f"message {download.node.uid} was not cached")
-        self._finish(download, None)
+            if kept:
+                self._bodies.add(kept)
+        except Exception as error:
+            report(error, f"{len(kept)} messages were not cached")
+            cached = False
+        for download, spool, body in arrived:
+            if body is None or not cached:
+                # Not in the cache, but there for those who wait now.
+                self.sized(download, spool)
+            else:
+                download.set_spool(spool)
+                self._check_size(download.node, spool.size)
+            if not download.done:
+                self._finish(download, None)
 
     def _finish(self, download: Download, error: ImapfsError | None) -> None:
         del self._downloads[download.node.ino]
         download.finish(error)
+
+
+class Arrival(NamedTuple):
+    """A body that is complete, and in its file unless ``body`` is None."""
+
+    download: Download
+    spool: Spool
+    body: Body | None
 
 
 class _Batch:
@@ -177,7 +214,14 @@ class _Batch:
         """The body that is coming in, unless a download has it already."""
         self._shown: Spool | None = None
         """The body that is coming in, where readers can see it."""
-        self._tell = trio.lowlevel.current_trio_token().run_sync_soon
+        self._arrived: deque[Arrival] = deque()
+        self._token = trio.lowlevel.current_trio_token()
+
+    def deliver(self) -> None:
+        """On the trio thread: pass on what has arrived since the last time, all of it in one transaction."""
+        arrived = [self._arrived.popleft() for _ in range(len(self._arrived))]
+        if arrived:
+            self._fetcher.came(arrived)
 
     def run(self, session: Session) -> None:
         """Fetch what is still wanted; what the server does not have stays wanted."""
@@ -207,8 +251,8 @@ class _Batch:
             self._spool = spool
             return spool
         self._shown = spool
-        self._tell(self._fetcher.sized, download, spool)
-        return _Progress(spool, partial(self._tell, download.wake))
+        self._token.run_sync_soon(self._fetcher.sized, download, spool)
+        return _Progress(spool, partial(self._token.run_sync_soon, download.wake, idempotent=True))
 
     def _close(self, uid: int, data: bytes | None) -> None:
         download = self._wanted.get(uid)
@@ -230,7 +274,8 @@ class _Batch:
             body = None
         self._spool = self._shown = None
         del self._wanted[uid]
-        self._tell(self._fetcher.came, download, spool, body)
+        self._arrived.append(Arrival(download, spool, body))
+        self._token.run_sync_soon(self.deliver, idempotent=True)
 
     def _drop(self) -> None:
         if self._spool is not None:

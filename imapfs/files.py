@@ -7,8 +7,10 @@ A descriptor belongs to the inode, not to the handle: whoever has a file open se
 """
 
 import os
+import sys
 from collections.abc import Callable
 
+from imapfs.ahead import FetchAhead
 from imapfs.bodies import SMALL, BodyStore
 from imapfs.cache import Cache, Gone, Node
 from imapfs.errors import CacheError, MessageGone
@@ -46,12 +48,14 @@ class Files:
         cache: Cache,
         bodies: BodyStore,
         fetcher: Fetcher,
+        ahead: FetchAhead,
         spool: Spool,
         make_draft: Callable[[Node], Draft],
     ) -> None:
         self._cache = cache
         self._bodies = bodies
         self._fetcher = fetcher
+        self._ahead = ahead
         self._spool = spool
         self._make_draft = make_draft
         self._open: dict[Ino, OpenFile] = {}
@@ -75,6 +79,11 @@ class Files:
         ``wanted``: the whole body is of use to the caller, and is returned if it is small.
         """
         file = self._use(node.ino, writing)
+        if wanted:
+            if node.crc is None:
+                # Before what is fetched ahead of it.
+                file.download = file.download or self._fetcher.start(node).acquire()
+            self._ahead.opened(node)
         try:
             if self._spool.get(node.ino) is None and (not node.exact or (wanted and node.size <= SMALL)):
                 return await self._whole(node, file)
@@ -124,12 +133,17 @@ class Files:
         return data
 
     async def contents(self, node: Node) -> bytes:
-        """All bytes of a message."""
-        await self.open(node, writing=False, wanted=False)
+        """All bytes of a message, whatever a draft with its inode holds."""
+        fd = None if node.crc is None else await self._bodies.open(node)
+        if fd is not None:
+            with open(fd, "rb") as file:
+                return file.read()
+        download = self._fetcher.start(node).acquire()
         try:
-            return await self.read(node.ino, 0, (self._cache.node(node.ino) or node).size)
+            spool = await download.wait_for(sys.maxsize)
+            return bytes(spool.small) if spool.small is not None else os.pread(spool.fd, spool.size, 0)
         finally:
-            self.release(node.ino, writing=False)
+            download.release()
 
     # -- reading -------------------------------------------------------------------------------------------
 

@@ -538,7 +538,7 @@ async def _run(
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(adapter.invalidate_forever)
                 on_ready()
-                await pyfuse3.main()
+                await pyfuse3.main(min_tasks=16)
                 nursery.cancel_scope.cancel()
         finally:
             pyfuse3.close(unmount=True)

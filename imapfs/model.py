@@ -67,6 +67,8 @@ class MountConfig:
     """The directory that holds one subdirectory for each account."""
     cache_size: int
     """Upper bound for cached bodies, in bytes."""
+    fetch_ahead: int
+    """Most bytes a day that are fetched before they are wanted; 0 for none."""
     names: NameScheme
     delete: DeletePolicy
     connections: int

@@ -35,6 +35,9 @@ _HASH_DIGITS = 16
 _IN_TEXT = re.compile(rb"[/\x00-\x1f\x7f]|\xc2[\x80-\x9f]|%(?=~|[0-9A-Fa-f]{2})")
 _IN_MALFORMED = re.compile(rb"[/&\x00-\x1f\x7f-\xff]|%(?=~|[0-9A-Fa-f]{2})")
 _ESCAPE = re.compile(rb"%([0-9A-F]{2})")
+# What other file systems (FAT, exFAT, NTFS) do not take or programs misread (``host:path``). As spaces they
+# become one underscore together with those around them.
+_TO_SPACE = str.maketrans(dict.fromkeys('/:*?"<>|\\_', " "))
 _NOT_DIRECT = re.compile(r"&|[^ -~]+")
 
 _SECONDS_PER_DAY = 86_400
@@ -134,9 +137,9 @@ def message_name(scheme: NameScheme, date: int, sender: str, subject: str, uid: 
 
     ``date`` is in seconds since the epoch, shown as the day in UTC; any integer will do, and what lies
     outside the years 1 to 9999 counts as the nearest day inside. Empty parts are left out. At most 255 bytes,
-    printable, in normalisation form C, without whitespace; unique in a mailbox because ``uid`` is. Never
-    raises. What is printable is for Python's Unicode tables to say: a character newer than they are is left
-    out.
+    printable, in normalisation form C, with one ``_`` for each run of whitespace and of characters that
+    cannot be in file names elsewhere; unique in a mailbox because ``uid`` is. Never raises. What is printable
+    is for Python's Unicode tables to say: a character newer than they are is left out.
     """
     if scheme == "uid":
         return b"%d.eml" % uid
@@ -159,7 +162,7 @@ def _day(day: int) -> str:
 
 @lru_cache(maxsize=1024)
 def _sender_part(sender: str) -> str:
-    return _clipped(_part(sender), _SENDER_BYTES)
+    return _clipped(_part(sender), _SENDER_BYTES).rstrip("_")
 
 
 def _part(text: str) -> str:
@@ -168,7 +171,7 @@ def _part(text: str) -> str:
         text = "".join(c if c.isprintable() else " " for c in text if c.isprintable() or c.isspace())
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
-    return "_".join(text.split()).replace("/", "_")
+    return "_".join(text.translate(_TO_SPACE).split())
 
 
 def _clipped(text: str, limit: int) -> str:

@@ -13,15 +13,15 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import trio
 
 from imapfs.bodies import BodyStore
-from imapfs.cache import Cache, Directory, Gone, Mailbox, NewMessage
-from imapfs.errors import ImapfsError, MailboxGone, ProtocolError, report
+from imapfs.cache import MAX_UID, Cache, Directory, Gone, Mailbox, NewMessage
+from imapfs.errors import ConnectionLost, ImapfsError, MailboxGone, ProtocolError, Refused, TimedOut, report
 from imapfs.headers import parse_headers
 from imapfs.imap.grammar import FetchData, ListEntry, parse_date
 from imapfs.imap.pool import SessionPool
@@ -36,8 +36,15 @@ T = TypeVar("T")
 _FIRST_BATCH: Final = 64
 """Messages in the first transaction of a listing: small, so that `ls` shows something soon."""
 _BATCH: Final = 1000
+"""Most rows in one transaction, so that the trio thread is never busy with one for long."""
+_STUCK: Final = 3
+"""Attempts to list a mailbox that may end without any message more."""
+_ATTEMPTS: Final = 50
 _MAX_DEPTH: Final = 100
 _MAX_SIZE: Final = (1 << 62) - 1
+
+FlagChange = tuple[Uid, str, ModSeq]
+"""UID, all flags, MODSEQ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +62,20 @@ class Refresh:
 
     def __init__(self) -> None:
         self.done = False
-        self.error: ImapfsError | None = None
+        self._error: ImapfsError | None = None
         self._changed = trio.Event()
+
+    @property
+    def error(self) -> ImapfsError | None:
+        """What kept it from being done; to be raised by everyone who waits, so that its traceback is none."""
+        return self._error and self._error.with_traceback(None)
 
     def wake(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
 
     def finish(self, error: ImapfsError | None) -> None:
-        self.done, self.error = True, error
+        self.done, self._error = True, error
         self.wake()
 
     async def progress(self) -> None:
@@ -160,9 +172,8 @@ class Synchroniser:
                 raise MailboxGone("the mailbox is gone")
             work = _MailboxSync(self._cache, ino, refresh, self.publish)
             async with self.exclusive(ino):
-                await self._pool.run(work.run, mailbox.server_name)
+                await self._list_messages(work, mailbox.server_name)
             self._mailbox_at[ino] = started
-            await trio.to_thread.run_sync(self._cache.checkpoint)
         except Exception as failure:
             error = report(failure, f"mailbox {ino} was not refreshed")
             if isinstance(failure, MailboxGone):
@@ -171,6 +182,15 @@ class Synchroniser:
         finally:
             del self._mailboxes[ino]
             refresh.finish(error)
+
+    async def _list_messages(self, work: "_MailboxSync", name: bytes) -> None:
+        while True:
+            try:
+                return await self._pool.run(work.run, name)
+            except (ConnectionLost, Refused) as error:
+                if not work.may_go_on(error):
+                    raise
+                log.info("mailbox %d: going on where the listing ended: %s", work.ino, error)
 
     @contextlib.asynccontextmanager
     async def exclusive(self, *mailboxes: Ino) -> AsyncIterator[None]:
@@ -199,162 +219,267 @@ class _Stale(Exception):
     """What is cached is of another incarnation of the mailbox."""
 
 
+class _News:
+    """What the server tells of a mailbox, handed over a transaction's worth at a time.
+
+    Sorted by what it holds, not by what was asked for: any answer may have changes of flags among it.
+    """
+
+    def __init__(self, apply: Callable[[Sequence[NewMessage], Sequence[FlagChange]], None]) -> None:
+        self._apply = apply
+        self._messages: list[NewMessage] = []
+        self._flags: list[FlagChange] = []
+        self._limit = _FIRST_BATCH
+        self.uids: set[int] = set()
+        """Of the messages so far."""
+
+    def take(self, data: FetchData) -> None:
+        if data.size is not None:
+            self._messages.append(new_message(data))
+            self.uids.add(self._messages[-1].uid)
+        elif data.flags is not None:
+            assert data.uid is not None
+            self._flags.append((data.uid, data.flags, data.modseq or ModSeq(0)))
+        if len(self._messages) + len(self._flags) >= self._limit:
+            self.flush()
+
+    def flush(self) -> None:
+        messages, self._messages = self._messages, []
+        # After the messages, for they may be about them.
+        flags, self._flags = self._flags, []
+        if messages or flags:
+            self._apply(messages, flags)
+            self._limit = _BATCH
+
+
 class _MailboxSync:
-    """One synchronisation of one mailbox: runs in a thread, touches the cache through the trio thread."""
+    """One synchronisation of one mailbox: runs in a thread, touches the cache through the trio thread.
+
+    A server may be unable to read a message, and end the connection in mid-listing (Dovecot) or refuse the
+    whole command. What came before is kept, and the listing can be taken up by another `run`, which compares
+    UIDs and asks for the rest. A message at which that ended twice is listed without its headers.
+    """
 
     def __init__(self, cache: Cache, ino: Ino, refresh: Refresh, publish: Callable[[Changes], None]) -> None:
         self._cache = cache
-        self._ino = ino
+        self.ino = ino
         self._refresh = refresh
         self._publish = publish
+        self._listing = False
+        """Whether metadata is coming in: a failure may be the fault of a message."""
+        self._progress = False
+        self._attempts = 0
+        self._stuck = 0
+        self._asked: list[int] = []
+        """UIDs of which metadata was asked for last, in order."""
+        self._suspect = 0
+        """The first of them that did not come."""
+        self._unreadable: set[int] = set()
 
     def _on_trio(self, call: Callable[..., T], *args: object) -> T:
         return trio.from_thread.run_sync(call, *args)
 
+    def may_go_on(self, error: ConnectionLost | Refused) -> bool:
+        """After `run` has raised ``error``: whether it may get further if it is called again."""
+        self._attempts += 1
+        self._stuck = 0 if self._progress else self._stuck + 1
+        return (
+            self._listing
+            and not isinstance(error, TimedOut)
+            and self._stuck < _STUCK
+            and self._attempts < _ATTEMPTS
+        )
+
     def run(self, session: Session) -> None:
         """Bring the mailbox up to date, starting from whatever is known of it now."""
-        box = self._on_trio(self._cache.mailbox, self._ino)
+        self._listing = self._progress = False
+        box = self._on_trio(self._cache.mailbox, self.ino)
         if box is None or box.server_name is None:
             raise MailboxGone("the mailbox is gone")
         name = box.server_name
-        last = self._on_trio(self._cache.last_uid, self._ino)
+        last = self._on_trio(self._cache.last_uid, self.ino)
+        tracked = box.complete and box.modseq and not self._attempts
         try:
-            if box.complete and box.modseq and session.has("QRESYNC"):
+            if tracked and session.has("QRESYNC"):
                 self._by_qresync(session, name, box, last)
-            elif box.complete and box.modseq and session.has("CONDSTORE"):
+            elif tracked and session.has("CONDSTORE"):
                 self._by_condstore(session, name, box, last)
             elif last:
                 self._by_comparison(session, name, box)
             else:
                 self._from_nothing(session, name)
         except _Stale:
-            log.info("mailbox %d was made anew on the server: it is listed from the start", self._ino)
+            log.info("mailbox %d was made anew on the server: it is listed from the start", self.ino)
             self._from_nothing(session, name)
 
+    @contextlib.contextmanager
+    def _taking(self) -> Iterator[_News]:
+        """Metadata comes in, and what has come is kept whatever happens then."""
+        news = _News(self._add)
+        self._listing = True
+        try:
+            yield news
+        except (ConnectionLost, Refused):
+            news.flush()
+            self._accuse(news.uids)
+            raise
+        news.flush()
+        self._listing = False
+
+    def _accuse(self, came: set[int]) -> None:
+        """The listing ended at the first message that was asked for and did not come."""
+        self._progress |= bool(came)
+        suspect = next((uid for uid in self._asked if uid not in came), 0)
+        if suspect and suspect == self._suspect:
+            self._unreadable.add(suspect)
+            self._progress = True
+            log.warning("the server cannot read message %d of mailbox %d", suspect, self.ino)
+        self._suspect = suspect
+
     def _by_qresync(self, session: Session, name: bytes, box: Mailbox, last: int) -> None:
-        flags: list[tuple[Uid, str, ModSeq]] = []
-        listed: list[NewMessage] = []
-
-        def take(data: FetchData) -> None:
-            if data.date is not None:
-                listed.append(new_message(data))
-            else:
-                flags.append(_flags(data))
-
-        state = session.list_changes(name, box.uidvalidity, box.modseq, last, take)
+        # Nothing is applied before it is clear that it is about the mailbox that is known.
+        found: list[FetchData] = []
+        self._listing = True
+        state = session.list_changes(name, box.uidvalidity, box.modseq, last, found.append)
+        self._listing = False
         _check_incarnation(box, state)
-        self._check_known(listed, last)
-        self._on_trio(self._apply, state.vanished, listed, flags)
-        self._done(state)
+        if not state.highestmodseq:
+            return self._by_comparison(session, name, box)
+        if not self._check_known(found, last):
+            self._check_one(session, self._last_but(state.vanished))
+        self._remove(state.vanished)
+        self._take_all(found)
+        return self._done(state)
 
     def _by_condstore(self, session: Session, name: bytes, box: Mailbox, last: int) -> None:
         state = session.examine(name)
         _check_incarnation(box, state)
-        listed: list[NewMessage] = []
+        found: list[FetchData] = []
         if state.exists:
             # Asked for even if UIDNEXT has not moved: the last message proves that the mailbox is the same.
-            session.fetch_metadata_from(last, lambda data: listed.append(new_message(data)))
-        self._check_known(listed, last)
-        flags: list[tuple[Uid, str, ModSeq]] = []
+            self._listing = True
+            session.fetch_metadata_from(last, found.append, found.append)
+            self._listing = False
+        if not self._check_known(found, last) or not state.highestmodseq:
+            return self._by_comparison(session, name, box)
         if state.highestmodseq != box.modseq:
-            session.fetch_changed_flags(box.modseq, lambda data: flags.append(_flags(data)))
-        self._on_trio(self._apply, [], listed, flags)
-        if self._on_trio(self._cache.counts, self._ino)[0] != state.exists:
-            self._by_comparison(session, name, box)
-        else:
-            self._done(state)
+            session.fetch_changed_flags(box.modseq, found.append)
+        self._take_all(found)
+        if self._on_trio(self._cache.counts, self.ino)[0] != state.exists:
+            return self._by_comparison(session, name, box)
+        return self._done(state)
 
     def _by_comparison(self, session: Session, name: bytes, box: Mailbox) -> None:
-        known = self._on_trio(self._cache.flags, self._ino)
-        new: list[int] = []
-        flags: list[tuple[Uid, str, ModSeq]] = []
+        known = self._on_trio(self._cache.flags, self.ino)
+        there: set[int] = set()
+        changed: dict[int, FetchData] = {}
 
         def take(data: FetchData) -> None:
             assert data.uid is not None
-            old = known.pop(data.uid, None)
-            if old is None:
-                new.append(data.uid)
-            elif data.flags is not None and data.flags != old:
-                flags.append(_flags(data))
+            there.add(data.uid)
+            if data.flags is not None and known.get(data.uid, data.flags) != data.flags:
+                changed[data.uid] = data
 
-        last = max(known, default=0)
         state = session.list_flags(name, take)
         _check_incarnation(box, state)
-        listed: list[NewMessage] = []
-        if last and last not in known:
-            session.fetch_metadata([last], lambda data: listed.append(new_message(data)))
-            self._check_known(listed, last)
-        self._on_trio(self._apply, [(uid, uid) for uid in known], [], flags)
-        batches = _Batches(lambda batch: self._on_trio(self._apply, [], batch, []))
+        self._check_one(session, max(there.intersection(known), default=0))
+        self._remove([(uid, uid) for uid in known if uid not in there])
+        self._take_all(changed.values())
+        new = sorted(there.difference(known))
         if new:
-            session.fetch_metadata(new, lambda data: batches.add(new_message(data)))
-        batches.flush()
+            self._asked = [uid for uid in new if uid not in self._unreadable]
+            with self._taking() as news:
+                session.fetch_metadata(
+                    self._unreadable.intersection(new), news.take, news.take, headers=False
+                )
+                session.fetch_metadata(self._asked, news.take, news.take)
         self._done(state)
 
     def _from_nothing(self, session: Session, name: bytes) -> None:
-        batches = _Batches(lambda batch: self._on_trio(self._apply, [], batch, []))
-        session.list_all(
-            name,
-            lambda data: batches.add(new_message(data)),
-            lambda state: self._on_trio(self._reset, _uidvalidity(state)),
-        )
-        batches.flush()
+        self._asked = []
+        with self._taking() as news:
+            session.list_all(name, news.take, self._reset, news.take)
         self._done(session.state)
 
-    def _check_known(self, listed: Iterable[NewMessage], last: int) -> None:
-        """Raise _Stale if a message that is known comes back as another one.
+    def _check_known(self, found: Iterable[FetchData], last: int) -> bool:
+        """Whether a message that is known is among ``found``; raises _Stale if it comes back as another one.
+
+        ``last`` is the last UID that is known.
 
         UIDVALIDITY is often the time in seconds: a mailbox deleted and made again within one has the same.
         """
-        for message in listed:
-            if message.uid <= last:
-                node = self._on_trio(self._cache.message, self._ino, message.uid)
-                if node and (node.date != message.date or not (node.exact or node.size == message.size)):
-                    raise _Stale
+        checked = False
+        for data in found:
+            if data.size is None or data.uid is None or data.uid > last:
+                continue
+            message = new_message(data)
+            node = self._on_trio(self._cache.message, self.ino, message.uid)
+            if node is None:
+                continue
+            if node.date != message.date or not (node.exact or node.size == message.size):
+                raise _Stale
+            checked = True
+        return checked
+
+    def _check_one(self, session: Session, uid: int) -> None:
+        """`_check_known` for a message that was not asked for yet."""
+        if uid:
+            found: list[FetchData] = []
+            # Without headers, for it may be a message that the server cannot read.
+            session.fetch_metadata([uid], found.append, headers=False)
+            self._check_known(found, uid)
+
+    def _last_but(self, vanished: Iterable[tuple[int, int]]) -> int:
+        """The last message that is known and not in these ranges."""
+        uid = self._on_trio(self._cache.last_uid, self.ino)
+        for low, high in sorted(vanished, reverse=True):
+            if low <= uid <= high:
+                uid = self._on_trio(self._cache.last_uid, self.ino, low)
+        return uid
+
+    def _take_all(self, found: Iterable[FetchData]) -> None:
+        news = _News(self._add)
+        for data in found:
+            news.take(data)
+        news.flush()
+
+    def _add(self, messages: Sequence[NewMessage], flags: Sequence[FlagChange]) -> None:
+        self._on_trio(self._apply, messages, flags)
+
+    def _remove(self, ranges: Sequence[tuple[int, int]]) -> None:
+        for start in range(0, len(ranges), _BATCH):
+            while self._on_trio(self._apply_removal, ranges[start : start + _BATCH]) == _BATCH:
+                pass
+
+    def _reset(self, state: MailboxState) -> None:
+        uidvalidity = _uidvalidity(state)
+        # In pieces: until the last of them the mailbox is known to be another one than is cached.
+        self._remove([(0, MAX_UID)])
+        self._on_trio(self._apply_reset, uidvalidity)
 
     # On the trio thread:
 
-    def _apply(
-        self,
-        vanished: Sequence[tuple[int, int]],
-        listed: Sequence[NewMessage],
-        flags: Sequence[tuple[Uid, str, ModSeq]],
-    ) -> None:
-        gone = self._cache.remove(self._ino, vanished) if vanished else []
-        added = self._cache.add_messages(self._ino, listed) if listed else []
-        flagged = self._cache.set_flags(self._ino, flags) if flags else []
-        self._publish(Changes(self._ino, added, gone, flagged))
+    def _apply(self, messages: Sequence[NewMessage], flags: Sequence[FlagChange]) -> None:
+        added = self._cache.add_messages(self.ino, messages) if messages else []
+        flagged = self._cache.set_flags(self.ino, flags) if flags else []
+        self._publish(Changes(self.ino, added, flagged=flagged))
         self._refresh.wake()
 
-    def _reset(self, uidvalidity: UidValidity) -> None:
-        self._publish(Changes(self._ino, gone=self._cache.reset(self._ino, uidvalidity)))
+    def _apply_removal(self, ranges: Sequence[tuple[int, int]]) -> int:
+        gone = self._cache.remove(self.ino, ranges, _BATCH)
+        self._publish(Changes(self.ino, gone=gone))
+        self._refresh.wake()
+        return len(gone)
+
+    def _apply_reset(self, uidvalidity: UidValidity) -> None:
+        self._publish(Changes(self.ino, gone=self._cache.reset(self.ino, uidvalidity)))
 
     def _done(self, state: MailboxState) -> None:
         def note() -> None:
-            uidnext = state.uidnext or self._cache.last_uid(self._ino) + 1
-            self._cache.set_state(self._ino, _uidvalidity(state), uidnext, state.highestmodseq, complete=True)
+            uidnext = state.uidnext or self._cache.last_uid(self.ino) + 1
+            self._cache.set_state(self.ino, _uidvalidity(state), uidnext, state.highestmodseq, complete=True)
 
         self._on_trio(note)
-
-
-class _Batches:
-    """Collects messages and hands them over a transaction's worth at a time."""
-
-    def __init__(self, apply: Callable[[list[NewMessage]], None]) -> None:
-        self._apply = apply
-        self._batch: list[NewMessage] = []
-        self._limit = _FIRST_BATCH
-
-    def add(self, message: NewMessage) -> None:
-        self._batch.append(message)
-        if len(self._batch) >= self._limit:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._batch:
-            self._apply(self._batch)
-            self._batch = []
-            self._limit = _BATCH
 
 
 def _uidvalidity(state: MailboxState) -> UidValidity:
@@ -371,11 +496,6 @@ def _check_incarnation(box: Mailbox, state: MailboxState) -> None:
         or (state.highestmodseq and state.highestmodseq < box.modseq)
     ):
         raise _Stale
-
-
-def _flags(data: FetchData) -> tuple[Uid, str, ModSeq]:
-    assert data.uid is not None
-    return data.uid, data.flags or "", data.modseq or ModSeq(0)
 
 
 def new_message(data: FetchData) -> NewMessage:

@@ -145,6 +145,8 @@ class Uploader:
         self._workers: dict[Ino, trio.Event] = {}
         """Mailbox -> the event that tells its worker of something new."""
         self._in_flight: set[Ino] = set()
+        self._removing = trio.Lock()
+        self._removes_later = False
 
     # -- for those who have drafts -------------------------------------------------------------------------
 
@@ -191,6 +193,7 @@ class Uploader:
         for job in list(self._jobs.values()):
             with contextlib.suppress(ImapfsError):
                 await job.wait()
+        await self._remove_all_old()
 
     def resume(self) -> None:
         """Go on with what an earlier process left."""
@@ -209,8 +212,21 @@ class Uploader:
         self._nursery.start_soon(self._remove_all_old)
 
     async def _remove_all_old(self) -> None:
-        for draft in list(self._spool.sent):
-            await self._remove_old(draft)
+        async with self._removing:
+            for draft in list(self._spool.sent):
+                await self._remove_old(draft)
+        if self._spool.sent and not self._removes_later:
+            self._removes_later = True
+            self._nursery.start_soon(self._remove_later)
+
+    async def _remove_later(self) -> None:
+        """Try again to remove old versions, as until then other clients see two messages."""
+        delay = 1.0
+        while self._spool.sent:
+            await trio.sleep(delay)
+            delay = min(_RETRY_MOST, delay * 2)
+            await self._remove_all_old()
+        self._removes_later = False
 
     # -- the worker of a mailbox ---------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from typing import Final, NamedTuple
 
 import trio
 
+from imapfs.ahead import FetchAhead
 from imapfs.bodies import BodyStore
 from imapfs.cache import Cache, Node
 from imapfs.errors import (
@@ -124,7 +125,8 @@ class Filesystem:
         self.spool = Spool(cache.directory / "spool")
         self.sync = Synchroniser(pool, cache, self._bodies, nursery, self._changed)
         fetcher = Fetcher(pool, cache, self._bodies, nursery, on_resize)
-        self.files = Files(cache, self._bodies, fetcher, self.spool, self._draft_of)
+        ahead = FetchAhead(cache, fetcher.start_ahead, config.fetch_ahead)
+        self.files = Files(cache, self._bodies, fetcher, ahead, self.spool, self._draft_of)
         journal = Journal(cache.directory / "journal.json")
         self.operations = Operations(pool, cache, self.sync, journal, config.delete)
         self.uploader = Uploader(

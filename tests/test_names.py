@@ -200,6 +200,9 @@ def test_long_components_are_cut_between_characters_and_kept_apart() -> None:
         ("", "", "2026-11-20.1234.eml"),
         (" \t", "\u200b\u202e\0", "2026-11-20.1234.eml"),
         ("a/b", "../../etc/passwd", "2026-11-20_a_b_.._.._etc_passwd.1234.eml"),
+        ("Ops: on call", "Re: [x] 10:30?", "2026-11-20_Ops_on_call_Re_[x]_10_30.1234.eml"),
+        ("", '\\\\host\\a *"<b>"* | c', "2026-11-20_host_a_b_c.1234.eml"),
+        ("__init__", " ___ ", "2026-11-20_init.1234.eml"),
         ("Zoë", "naïve  \t café", "2026-11-20_Zoë_naïve_café.1234.eml"),
         ("", "cafe\u0301", "2026-11-20_caf\u00e9.1234.eml"),
         ("", "a \0 b\x1b[1mc\u2028d\u00a0e", "2026-11-20_a_b[1mc_d_e.1234.eml"),
@@ -235,7 +238,8 @@ def test_message_names_are_printable_and_normalised(date: int, sender: str, subj
     assert name.endswith(f".{uid}.eml")
     assert name[0].isdigit()
     assert name.isprintable()
-    assert not any(c.isspace() or c == "/" for c in name)
+    assert not any(c.isspace() or c in '/:*?"<>|\\' for c in name)
+    assert "__" not in name
     assert unicodedata.is_normalized("NFC", name)
 
 

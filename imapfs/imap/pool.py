@@ -2,8 +2,11 @@
 
 The only mutable state is in `SessionPool`, touched on the trio thread alone. Sessions work in threads.
 
-INVARIANTS: a session is in ``_idle`` or lent to exactly one task; ``_open`` counts both and the ones being
-made, and is at most ``_limit``. A session that is not alive is never in ``_idle``.
+INVARIANTS: a session is in ``_idle`` or in ``_lent``, to exactly one task; ``_open`` counts both and the
+``_connecting`` ones, and is at most ``_limit``.
+
+Whoever needs a session and cannot have a new one waits for one that is open, as long as there is one: at the
+server's limit of connections things take longer but do not fail. Only with none open does a request fail.
 """
 
 import logging
@@ -13,11 +16,11 @@ import ssl
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Final, TypeVar
+from typing import Final, NoReturn, TypeVar
 
 import trio
 
-from imapfs.errors import AuthenticationFailed, ConnectionLost, TlsError
+from imapfs.errors import AuthenticationFailed, ConnectionLost
 from imapfs.imap.session import Session
 from imapfs.imap.wire import tls_context
 from imapfs.model import Account, Secret
@@ -28,13 +31,18 @@ T = TypeVar("T")
 
 _BACKOFF_FIRST: Final = 1.0
 _BACKOFF_MOST: Final = 60.0
+_BACKOFF_REFUSED: Final = 15.0
+"""Seconds to wait at least after a refused login, for an account may be locked after a few of them."""
+_REFUSALS: Final = 4
+"""Refusals in a row after which a password that was good once counts as changed."""
 
 
 class SessionPool:
     """Up to ``limit`` connections to ``account``, made when needed and kept.
 
-    ``timeout`` in seconds bounds each wait for the server. After a failed connection attempt the pool is
-    offline: for a while that grows with each failure, every request fails at once with the reason.
+    ``timeout`` in seconds bounds each wait for the server. After a failed attempt no other is made for a
+    while that grows with each failure. A password that was never accepted is tried once only; one that was
+    is given up after several refusals in a row, as servers also refuse a login when they are busy.
     """
 
     def __init__(self, account: Account, password: Secret, limit: int, timeout: float) -> None:
@@ -45,13 +53,23 @@ class SessionPool:
         self._idle: list[Session] = []
         self._lent: set[Session] = set()
         self._open = 0
+        self._connecting = 0
         self._limit = limit
         self._turn = trio.Condition()
         self._threads = trio.CapacityLimiter(limit)
         self._closed = False
         self._failures = 0
         self._retry_at = -math.inf
-        self._refused: AuthenticationFailed | TlsError | None = None
+        self._beside = False
+        """Whether the last attempt failed while other connections were open, and so perhaps for their number."""
+        self._why = ""
+        """What the last attempt to connect failed of."""
+        self._accepted = False
+        """Whether the password was accepted once."""
+        self._refusals = 0
+        """Refused logins in a row, while no connection was open."""
+        self._refused: AuthenticationFailed | None = None
+        """Why no further login will be tried."""
         self.reason: str | None = None
         """Why the account is offline; None while it is online."""
         self.since = datetime.now(UTC)
@@ -72,7 +90,7 @@ class SessionPool:
 
         With ``repeat``, ``work`` is tried once more with a new connection if a kept one turns out to be
         dead; without, that is for the caller, as its command may have been carried out. Raises what ``work``
-        raises, and ConnectionLost, AuthenticationFailed or TlsError.
+        raises, and ConnectionLost (TlsError among them) or AuthenticationFailed.
         """
         while True:
             session, kept = await self._take(mailbox)
@@ -90,27 +108,48 @@ class SessionPool:
 
     async def _take(self, mailbox: bytes | None) -> tuple[Session, bool]:
         """A session and whether it is one that was kept (and may have died meanwhile)."""
-        async with self._turn:
-            while True:
-                if self._closed:
-                    raise ConnectionLost("the mount is ending")
-                self._drop_dead()
-                if self._idle:
-                    same = [s for s in self._idle if s.selected == mailbox]
-                    if same or self._open >= self._limit or self._offline():
-                        # Last used first: what lies longest stays free to be closed by the server.
-                        session = same[-1] if same else self._idle[-1]
-                        self._idle.remove(session)
-                        self._lent.add(session)
-                        return session, True
-                if self._open < self._limit:
-                    break
+        while True:
+            async with self._turn:
+                session = await self._wait_for_one(mailbox)
+                if session is not None:
+                    self._idle.remove(session)
+                    self._lent.add(session)
+                    return session, True
+                self._open += 1
+                self._connecting += 1
+            try:
+                return await self._connect(), False
+            except (AuthenticationFailed, ConnectionLost):
+                if not self._open:
+                    raise
+
+    async def _wait_for_one(self, mailbox: bytes | None) -> Session | None:
+        """An idle session to be used, or None when it is time to make one."""
+        while True:
+            if self._closed:
+                raise ConnectionLost("the mount is ending")
+            self._drop_dead()
+            # Last used first: what lies longest stays free to be closed by the server.
+            same = [s for s in self._idle if s.selected == mailbox]
+            if same:
+                return same[-1]
+            if self._may_connect():
+                return None
+            if self._idle:
+                return self._idle[-1]
+            if not self._open:
+                self._raise_offline()
+            # Until a session is given back, or another attempt may be made.
+            with trio.move_on_after(max(0.0, self._retry_at - time.monotonic()) or math.inf):
                 await self._turn.wait()
-            self._raise_if_offline()
-            self._open += 1
-        session = await self._connect()
-        self._lent.add(session)
-        return session, False
+
+    def _may_connect(self) -> bool:
+        if self._open >= self._limit or self._refused is not None:
+            return False
+        if time.monotonic() < self._retry_at and (self._open or not self._beside):
+            return False
+        # Where it is doubtful whether the server lets anybody in, one attempt at a time is enough.
+        return not self._connecting or (self._accepted and not self._failures)
 
     def _drop_dead(self) -> None:
         for session in [s for s in self._idle if not s.alive]:
@@ -118,31 +157,49 @@ class SessionPool:
             self._open -= 1
             session.close()
 
-    def _offline(self) -> bool:
-        return self._refused is not None or time.monotonic() < self._retry_at
-
-    def _raise_if_offline(self) -> None:
+    def _raise_offline(self) -> NoReturn:
+        self._note_offline()
         if self._refused is not None:
-            raise self._refused
-        if time.monotonic() < self._retry_at:
-            raise ConnectionLost(f"offline: {self.reason}")
+            # The same object for everybody: without this its traceback would grow each time.
+            raise self._refused.with_traceback(None)
+        raise ConnectionLost(f"offline: {self._why}")
+
+    def _note_offline(self) -> None:
+        if self.reason is None:
+            self.since = datetime.now(UTC)
+            log.warning("offline: %s", self._why)
+        self.reason = self._why
 
     async def _connect(self) -> Session:
+        """A new session, lent; whoever calls has counted it as open and connecting."""
+        session: Session | None = None
         try:
             session = await self._connect_in_thread()
+            if self._closed:
+                raise ConnectionLost("the mount is ending")
         except BaseException as error:
             with trio.CancelScope(shield=True):
                 async with self._turn:
                     self._open -= 1
+                    self._connecting -= 1
+                    if isinstance(error, (AuthenticationFailed, ConnectionLost)) and not self._closed:
+                        self._failed(error)
                     self._turn.notify_all()
-            if isinstance(error, (AuthenticationFailed, ConnectionLost)):
-                self._went_offline(error)
+            if session is not None:
+                session.abort()
+                session.close()
             raise
+        self._lent.add(session)
+        self._connecting -= 1
         if self.reason is not None:
             log.info("online again: %s", self._account.url)
             self.reason, self.since = None, datetime.now(UTC)
-        self._failures = 0
+        self._accepted = True
+        self._failures = self._refusals = 0
         self._retry_at = -math.inf
+        with trio.CancelScope(shield=True):
+            async with self._turn:
+                self._turn.notify_all()
         return session
 
     async def _connect_in_thread(self) -> Session:
@@ -161,21 +218,23 @@ class SessionPool:
             abandoned = True
             raise
 
-    def _went_offline(self, error: AuthenticationFailed | ConnectionLost) -> None:
-        if isinstance(error, (AuthenticationFailed, TlsError)):
-            # Trying again would not help, and could lock the account.
-            self._refused = error
-        wait = min(_BACKOFF_MOST, _BACKOFF_FIRST * 2**self._failures) * random.uniform(0.5, 1.0)  # noqa: S311
+    def _failed(self, error: AuthenticationFailed | ConnectionLost) -> None:
+        """Note a failed attempt to connect."""
+        wait = min(_BACKOFF_MOST, _BACKOFF_FIRST * 2 ** min(self._failures, 6))
+        self._why = str(error)
         self._failures += 1
-        self._retry_at = time.monotonic() + wait
+        self._beside = bool(self._idle or self._lent)
+        if isinstance(error, AuthenticationFailed):
+            wait = max(wait, _BACKOFF_REFUSED)
+            # Beside connections that work it is their number that is refused, whatever the server says.
+            self._refusals += not self._beside
+            if not self._accepted or self._refusals >= _REFUSALS:
+                self._refused = error
+        self._retry_at = time.monotonic() + wait * random.uniform(0.5, 1.0)  # noqa: S311
         if self._open:
-            # Other connections work: most likely the server's limit is reached, so live with what there is.
             log.info("no further connection, going on with %d: %s", self._open, error)
-            return
-        if self.reason is None:
-            self.since = datetime.now(UTC)
-            log.warning("offline: %s", error)
-        self.reason = str(error)
+        else:
+            self._note_offline()
 
     async def _give_back(self, session: Session) -> None:
         with trio.CancelScope(shield=True):

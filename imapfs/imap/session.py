@@ -421,7 +421,7 @@ class Session:
             streamed = True
             at = text.upper().rfind(b"UID ")
             digits = text[at + 4 :].split(b" ", 1)[0] if at >= 0 else b""
-            return open_sink(int(digits) if digits.isdigit() else None, size)
+            return open_sink(number(digits) if digits.isdigit() else None, size)
 
         def take(response: Response) -> None:
             nonlocal streamed
@@ -464,8 +464,10 @@ class Session:
                     for triple in zip(items[::3], items[1::3], items[2::3], strict=False):
                         match triple:
                             case (bytes(name), bytes(used), bytes(limit)) if name.upper() == b"STORAGE":
-                                # RFC 9208 section 5.1: units of 1024 octets.
-                                found = Quota(number(used) * 1024, number(limit) * 1024)
+                                # RFC 9208 section 5.1: units of 1024 octets. Servers without a real
+                                # limit send odd ones, which is no reason to end the connection.
+                                with contextlib.suppress(ProtocolError):
+                                    found = Quota(number(used) * 1024, number(limit) * 1024)
 
         if self.has("QUOTA"):
             with contextlib.suppress(Refused):

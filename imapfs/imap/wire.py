@@ -621,4 +621,5 @@ def _repeats(words: str, user: str, password: Secret) -> bool:
         base64.b64encode(f"\0{user}\0{secret}".encode()).decode(),
         base64.b64encode(secret.encode()).decode(),
     }
-    return any(form and form in words for form in forms)
+    # As a word of its own: a short password may well be a part of some other word.
+    return any(form and re.search(rf"(?<!\w){re.escape(form)}(?!\w)", words) for form in forms)

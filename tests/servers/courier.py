@@ -233,8 +233,9 @@ class Courier:
             finally:
                 for pump in pumps:
                     pump.cancel()
-                await asyncio.gather(*pumps, return_exceptions=True)
+                # Before anything that waits: the server may be closed at that moment.
                 await abort(session_writer)
+                await asyncio.gather(*pumps, return_exceptions=True)
         finally:
             await asyncio.to_thread(_reap, process)
             self._sessions.discard(process)

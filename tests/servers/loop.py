@@ -97,7 +97,13 @@ async def accept_tls(connection: socket.socket, context: ssl.SSLContext) -> Stre
     reader = asyncio.StreamReader(BUFFER, loop)
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
     transport, _ = await loop.connect_accepted_socket(lambda: protocol, connection, ssl=context)
+    tell_when_sent(transport)
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+def tell_when_sent(transport: asyncio.WriteTransport) -> None:
+    """Make drain() return when all was handed to the kernel; with a limit of 0 it never would."""
+    transport.set_write_buffer_limits(1, 0)
 
 
 async def abort(writer: asyncio.StreamWriter) -> None:

@@ -23,7 +23,7 @@ from typing import Literal
 
 from tests.servers.account import DEADLINE, Endpoint, ImapAccount
 from tests.servers.hiding import Hidden
-from tests.servers.loop import BUFFER, LoopThread, Port, abort, accept_tls, server_context
+from tests.servers.loop import BUFFER, LoopThread, Port, abort, accept_tls, server_context, tell_when_sent
 
 Edit = Callable[[bytes], bytes | None]
 """Given a line of the server with its line end: what to send in its place (any number of lines), None to
@@ -412,8 +412,7 @@ class _Sink:
         self._parts: list[bytes] = []
         self._size = 0
         self._queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(64)
-        # drain() shall mean that all was handed to the kernel; with a limit of 0 it would never return.
-        writer.transport.set_write_buffer_limits(1, 0)
+        tell_when_sent(writer.transport)
 
     async def add(self, data: bytes) -> None:
         """Send ``data`` with the next `push`, or now where that would be much."""
