@@ -160,10 +160,11 @@ class Database:
 def _checkpoint(path: Path) -> None:
     # Failing is no harm: what could not be moved is moved the next time.
     with contextlib.suppress(sqlite3.Error), contextlib.closing(_plain(path)) as db:
-        db.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        # Only with nothing left in it does the log start anew. This one keeps writers out, but for the moment
-        # that the little takes which was written during the first.
-        db.execute("PRAGMA wal_checkpoint(RESTART)")
+        _, pages, _ = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        if pages > 4 * _PAGES:
+            # Only when nothing is left in it does the log start anew, which it never is while somebody writes
+            # all the time. This keeps writers out while it moves what was written during the first.
+            db.execute("PRAGMA wal_checkpoint(RESTART)")
 
 
 def _open_or_rebuild(directory: Path) -> Connection:

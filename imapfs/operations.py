@@ -10,6 +10,7 @@ last. APPEND has its own module, `imapfs.upload`, on the same principle.
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ T = TypeVar("T")
 
 _CONFLICTS = 5
 """How often a change of flags is worked out anew because another client was quicker."""
+_RETRY_FIRST = 1.0
+_RETRY_MOST = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +52,16 @@ class Fingerprint:
     """What tells a copy of a message from other messages."""
 
     size: int
+    """As the server gives it; 0 where that is not known."""
     date: int
     """INTERNALDATE, seconds since the epoch."""
     message_id: str
 
     def matches(self, other: "Fingerprint") -> bool:
-        """Whether the other is a copy. The Message-ID says it; without one, date and size have to do."""
+        """Whether the other is a copy. Different messages may have one Message-ID: the size must fit too.
+        Without a Message-ID, date and size have to do."""
         if self.message_id or other.message_id:
-            return self.message_id == other.message_id
+            return self.message_id == other.message_id and self.size in {0, other.size}
         return self.date == other.date and self.size == other.size
 
     @classmethod
@@ -76,6 +81,9 @@ class Operations:
         self._sync = sync
         self._journal = journal
         self._policy = policy
+        self._cut_off = trio.Event()
+        if journal.left:
+            self._cut_off.set()
 
     # -- messages ------------------------------------------------------------------------------------------
 
@@ -126,15 +134,25 @@ class Operations:
             self._publish(self._cache.remove_node(node.ino))
 
     async def _transfer(self, node: Node, target: Ino) -> "_Transfer":
+        source, destination = self.mailbox(node.parent), self.mailbox(target)
+        for entry in self._journal.left:
+            if entry.is_of(source.name, source.uidvalidity, _uid(node)):
+                # Copied by an earlier attempt, perhaps: a second copy would stay for ever.
+                await self._recover(entry)
+                node = self._message(node.ino)
+                break
         details = self._cache.details(node.ino)
         assert details is not None
-        source, destination = self.mailbox(node.parent), self.mailbox(target)
         transfer = _Transfer(source, destination, node, details, self._journal, self._known)
         try:
             await self._run_transfer(transfer, source)
         except MessageGone:
             self._publish(self._cache.remove_node(node.ino))
             raise
+        finally:
+            if transfer.entry is not None:
+                self._journal.left.append(transfer.entry)
+                self._cut_off.set()
         return transfer
 
     async def _run_transfer(self, transfer: "_Transfer", source: "Box") -> None:
@@ -229,16 +247,48 @@ class Operations:
 
     # -- the past ------------------------------------------------------------------------------------------
 
-    async def recover(self) -> None:
-        """Finish the moves that the end of an earlier process cut in two."""
-        for entry in self._journal.entries():
-            try:
-                await self._pool.run(_Recovery(entry).run)
-                self._journal.remove(entry)
-            except MailboxGone:
-                self._journal.remove(entry)
-            except ImapfsError as error:
-                report(error, "a move that was cut off is not finished yet")
+    async def recover_forever(self) -> None:
+        """Finish the moves that the end of an earlier process, or of a connection, cut in two."""
+        while True:
+            await self._cut_off.wait()
+            self._cut_off = trio.Event()
+            delay = _RETRY_FIRST
+            while not await self.recover():
+                await trio.sleep(delay)
+                delay = min(_RETRY_MOST, delay * 2)
+
+    async def recover(self) -> bool:
+        """Try to finish the moves that were cut in two; false if some have to wait for the server."""
+        for entry in list(self._journal.left):
+            boxes = [
+                self._cache.mailbox_named(name.encode("latin-1")) for name in (entry.source, entry.target)
+            ]
+            async with self._sync.exclusive(*(box.ino for box in boxes if box is not None)):
+                if entry not in self._journal.left:
+                    continue
+                try:
+                    await self._recover(entry)
+                except ImapfsError as error:
+                    report(error, "a move that was cut off is not finished yet")
+        return not self._journal.left
+
+    async def _recover(self, entry: "JournalEntry") -> None:
+        """Finish one move; its mailboxes are in exclusive use."""
+        recovery = _Recovery(entry)
+        try:
+            await self._pool.run(recovery.run)
+        except MailboxGone:
+            log.info("a move that was cut off cannot be finished: its mailbox is gone")
+        self._journal.remove(entry)
+        self._journal.left.remove(entry)
+        box = self._cache.mailbox_named(entry.source.encode("latin-1"))
+        if recovery.finished and box is not None and box.uidvalidity == entry.uidvalidity:
+            node = self._cache.message(box.ino, Uid(entry.uid))
+            if node is not None:
+                self._remove(node, stays=recovery.original_stays)
+            target = self._cache.mailbox_named(entry.target.encode("latin-1"))
+            if target is not None:
+                self._sync.forget_age(target.ino)
 
     # -- helpers -------------------------------------------------------------------------------------------
 
@@ -302,7 +352,11 @@ class _Transfer:
         self._known = known
         self._sent = False
         self._uidnext = target.uidnext
-        self._entry: JournalEntry | None = None
+        # The size that is known may be the true one, and not what the server says of the copy.
+        size = 0 if details.message_id else node.size
+        self._wanted = Fingerprint(size, details.date, details.message_id)
+        self.entry: JournalEntry | None = None
+        """Set as long as there may be a copy beside the original."""
         self.uid: int | None = None
         """The UID in the target, once it is known."""
         self.original_stays = False
@@ -329,19 +383,23 @@ class _Transfer:
 
     def _copy(self, session: Session, uid: int) -> None:
         """COPY, then delete: the journal has it between the two."""
-        if self._entry is None:
-            fingerprint = self._fingerprint(session, uid)
-            self._entry = JournalEntry(
+        if self.entry is None:
+            self._wanted = self._fingerprint(session, uid)
+            # Not from the cache: what came since then may look like the copy, and the original would go.
+            self._uidnext = next_uid(session, self._target.name)
+            session.select(self._source.name, self._source.uidvalidity)
+            entry = JournalEntry(
                 self._source.name.decode("latin-1"),
                 self._source.uidvalidity,
                 uid,
                 self._target.name.decode("latin-1"),
                 self._uidnext,
-                fingerprint.size,
-                fingerprint.date,
-                fingerprint.message_id,
+                self._wanted.size,
+                self._wanted.date,
+                self._wanted.message_id,
             )
-            self._journal.add(self._entry)
+            self._journal.add(entry)
+            self.entry = entry
         self._sent = True
         self.uid = session.copy(uid, self._target.name)
         if self.uid is None:
@@ -353,9 +411,12 @@ class _Transfer:
 
     def _delete_original(self, session: Session, uid: int) -> None:
         self.original_stays = not session.expunge(uid)
-        if self._entry is not None:
-            self._journal.remove(self._entry)
-            self._entry = None
+        self._forget_entry()
+
+    def _forget_entry(self) -> None:
+        if self.entry is not None:
+            self._journal.remove(self.entry)
+            self.entry = None
 
     def _settle(self, session: Session, uid: int) -> bool:
         """Look what became of the move; true if nothing is left to do."""
@@ -367,8 +428,7 @@ class _Transfer:
             self._delete_original(session, uid)
             return True
         if not here:
-            if self._entry is not None:
-                self._journal.remove(self._entry)
+            self._forget_entry()
             if self.uid is None:
                 raise MessageGone("it was removed on the server")
             return True
@@ -376,7 +436,6 @@ class _Transfer:
 
     def _find(self, session: Session) -> int | None:
         """The message in the target, among what came after the move was begun."""
-        wanted = Fingerprint(self._node.size, self._details.date, self._details.message_id)
         session.examine(self._target.name)
         found: list[FetchData] = []
         session.fetch_metadata_from(self._uidnext, found.append)
@@ -384,7 +443,7 @@ class _Transfer:
             assert data.uid is not None
             if data.uid < self._uidnext or trio.from_thread.run_sync(self._known, self._target.ino, data.uid):
                 continue
-            if wanted.matches(Fingerprint.of(data)):
+            if self._wanted.matches(Fingerprint.of(data)):
                 return data.uid
         return None
 
@@ -393,6 +452,18 @@ class _Transfer:
         if not found:
             raise MessageGone("it was removed on the server")
         return Fingerprint.of(found[0])
+
+
+def next_uid(session: Session, mailbox: bytes) -> int:
+    """UIDNEXT of a mailbox as it is now, from the last message where the server does not say (Courier)."""
+    uidnext = session.status(mailbox).get("UIDNEXT", 0)
+    if uidnext:
+        return uidnext
+    state = session.examine(mailbox)
+    last: list[FetchData] = []
+    if state.exists:
+        session.fetch_metadata_from(0xFFFFFFFF, last.append)
+    return max((data.uid or 0 for data in last), default=0) + 1
 
 
 def _metadata(session: Session, uids: Iterable[int]) -> list[FetchData]:
@@ -452,12 +523,17 @@ class JournalEntry:
     date: int
     message_id: str
 
+    def is_of(self, source: bytes, uidvalidity: int, uid: int) -> bool:
+        """Whether it is about this message."""
+        return (self.source, self.uidvalidity, self.uid) == (source.decode("latin-1"), uidvalidity, uid)
+
 
 class Journal:
-    """Moves under way, in a file that survives a power cut. Used from several threads in turn."""
+    """Moves under way, in a file that survives a power cut. Used from several threads."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._lock = threading.Lock()
         self._entries: list[JournalEntry] = []
         try:
             self._entries = [JournalEntry(**entry) for entry in json.loads(path.read_text())]
@@ -465,18 +541,20 @@ class Journal:
             pass
         except (OSError, ValueError, TypeError) as error:
             log.warning("the journal %s cannot be read (%s): look for messages that are doubled", path, error)
-
-    def entries(self) -> list[JournalEntry]:
-        return list(self._entries)
+        self.left = list(self._entries)
+        """Those that nobody works on any more, to be finished; touched on the trio thread only."""
 
     def add(self, entry: JournalEntry) -> None:
         """Note ``entry``; durable when this returns. Raises CacheError."""
-        self._entries = [*self._entries, entry]
-        self._write()
+        with self._lock:
+            self._entries = [*self._entries, entry]
+            self._write()
 
     def remove(self, entry: JournalEntry) -> None:
-        self._entries = [e for e in self._entries if e != entry]
-        self._write()
+        """Note that it is finished."""
+        with self._lock:
+            self._entries = [e for e in self._entries if e != entry]
+            self._write()
 
     def _write(self) -> None:
         temporary = self._path.with_suffix(".tmp")
@@ -497,6 +575,8 @@ class _Recovery:
 
     def __init__(self, entry: JournalEntry) -> None:
         self._entry = entry
+        self.finished = False
+        self.original_stays = False
 
     def run(self, session: Session) -> None:
         entry = self._entry
@@ -506,5 +586,6 @@ class _Recovery:
         session.fetch_metadata_from(entry.uidnext, found.append)
         if any((d.uid or 0) >= entry.uidnext and wanted.matches(Fingerprint.of(d)) for d in found):
             session.select(entry.source.encode("latin-1"), UidValidity(entry.uidvalidity))
-            session.expunge(entry.uid)
+            self.original_stays = not session.expunge(entry.uid)
+            self.finished = True
             log.info("finished a move of message %d that was cut off", entry.uid)

@@ -39,6 +39,10 @@ class Attempt:
     mailbox: bytes
     uidvalidity: int
     uidnext: int
+    size: int
+    """Bytes that were sent."""
+    digest: str
+    """SHA-256 of what was sent but for line ends at the very end, which servers add and drop."""
 
 
 @dataclass(slots=True)
@@ -79,6 +83,8 @@ class Draft:
     attempt: Attempt | None = None
     dirty: bool = False
     """Whether it was written to since it was last complete."""
+    writes: int = 0
+    """Counts the changes of its bytes; not on disk."""
 
     @property
     def file(self) -> Path:
@@ -98,7 +104,8 @@ class Draft:
         return b"/".join((*self.path, self.name)).decode("utf-8", "replace")
 
     def touch(self) -> None:
-        """It was changed now."""
+        """Its bytes were changed now."""
+        self.writes += 1
         self.ctime = time.time_ns()
         if not self.timed:
             self.mtime = self.ctime
@@ -123,16 +130,22 @@ class Spool:
             directory.mkdir(mode=0o700, exist_ok=True)
             for left in directory.glob("*.tmp"):
                 left.unlink()
-            found = [path for path in directory.iterdir() if path.name.isdigit()]
+            found = sorted({Ino(int(path.stem)) for path in directory.iterdir() if path.stem.isdigit()})
+            self.rebooted = _has_rebooted(directory / "boot")
+            """Whether descriptions may be older than they should be, as they are not secured each time."""
         except OSError as error:
             raise CacheError.from_os_error(error, f"cannot use the spool {directory}") from None
         self.sent: list[Draft] = []
         """Drafts that are messages now, of which the old version has still to be removed."""
-        for path in found:
-            draft = self._load(path)
+        for ino in found:
+            draft = self._load(ino)
+            if draft is None:
+                continue
             if draft.state == "sent":
                 self.sent.append(draft)
             else:
+                # A kill while one was to replace another leaves both.
+                draft.name = self._free_name(draft.parent, draft.name)
                 self._add(draft)
 
     # -- looking -------------------------------------------------------------------------------------------
@@ -168,6 +181,23 @@ class Spool:
             raise
         self._add(draft)
         return draft
+
+    def _free_name(self, parent: Ino, name: bytes) -> bytes:
+        stem, dot, suffix = name.rpartition(b".")
+        n = 1
+        while (parent, name) in self._names:
+            n += 1
+            name = b"%s~%d%s%s" % (stem, n, dot, suffix)
+        return name
+
+    def set_aside(self, draft: Draft) -> None:
+        """Free the name of a draft that is about to be replaced, until `put_back` or `forget`."""
+        if self._names.get((draft.parent, draft.name)) == draft.ino:
+            del self._names[draft.parent, draft.name]
+
+    def put_back(self, draft: Draft) -> None:
+        """Undo `set_aside`."""
+        self._names[draft.parent, draft.name] = draft.ino
 
     def _add(self, draft: Draft) -> None:
         self._drafts[draft.ino] = draft
@@ -225,19 +255,34 @@ class Spool:
         except OSError as error:
             raise CacheError.from_os_error(error, f"cannot write to the spool {self.directory}") from None
 
-    def _load(self, path: Path) -> Draft:
-        ino = Ino(int(path.name))
+    def _load(self, ino: Ino) -> Draft | None:
+        """The draft of an earlier process; None if what is left of it means nothing any more."""
+        path = self.directory / str(ino)
         try:
             draft = _restore(self, ino, json.loads(self._description(ino).read_text()))
         except (OSError, ValueError, TypeError, KeyError) as error:
             log.warning("the spool file %s has lost its description (%s): see rescued-%d", path, error, ino)
             draft = Draft(self, ino, ROOT, b"rescued-%d" % ino, state="local")
             draft.touch()
+        never_written = draft.state == "open" and not draft.dirty and draft.base is not None
+        if never_written or (draft.state != "sent" and not path.exists()):
+            # Begun and not written to, so that the message is unchanged; or forgotten but for this.
+            self.forget(draft)
+            return None
         if draft.state == "open" and draft.dirty:
             # Half a message must not reach the server.
             draft.state = "unsent"
             draft.error = "imapfs ended before this file was closed: look at it, then run 'imapfs retry'"
         return draft
+
+
+def _has_rebooted(note: Path) -> bool:
+    """Whether the machine was started anew since the last time that this was asked."""
+    now = Path("/proc/sys/kernel/random/boot_id").read_text()
+    if note.exists() and note.read_text() == now:
+        return False
+    note.write_text(now)
+    return True
 
 
 def _text(value: bytes) -> str:

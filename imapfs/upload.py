@@ -194,6 +194,7 @@ class Uploader:
             with contextlib.suppress(ImapfsError):
                 await job.wait()
         await self._remove_all_old()
+        await self._operations.recover()
 
     def resume(self) -> None:
         """Go on with what an earlier process left."""

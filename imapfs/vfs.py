@@ -159,7 +159,7 @@ class Filesystem:
             self._root = self._find_root(self.config.account.mailbox)
         self._place_drafts()
         if not self.config.read_only:
-            self._nursery.start_soon(self.operations.recover)
+            self._nursery.start_soon(self.operations.recover_forever)
             self.uploader.resume()
         self._nursery.start_soon(self._bodies.sweep)
 

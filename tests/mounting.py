@@ -44,8 +44,11 @@ class MailAccount(Protocol):
     @property
     def server(self) -> Server: ...
 
-    name: str
-    password: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def password(self) -> str: ...
 
 
 class MountFailed(Exception):

@@ -1,0 +1,273 @@
+"""The database and the body files by themselves: identity, eviction, damage, and what is cleaned up."""
+
+import os
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from imapfs.bodies import SMALL, BodyStore
+from imapfs.cache import Cache, Directory, NewMessage, Node
+from imapfs.errors import CacheError
+from imapfs.model import ROOT, Ino, ModSeq, Uid, UidValidity
+from tests.conftest import ExpectedLog
+
+DATE = 1_700_000_000
+INBOX = Directory((b"INBOX",), b"INBOX", b"/", True, "")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Cache]:
+    opened = Cache.open(tmp_path / "cache", "subject")
+    yield opened
+    opened.close()
+
+
+def inbox(cache: Cache) -> Ino:
+    cache.set_tree([INBOX])
+    node = cache.child(ROOT, b"INBOX")
+    assert node is not None
+    return node.ino
+
+
+def message(uid: int, size: int = 10, subject: str = "Report", flags: str = "") -> NewMessage:
+    return NewMessage(
+        Uid(uid), size, DATE, 0, flags, ModSeq(1), subject, "Alice", "Alice <a@example.org>", f"<{uid}@x>"
+    )
+
+
+def keep(cache: Cache, store: BodyStore, ino: Ino, content: bytes) -> Node:
+    """Cache a body as a download that has come to its end does."""
+    path = store.path(ino)
+    path.touch(mode=0o600)
+    path.write_bytes(content)
+    cache.add_bodies([(ino, len(content), zlib.crc32(content))])
+    store.size += len(content)
+    node = cache.node(ino)
+    assert node is not None
+    return node
+
+
+# -- identity
+
+
+def test_inode_is_never_used_again(tmp_path: Path) -> None:
+    seen: set[int] = set()
+    for _ in range(3):
+        cache = Cache.open(tmp_path / "cache", "subject")
+        box = inbox(cache)
+        for _ in range(2):
+            new = {ino for ino, _ in cache.add_messages(box, [message(uid) for uid in range(1, 101)])}
+            assert len(new) == 100
+            assert not new & seen
+            seen |= new
+            assert {gone.ino for gone in cache.reset(box, UidValidity(7))} == new
+        cache.close()
+        # As a newer version or damage has it, and at once, as no clock may be needed for this.
+        for path in (tmp_path / "cache").glob("cache.db*"):
+            path.unlink()
+
+
+def test_message_known_already_keeps_inode_and_name(cache: Cache) -> None:
+    box = inbox(cache)
+    [(ino, name)] = cache.add_messages(box, [message(1)])
+    assert cache.add_messages(box, [message(1, subject="Other", flags="\\Seen")]) == []
+    node = cache.message(box, Uid(1))
+    assert node is not None
+    assert (node.ino, node.name) == (ino, name)
+    assert cache.flags(box) == {1: "\\Seen"}
+
+
+def test_other_naming_renames_every_message_and_keeps_inodes(tmp_path: Path) -> None:
+    names: dict[str, dict[int, bytes | None]] = {}
+    inos: list[dict[int, int]] = []
+    for scheme in ("subject", "uid", "subject"):
+        cache = Cache.open(tmp_path / "cache", scheme)
+        box = inbox(cache)
+        cache.add_messages(box, [message(1), message(2, subject="2.eml"), message(3, subject="1")])
+        nodes = cache.children(box, 0, 10)
+        names.setdefault(scheme, {int(n.uid or 0): n.name for n in nodes})
+        assert names[scheme] == {int(n.uid or 0): n.name for n in nodes}
+        inos.append({int(n.uid or 0): n.ino for n in nodes})
+        cache.close()
+    assert names["uid"] == {1: b"1.eml", 2: b"2.eml", 3: b"3.eml"}
+    assert names["subject"][1] == b"2023-11-14_Alice_Report.1.eml"
+    assert inos[0] == inos[1] == inos[2]
+
+
+def test_listing_goes_on_behind_any_entry(cache: Cache) -> None:
+    box = inbox(cache)
+    cache.add_messages(box, [message(uid) for uid in range(1, 51)])
+    found: list[int] = []
+    after = 0
+    while page := cache.children(box, after, 7):
+        found += [int(node.uid or 0) for node in page]
+        after = page[-1].ino
+        cache.remove_node(page[-1].ino)
+    assert found == list(range(1, 51))
+
+
+# -- mailboxes and flags
+
+
+def test_reset_forgets_that_mailbox_only(cache: Cache) -> None:
+    cache.set_tree([INBOX, Directory((b"x",), b"x", b"/", True, "")])
+    boxes = [node.ino for node in cache.children(ROOT, 0, 10)]
+    for box in boxes:
+        cache.add_messages(box, [message(1), message(2)])
+        cache.set_state(box, UidValidity(5), 3, ModSeq(9), complete=True)
+    assert len(cache.reset(boxes[0], UidValidity(6))) == 2
+    first, second = (cache.mailbox(box) for box in boxes)
+    assert first is not None
+    assert second is not None
+    assert (first.uidvalidity, first.uidnext, first.modseq, first.complete) == (6, 0, 0, 0)
+    assert (second.uidvalidity, second.uidnext, second.modseq, second.complete) == (5, 3, 9, 1)
+    assert [cache.counts(box)[0] for box in boxes] == [0, 2]
+
+
+def test_flags_that_only_change_their_order_are_no_change(cache: Cache) -> None:
+    box = inbox(cache)
+    [(ino, _)] = cache.add_messages(box, [message(1, flags="\\Seen $Work")])
+    assert cache.set_flags(box, [(Uid(1), "$Work \\Seen", ModSeq(2))]) == []
+    assert cache.set_flags(box, [(Uid(1), "\\Seen", ModSeq(3)), (Uid(9), "\\Seen", ModSeq(3))]) == [ino]
+    assert cache.counts(box) == (1, 0)
+
+
+def test_tree_that_is_as_before_changes_nothing(cache: Cache) -> None:
+    tree = [
+        INBOX,
+        Directory((b"a",), None, b"/", False, ""),
+        Directory((b"a", b"b"), b"a/b", b"/", True, "\\Archive"),
+    ]
+    added, gone = cache.set_tree(tree)
+    assert (len(added), gone) == (3, [])
+    root = cache.node(ROOT)
+    assert cache.set_tree(tree) == ([], [])
+    assert cache.node(ROOT) == root
+    added, gone = cache.set_tree([INBOX])
+    assert added == []
+    assert [entry.name for entry in gone] == [b"b", b"a"]
+
+
+# -- opening
+
+
+def test_cache_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CacheError, match=r"cannot use the cache directory .*Not a directory|File exists"):
+        Cache.open(tmp_path / "file" / "cache", "subject")
+
+
+def test_cache_is_for_one_at_a_time(cache: Cache) -> None:
+    with pytest.raises(CacheError, match=rf"another mount \(process {os.getpid()}\) uses the cache"):
+        Cache.open(cache.directory, "subject")
+
+
+@pytest.mark.parametrize("content", [b"garbage" * 1000, b"SQLite format 3\0" + b"\xff" * 5000])
+def test_database_that_is_none_is_built_anew(
+    tmp_path: Path, expected_log: ExpectedLog, content: bytes
+) -> None:
+    expected_log(r"cache\.db is not usable .*built anew from the server")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "cache.db").write_bytes(content)
+    cache = Cache.open(tmp_path / "cache", "subject")
+    assert cache.totals() == (0, 0, 0)
+    assert cache.children(ROOT, 0, 10) == []
+    cache.close()
+
+
+# -- bodies
+
+
+def test_least_recently_used_bodies_go_first(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(DATE, DATE + 100))
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    store = BodyStore(cache, 100)
+    added = cache.add_messages(inbox(cache), [message(uid) for uid in range(1, 5)])
+    nodes = [keep(cache, store, ino, b"ten bytes.") for ino, _ in added]
+    assert store.load(nodes[0]) == b"ten bytes."
+    store.limit = 25
+    store.add([])
+    assert [store.path(node.ino).exists() for node in nodes] == [True, False, False, True]
+    cached = [cache.node(node.ino) for node in nodes]
+    assert [node is not None and node.crc is not None for node in cached] == [True, False, False, True]
+    assert store.size == cache.totals()[2] == 20
+
+
+def test_limit_that_became_smaller_counts_from_the_start(cache: Cache) -> None:
+    store = BodyStore(cache, 100)
+    for ino, _ in cache.add_messages(inbox(cache), [message(uid) for uid in range(1, 5)]):
+        keep(cache, store, ino, b"ten bytes.")
+    assert BodyStore(cache, 25).size == cache.totals()[2] <= 25
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, SMALL, SMALL + 1])
+@pytest.mark.parametrize("damage", ["flip", "cut", "grow", "remove"])
+@pytest.mark.trio
+async def test_damaged_body_is_not_given_out(
+    cache: Cache, size: int, damage: str, expected_log: ExpectedLog
+) -> None:
+    if not size and damage in {"flip", "cut"}:
+        damage = "grow"
+    store = BodyStore(cache, 1 << 30)
+    [(ino, _)] = cache.add_messages(inbox(cache), [message(1)])
+    content = os.urandom(size)
+    node = keep(cache, store, ino, content)
+    fd = await store.open(node)
+    assert fd is not None
+    assert os.pread(fd, size + 1, 0) == content
+    os.close(fd)
+    path = store.path(ino)
+    match damage:
+        case "flip":
+            path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        case "cut":
+            path.write_bytes(content[:-1])
+        case "grow":
+            path.write_bytes(content + b"x")
+        case _:
+            path.unlink()
+    expected_log("the cached body of message 1 is damaged or gone: it is fetched again")
+    assert await store.open(node) is None
+    assert not path.exists()
+    after = cache.node(ino)
+    assert after is not None
+    # Still the exact size: only the body is forgotten.
+    assert (after.crc, after.size, bool(after.exact)) == (None, size, True)
+    assert store.size == 0
+
+
+@pytest.mark.trio
+async def test_sweep_removes_what_no_message_has_and_nothing_else(cache: Cache) -> None:
+    store = BodyStore(cache, 1 << 30)
+    [(kept, _), (stray, _)] = cache.add_messages(inbox(cache), [message(1), message(2)])
+    keep(cache, store, kept, b"kept")
+    store.path(stray).write_bytes(b"stray")
+    for ino in (kept, stray):
+        os.utime(store.path(ino), (DATE, DATE))
+    young = store.path(Ino(stray + 256))
+    young.write_bytes(b"on its way into the database")
+    os.utime(young, (2 * DATE, 2 * DATE))
+    with trio.fail_after(20):
+        await store.sweep()
+    assert store.path(kept).read_bytes() == b"kept"
+    assert not store.path(stray).exists()
+    assert young.exists()
+
+
+def test_message_larger_than_the_disk_is_refused(cache: Cache) -> None:
+    store = BodyStore(cache, 1 << 30)
+    store.check_space(1)
+    with pytest.raises(CacheError, match=r"a message of .* bytes does not fit") as raised:
+        store.check_space(1 << 60)
+    assert raised.value.errno == 28
+
+
+def test_half_written_bodies_go_when_the_store_opens(cache: Cache) -> None:
+    path = BodyStore(cache, 100).temporary()
+    path.write_bytes(b"half")
+    BodyStore(cache, 100)
+    assert not path.exists()

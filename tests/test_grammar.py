@@ -1,0 +1,266 @@
+"""Responses are read as RFC 9051 means them, and nothing that is no response does more than be refused."""
+
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imapfs.errors import ProtocolError
+from imapfs.imap.grammar import (
+    FetchData,
+    ListEntry,
+    format_iso,
+    parse_date,
+    parse_fetch,
+    parse_list,
+    parse_sequence_set,
+    parse_status,
+    sequence_sets,
+    values,
+)
+from imapfs.imap.wire import Completion, astring
+
+LINES = st.lists(st.binary(max_size=60), min_size=1, max_size=5).filter(lambda parts: len(parts) % 2 == 1)
+UIDS = st.sets(st.integers(1, 2**32 - 1), max_size=200)
+
+
+# -- FETCH
+
+
+def test_fetch_items_are_read_in_any_order() -> None:
+    items = {
+        b"UID 7": ("uid", 7),
+        rb"FLAGS (\Seen $Work)": ("flags", r"\Seen $Work"),
+        b'INTERNALDATE "20-Nov-2026 10:00:00 +0100"': ("date", b"20-Nov-2026 10:00:00 +0100"),
+        b"RFC822.SIZE 1234": ("size", 1234),
+        b"MODSEQ (99)": ("modseq", 99),
+    }
+    for start in range(len(items)):
+        order = list(items)[start:] + list(items)[:start]
+        data = parse_fetch([b"* 1 FETCH (" + b" ".join(order) + b")\r\n"])
+        assert data == FetchData(**dict(items.values()))  # type: ignore[arg-type]
+
+
+def test_fetch_is_not_case_sensitive() -> None:
+    data = parse_fetch([rb"* 1 fetch (uid 7 flags (\sEEN) rfc822.size 3)" + b"\r\n"])
+    assert data == FetchData(uid=7, flags=r"\sEEN", size=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("flags", [rb"\Recent", rb"\RECENT \Seen", rb"\Seen \Recent"])
+def test_recent_is_no_flag_to_keep(flags: bytes) -> None:
+    data = parse_fetch([b"* 1 FETCH (FLAGS (" + flags + b"))\r\n"])
+    assert data is not None
+    assert data.flags in {"", r"\Seen"}
+
+
+@given(st.binary(max_size=300))
+def test_literal_is_data_whatever_it_holds(content: bytes) -> None:
+    data = parse_fetch([b"* 1 FETCH (UID 5 BODY[] ", content, b" FLAGS ())\r\n"])
+    assert data == FetchData(uid=5, flags="", section=b"", body=content)  # type: ignore[arg-type]
+
+
+@given(st.binary(max_size=300).map(lambda text: text.translate(None, b"\r\n\0")))
+def test_quoted_string_is_data_whatever_it_holds(content: bytes) -> None:
+    quoted = content.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+    data = parse_fetch([b'* 1 FETCH (BODY[] "' + quoted + b'" UID 5)\r\n'])
+    assert data == FetchData(uid=5, section=b"", body=content)  # type: ignore[arg-type]
+
+
+def test_nil_body_is_no_body() -> None:
+    data = parse_fetch([b"* 1 FETCH (UID 5 BODY[] NIL)\r\n"])
+    assert data == FetchData(uid=5, section=b"", body=None)  # type: ignore[arg-type]
+    quoted = parse_fetch([b'* 1 FETCH (UID 5 BODY[] "NIL")\r\n'])
+    assert quoted is not None
+    assert quoted.body == b"NIL"
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        [b"X-GM-MSGID 1278455344230334865"],
+        [b"EMAILID (M6d99ac3275bb4e)"],
+        [b'ENVELOPE (NIL "a)b(" ((NIL NIL "x" "y")) NIL)'],
+        [b"BODYSTRUCTURE ((", b") UID 999 (", b") NIL)"],
+        [b"PREVIEW ", b"UID 999 FLAGS (\\Deleted)", b""],
+        [b"X ()"],
+        [b'X "quoted \\" UID 999"'],
+    ],
+)
+@pytest.mark.parametrize("at", ["first", "last"])
+def test_item_that_was_not_asked_for_is_passed_over(unknown: list[bytes], at: str) -> None:
+    first, *others = unknown
+    if at == "first":
+        response = [b"* 1 FETCH (" + first, *others]
+        response[-1] += b" UID 5 RFC822.SIZE 6)\r\n"
+    else:
+        response = [b"* 1 FETCH (UID 5 RFC822.SIZE 6 " + first, *others]
+        response[-1] += b")\r\n"
+    assert parse_fetch(response) == FetchData(uid=5, size=6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        [b"* 1 FETCH (UID 5\r\n"],
+        [b"* 1 FETCH (\r\n"],
+        [b"* 1 FETCH (UID 5))\r\n"],
+        [b"* 1 FETCH (UID)\r\n"],
+        [b"* 1 FETCH (X (y)\r\n"],
+        [b'* 1 FETCH (X "y)\r\n'],
+        [b"* 1 FETCH (BODY[]"],
+        [b"* 1 FETCH (BODY[] "],
+        [b"* 1 FETCH (UID 5 X"],
+    ],
+)
+def test_malformed_fetch_is_refused(response: list[bytes]) -> None:
+    with pytest.raises(ProtocolError):
+        parse_fetch(response)
+
+
+@given(LINES)
+def test_any_bytes_are_read_or_refused(parts: list[bytes]) -> None:
+    for prefix, parse in (
+        (b"* 1 FETCH (", parse_fetch),
+        (b"* LIST ", parse_list),
+        (b"* STATUS ", parse_status),
+        (b"", lambda response: values(response, 0)),
+    ):
+        response = [prefix + parts[0], *parts[1:]]
+        try:
+            parse(response)
+        except ProtocolError as error:
+            assert "\n" not in str(error)
+    Completion.parse(parts[0])
+
+
+def test_other_responses_are_not_fetch() -> None:
+    for line in (b"* 5 EXISTS\r\n", b"* 5 EXPUNGE\r\n", b"* OK done\r\n", b"* LIST () NIL FETCH\r\n"):
+        assert parse_fetch([line]) is None
+
+
+def test_fetch_of_100_kilobytes_of_unknown_data_is_read_in_linear_time() -> None:
+    data = parse_fetch([b"* 1 FETCH (X (" + b'"a" ' * 25_000 + b") UID 5)\r\n"])
+    assert data == FetchData(uid=5)  # type: ignore[arg-type]
+
+
+# -- LIST, STATUS
+
+
+@pytest.mark.parametrize(
+    ("response", "entry"),
+    [
+        (
+            [b'* LIST (\\HasNoChildren) "/" INBOX\r\n'],
+            ListEntry(b"INBOX", b"/", frozenset({"\\hasnochildren"})),
+        ),
+        ([b'* LIST () NIL "a b"\r\n'], ListEntry(b"a b", b"")),
+        ([b'* LIST () "\\\\" a\r\n'], ListEntry(b"a", b"\\")),
+        ([b'* LIST () "." "a\\"b"\r\n'], ListEntry(b'a"b', b".")),
+        ([b'* list () "/" ', b"a\r\nb", b"\r\n"], ListEntry(b"a\r\nb", b"/")),
+        ([b'* LIST () "/" a[b\r\n'], ListEntry(b"a[b", b"/")),
+        ([b'* LIST () "/" a ("CHILDINFO" ("SUBSCRIBED"))\r\n'], ListEntry(b"a", b"/")),
+        ([b'* LIST () "/" ""\r\n'], ListEntry(b"", b"/")),
+    ],
+)
+def test_list_response(response: list[bytes], entry: ListEntry) -> None:
+    assert parse_list(response) == entry
+
+
+@pytest.mark.parametrize(
+    "rest", [b"", b"()", b'() "/"', b'"/" INBOX', b"() NIL NIL", b"() NIL (a)", b"(", b")"]
+)
+def test_malformed_list_is_refused(rest: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        parse_list([b"* LIST " + rest + b"\r\n"])
+
+
+def test_attributes_of_a_mailbox() -> None:
+    entry = parse_list([b'* LIST (\\NoSelect \\drafts) "/" x\r\n'])
+    assert entry is not None
+    assert (entry.selectable, entry.special_use) == (False, "\\Drafts")
+    assert not ListEntry(b"x", b"/", frozenset({"\\nonexistent"})).selectable
+    assert ListEntry(b"x", b"/", frozenset({"\\marked"})).special_use == ""
+
+
+def test_status_response() -> None:
+    assert parse_status([b'* STATUS "a b" (MESSAGES 3 uidnext 4 X (1))\r\n']) == (
+        b"a b",
+        {"MESSAGES": 3, "UIDNEXT": 4},
+    )
+    assert parse_status([b"* OK\r\n"]) is None
+    with pytest.raises(ProtocolError):
+        parse_status([b"* STATUS x\r\n"])
+
+
+# -- UID sets
+
+
+@given(UIDS, st.integers(25, 500))
+def test_sequence_sets_name_exactly_the_uids(uids: set[int], limit: int) -> None:
+    sets = list(sequence_sets(uids, limit))
+    assert all(len(one) <= limit for one in sets)
+    found = [uid for one in sets for low, high in parse_sequence_set(one) for uid in range(low, high + 1)]
+    assert found == sorted(uids)
+
+
+def test_runs_become_ranges() -> None:
+    assert list(sequence_sets([9, 1, 2, 3, 2, 7, 8])) == [b"1:3,7:9"]
+    assert list(sequence_sets(range(1, 100_001))) == [b"1:100000"]
+    assert list(sequence_sets([])) == []
+    assert parse_sequence_set(b"5:3,9") == [(3, 5), (9, 9)]
+    for malformed in (b"", b"1:*", b"a", b"1,,2"):
+        with pytest.raises(ProtocolError):
+            parse_sequence_set(malformed)
+
+
+# -- dates
+
+
+@given(
+    st.datetimes(datetime(1971, 1, 1), datetime(2200, 1, 1)),
+    st.integers(-14 * 60, 14 * 60),
+)
+def test_internaldate_is_read_back(moment: datetime, minutes: int) -> None:
+    moment = moment.replace(microsecond=0, tzinfo=timezone(timedelta(minutes=minutes)))
+    month = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"][
+        moment.month - 1
+    ]
+    raw = f"{moment.day:2d}-{month}-{moment.year:04d} {moment:%H:%M:%S} {moment:%z}"
+    epoch, offset = parse_date(raw.encode())
+    assert (epoch, offset) == (int(moment.timestamp()), minutes)
+    assert datetime.fromisoformat(format_iso(epoch, offset)) == moment
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"", b"yesterday", b"31-Feb-2026 10:00:00 +0000", b"01-Foo-2026 10:00:00 +0000",
+        b"01-Jan-0000 10:00:00 +0000", b"01-Jan-2026 25:00:00 +0000", b"\xff\xff", b"01-Jan-2026 10:00:00",
+    ],
+)  # fmt: skip
+def test_what_is_no_date_is_the_epoch(raw: bytes) -> None:
+    assert parse_date(raw) == (0, 0)
+
+
+def test_odd_dates_cost_nobody_a_message() -> None:
+    assert (
+        parse_date(b"30-Jun-2026 23:59:60 +0000")[0]
+        == datetime(2026, 6, 30, 23, 59, 59, tzinfo=UTC).timestamp()
+    )
+    for raw in (b"01-Jan-0001 00:00:00 +0000", b"31-Dec-9999 23:59:59 -9999", b"20-Nov-2026 10:00:00 +9999"):
+        epoch, offset = parse_date(raw)
+        assert datetime.fromisoformat(format_iso(epoch, offset))
+
+
+# -- what is sent
+
+
+@given(st.binary(max_size=100))
+def test_quoted_astring_is_one_token(value: bytes) -> None:
+    sent = astring(value)
+    if isinstance(sent, bytes):
+        assert not set(sent) & set(b"\r\n\0")
+        assert values([sent + b"\r\n"], 0) == [value]
+    else:
+        assert sent.data == value
