@@ -8,7 +8,6 @@ The order of a scan is that of inodes (``grep -r``, ``find``) or of names (``rsy
 in bytes; what it may add up to within a day is the budget, so that no crawler downloads an account unasked.
 """
 
-import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -16,8 +15,6 @@ from typing import Final
 
 from imapfs.cache import Cache, Node
 from imapfs.model import Ino
-
-log = logging.getLogger(__name__)
 
 _NOTICE: Final = 3
 """Uncached bodies opened in a row that make a scan."""
@@ -85,12 +82,12 @@ class FetchAhead:
         self._top_up(scan)
 
     def _top_up(self, scan: _Scan) -> None:
-        while scan.ahead_bytes < scan.window and self._may_spend() and scan.cursor is not None:
+        while scan.ahead_bytes < scan.window and scan.cursor is not None and (left := self._left()) > 0:
             found = self._cache.uncached_after(scan.cursor, scan.by_name, _BATCH_MESSAGES)
             batch: list[Node] = []
             size = 0
             for node in found:
-                if batch and size + node.size > _BATCH_BYTES:
+                if size + node.size > min(left, _BATCH_BYTES) and (batch or node.size > left):
                     break
                 batch.append(node)
                 size += node.size
@@ -106,14 +103,12 @@ class FetchAhead:
             scan.window = min(_WINDOW_MOST, scan.window * 2)
             self._fetch(batch)
 
-    def _may_spend(self) -> bool:
+    def _left(self) -> int:
+        """Bytes that may still be fetched ahead today."""
         now = time.monotonic()
         if now - self._day > _DAY:
             self._day, self._spent = now, 0
-        if self._spent < self._budget:
-            return True
-        log.debug("nothing more is fetched ahead today: %d bytes were", self._spent)
-        return False
+        return self._budget - self._spent
 
 
 def _goes_by_name(opened: Sequence[Node]) -> bool:

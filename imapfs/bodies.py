@@ -127,6 +127,8 @@ class BodyStore:
                 left.unlink()
         except OSError as error:
             raise CacheError.from_os_error(error, f"cannot use the cache {self.directory}") from None
+        if self.size > limit:
+            self._evict()
 
     def path(self, ino: Ino) -> Path:
         """Where the body of ``ino`` is, if it is cached."""

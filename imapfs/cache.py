@@ -494,6 +494,14 @@ class Cache:
             if row:
                 self._changed(db, {Ino(row[0])})
 
+    def hidden(self) -> list[tuple[Ino, bytes, int, int, str]]:
+        """Messages that are not shown: inode; mailbox, UIDVALIDITY and UID on the server; flags."""
+        with self._database.read() as db:
+            return db.execute(
+                "SELECT node.ino, server_name, uidvalidity, uid, flags FROM node"
+                " JOIN mailbox ON mailbox.ino = node.parent WHERE name IS NULL AND uid IS NOT NULL"
+            ).fetchall()
+
     def show(self, ino: Ino) -> None:
         """Undo `hide`: the message gets the name that follows from it."""
         with self._database.write() as db:

@@ -210,6 +210,10 @@ def _size(value: object) -> int:
     return parse_size(_text(value))
 
 
+def _size_or_none(value: object) -> int:
+    return 0 if value in ("0", 0) else _size(value)
+
+
 def _fuse_options(value: object) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -228,7 +232,7 @@ _CONVERT: Mapping[str, Callable[[object], object]] = {
     "cache-dir": _text,
     "cache-size": _size,
     "read-only": _boolean,
-    "fetch-ahead": _size,
+    "fetch-ahead": _size_or_none,
     "names": _names,
     "delete": _delete,
     "connections": _integer(1, MAX_CONNECTIONS),

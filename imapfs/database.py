@@ -210,9 +210,11 @@ def _connect(path: Path) -> Connection:
         db.execute("PRAGMA wal_autocheckpoint = 0")
         db.execute("PRAGMA cache_size = -16384")
         if version == 0 and tables == 0:
+            # A million for each second since the epoch, so that one rebuilt in the same second goes on above.
+            first_ino = (time.time_ns() << 20) // 10**9
             db.executescript(
                 f"BEGIN; {_SCHEMA}"
-                f"INSERT INTO meta VALUES ('names', 'subject'), ('next_ino', {int(time.time()) << 20});"
+                f"INSERT INTO meta VALUES ('names', 'subject'), ('next_ino', {first_ino});"
                 f"INSERT INTO node (ino, parent, name, alias, size, exact, mtime, ctime)"
                 f" VALUES ({ROOT}, 0, '', 0, 0, 1, {time.time_ns()}, {time.time_ns()});"
                 f"PRAGMA user_version = {_VERSION}; COMMIT;"

@@ -50,6 +50,7 @@ T = TypeVar("T")
 _TIMEOUT: Final = 86400.0
 """Seconds for which the kernel may use names and attributes without asking again."""
 _BLOCK: Final = 4096
+_TASKS: Final = 16
 _PUSH: Final = 1 << 17
 """Most bytes in one notification."""
 _DOT, _DOTDOT = 1, 2
@@ -121,6 +122,7 @@ class Adapter(pyfuse3.Operations):
         self.timeout = timeout
         self.fs: Filesystem
         self.xattrs: Attributes
+        self._read_only = read_only
         self._file_mode = 0o400 if read_only else 0o600
         self._dir_mode = 0o500 if read_only else 0o700
         self._uid, self._gid = os.getuid(), os.getgid()
@@ -342,6 +344,8 @@ class Adapter(pyfuse3.Operations):
 
     @handler
     async def flush(self, fh: FileHandleT) -> None:
+        if self._read_only:
+            raise FUSEError(errno.ENOSYS)  # for good: then the kernel does not ask at each close
         if fh & 1:
             await self.fs.files.flush(self._handles[fh])
 
@@ -538,7 +542,8 @@ async def _run(
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(adapter.invalidate_forever)
                 on_ready()
-                await pyfuse3.main(min_tasks=16)
+                # With fewer, a task would be begun and ended for almost every request.
+                await pyfuse3.main(min_tasks=_TASKS)
                 nursery.cancel_scope.cancel()
         finally:
             pyfuse3.close(unmount=True)

@@ -99,6 +99,8 @@ class Operations:
                 self._sync.forget_age(target)
                 return
             gone = self._cache.move(ino, target, Uid(moved.uid), name, original_stays=moved.original_stays)
+            if moved.original_stays:
+                self._note_deleted(node)
             self._publish(gone)
 
     async def remove(self, ino: Ino) -> None:
@@ -129,9 +131,17 @@ class Operations:
 
     def _remove(self, node: Node, *, stays: bool) -> None:
         if stays:
+            self._note_deleted(node)
             self._cache.hide(node.ino)
         else:
             self._publish(self._cache.remove_node(node.ino))
+
+    def _note_deleted(self, node: Node) -> None:
+        """A message that could not be expunged is marked as deleted on the server."""
+        uid = Uid(_uid(node))
+        flags = self._cache.flags(node.parent).get(uid, "")
+        if "\\deleted" not in flags.lower():
+            self._cache.set_flags(node.parent, [(uid, f"{flags} \\Deleted".strip(), ModSeq(0))])
 
     async def _transfer(self, node: Node, target: Ino) -> "_Transfer":
         source, destination = self.mailbox(node.parent), self.mailbox(target)
@@ -311,6 +321,26 @@ class Operations:
         if mailbox is None or mailbox.uidvalidity != base.uidvalidity:
             return None
         return self._cache.message(mailbox.ino, Uid(base.uid))
+
+    async def find_listed(self, base: Base) -> Node | None:
+        """`find`, after a look at the server if the cache does not know it. Raises ImapfsError."""
+        mailbox = self._cache.mailbox_named(base.mailbox)
+        found = self.find(base)
+        if found is None and mailbox is not None and mailbox.uidvalidity in {0, base.uidvalidity}:
+            refresh = self._sync.refresh_mailbox(mailbox.ino, 0)
+            if refresh is not None:
+                await refresh.finished()
+                if refresh.error is not None:
+                    raise refresh.error.with_traceback(None)
+            found = self.find(base)
+        return found
+
+    def box_named(self, name: bytes, uidvalidity: int) -> "Box":
+        """The mailbox of that name on the server. Raises MailboxGone."""
+        mailbox = self._cache.mailbox_named(name)
+        if mailbox is None:
+            raise MailboxGone("the mailbox is gone")
+        return Box(mailbox.ino, name, UidValidity(uidvalidity), mailbox.uidnext)
 
     def _publish(self, gone: list[Gone]) -> None:
         for parent in {g.parent for g in gone}:

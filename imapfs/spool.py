@@ -196,8 +196,12 @@ class Spool:
             del self._names[draft.parent, draft.name]
 
     def put_back(self, draft: Draft) -> None:
-        """Undo `set_aside`."""
-        self._names[draft.parent, draft.name] = draft.ino
+        """Undo `set_aside`; if another has the name now, this one gets one like it."""
+        name = self._free_name(draft.parent, draft.name)
+        if name != draft.name:
+            draft.name = name
+            draft.save()
+        self._names[draft.parent, name] = draft.ino
 
     def _add(self, draft: Draft) -> None:
         self._drafts[draft.ino] = draft

@@ -7,26 +7,28 @@ and name, and only then does the draft leave the spool and the old version the s
 
 If a connection breaks in between, or the process ends, the note says where to look: what is found beyond the
 UIDNEXT of that time, with the same bytes, is the message, and is not sent again. The note need not survive
-a power cut: a draft of an earlier process that has none is looked for in the whole mailbox.
+a power cut: after one a draft is looked for in the whole mailbox.
+
+A draft may be written to while it is on its way. What is sent is a copy, and the draft then goes on as a new
+version of the message that the copy has become.
 """
 
 import contextlib
+import hashlib
 import logging
 import math
 import mmap
-import os
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import trio
 
 from imapfs.bodies import BodyStore
-from imapfs.cache import Cache, Gone, Node
+from imapfs.cache import Cache, Gone, NewMessage, Node
 from imapfs.errors import (
     AuthenticationFailed,
     CacheError,
@@ -42,9 +44,9 @@ from imapfs.errors import (
 from imapfs.imap.grammar import FetchData
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session, Upload
-from imapfs.model import Ino
+from imapfs.model import Ino, Uid, UidValidity
 from imapfs.operations import Box, Operations
-from imapfs.spool import Attempt, Draft, Spool
+from imapfs.spool import Attempt, Base, Draft, Spool
 from imapfs.sync import Changes, Synchroniser, new_message
 
 log = logging.getLogger(__name__)
@@ -82,6 +84,12 @@ class Job:
         self.error = error
         self._tried.set()
 
+    def hurry(self) -> None:
+        """Have it tried now; `wait` is about what comes of that."""
+        self.due = -math.inf
+        if self._tried.is_set() and not self.settled:
+            self.error, self._tried = None, trio.Event()
+
     @property
     def settled(self) -> bool:
         return self._settled.is_set()
@@ -90,7 +98,26 @@ class Job:
         """Wait until it is on the server. Raises why it is refused, or ConnectionLost if it has to wait."""
         await self._tried.wait()
         if self.error is not None:
-            raise self.error
+            raise self.error.with_traceback(None)
+
+
+@dataclass(slots=True)
+class _Fit:
+    """The bytes of a draft as a server takes them; a copy, as the draft may be written to meanwhile."""
+
+    data: bytes | mmap.mmap
+    writes: int
+    """`Draft.writes` when the copy was made."""
+    converted: bool
+    """Whether line ends were changed."""
+    digest: str
+    """See `Attempt`."""
+    clean: bool
+    """Whether a server has no reason to change the bytes."""
+
+    def is_current(self, draft: Draft) -> bool:
+        """Whether the draft still has these bytes, and nobody is about to change them."""
+        return draft.writes == self.writes and draft.state != "open"
 
 
 @dataclass(slots=True)
@@ -98,16 +125,10 @@ class _Prepared:
     """A draft that is fit to be sent."""
 
     job: Job
-    data: bytes | mmap.mmap
+    fit: _Fit
     date: int
     zone: int
     flags: str
-    clean: bool
-    """Whether a server has no reason to change the bytes."""
-
-    def matches(self, data: FetchData) -> bool:
-        """Whether a message on the server may be this one (its size is right, but for a final line end)."""
-        return data.size is not None and 0 <= data.size - len(self.data) <= 2
 
 
 OnSent = Callable[[Draft, bool], None]
@@ -144,7 +165,8 @@ class Uploader:
         self._jobs: dict[Ino, Job] = {}
         self._workers: dict[Ino, trio.Event] = {}
         """Mailbox -> the event that tells its worker of something new."""
-        self._in_flight: set[Ino] = set()
+        self._in_flight: dict[Ino, trio.Event] = {}
+        """Draft that must not be touched -> set when that is over."""
         self._removing = trio.Lock()
         self._removes_later = False
 
@@ -156,7 +178,7 @@ class Uploader:
         if job is None or job.settled:
             job = self._jobs[draft.ino] = Job(draft)
         if now:
-            job.due = -math.inf
+            job.hurry()
         draft.state, draft.error = "sending", ""
         draft.save()
         self._wake(draft.parent)
@@ -171,26 +193,32 @@ class Uploader:
             news.set()
 
     async def withdraw(self, draft: Draft) -> bool:
-        """Take a draft back before it is sent; false if it was sent meanwhile, and is a message now."""
-        while draft.ino in self._in_flight:
-            with contextlib.suppress(ImapfsError):
-                await self._jobs[draft.ino].wait()
-            await trio.lowlevel.checkpoint()
+        """Take a draft back before it is sent; false if it was sent meanwhile, and is a message now.
+
+        Raises ConnectionLost where only the server could say which of the two is so.
+        """
+        while (flight := self._in_flight.get(draft.ino)) is not None:
+            await flight.wait()
+        if draft.attempt is not None and self._spool.get(draft.ino) is draft:
+            with self._flight([draft]):
+                async with self._sync.exclusive(draft.parent):
+                    await self._look_up([draft])
         job = self._jobs.pop(draft.ino, None)
         if job is not None and not job.settled:
             job.settle(MessageGone("it was withdrawn"))
         return self._spool.get(draft.ino) is draft
 
     def pending(self) -> list[Draft]:
-        """Drafts that are to be sent."""
+        """Drafts that are to be sent, now or when they are complete."""
         return [job.draft for job in self._jobs.values() if not job.settled]
 
     async def drain(self) -> None:
         """Wait until nothing can be sent any more: all is sent, refused, or the server is away."""
-        for job in list(self._jobs.values()):
-            job.due = -math.inf
+        jobs = [job for job in self._jobs.values() if not job.settled and job.draft.state == "sending"]
+        for job in jobs:
+            job.hurry()
             self._wake(job.draft.parent)
-        for job in list(self._jobs.values()):
+        for job in jobs:
             with contextlib.suppress(ImapfsError):
                 await job.wait()
         await self._remove_all_old()
@@ -200,15 +228,14 @@ class Uploader:
         """Go on with what an earlier process left."""
         for draft in self._spool:
             mailbox = self._cache.mailbox(draft.parent)
-            if draft.attempt is None and mailbox is not None and mailbox.server_name is not None:
-                draft.attempt = Attempt(mailbox.server_name, mailbox.uidvalidity, 1)
-            if draft.state != "sending":
-                continue
-            node = self._cache.node(draft.ino)
-            if node is not None and (draft.base is None or node.uid != draft.base.uid):
-                # The cache had adopted it already, only the spool did not know yet.
-                self._leave_spool(draft)
-            else:
+            if self._spool.rebooted and mailbox is not None and mailbox.server_name is not None:
+                # The note of an attempt may be lost: it could be anywhere in the mailbox.
+                fit = _fit(draft)
+                draft.attempt = Attempt(
+                    mailbox.server_name, mailbox.uidvalidity, 1, len(fit.data), fit.digest
+                )
+            if draft.state == "sending":
+                # What the cache had adopted already is found again by its attempt.
                 self.submit(draft)
         self._nursery.start_soon(self._remove_all_old)
 
@@ -257,24 +284,46 @@ class Uploader:
             del self._workers[mailbox]
 
     def _waiting(self, mailbox: Ino) -> list[Job]:
-        return [j for j in self._jobs.values() if not j.settled and j.draft.parent == mailbox]
+        return [
+            job
+            for job in self._jobs.values()
+            if not job.settled
+            and job.draft.state == "sending"
+            and job.draft.parent == mailbox
+            and job.draft.ino not in self._in_flight
+        ]
+
+    @contextlib.contextmanager
+    def _flight(self, drafts: Sequence[Draft]) -> Iterator[None]:
+        """Keep drafts from being sent by others, withdrawn and so on."""
+        over = trio.Event()
+        self._in_flight |= {draft.ino: over for draft in drafts}
+        try:
+            yield
+        finally:
+            for draft in drafts:
+                del self._in_flight[draft.ino]
+            over.set()
+            for parent in {draft.parent for draft in drafts}:
+                self._wake(parent)
 
     async def _send(self, mailbox: Ino, batch: Sequence[Job]) -> None:
         """Send a batch, or the first part of it. Raises ConnectionLost, AuthenticationFailed."""
-        self._in_flight |= {job.draft.ino for job in batch}
         ready: list[_Prepared] = []
         try:
-            size = 0
-            for job in batch:
-                if ready and size > _BATCH_BYTES:
-                    break
-                prepared = await self._prepare(job)
-                if prepared is not None:
-                    ready.append(prepared)
-                    size += len(prepared.data)
+            with self._flight([job.draft for job in batch]):
+                size = 0
+                for job in batch:
+                    if ready and size > _BATCH_BYTES:
+                        break
+                    prepared = await self._prepare(job)
+                    if prepared is not None:
+                        ready.append(prepared)
+                        size += len(prepared.fit.data)
+                if ready:
+                    async with self._sync.exclusive(mailbox):
+                        await self._append(mailbox, ready)
             if ready:
-                async with self._sync.exclusive(mailbox):
-                    await self._append(mailbox, ready)
                 await self._remove_all_old()
         except (ConnectionLost, AuthenticationFailed):
             raise
@@ -287,15 +336,15 @@ class Uploader:
                     job.due = time.monotonic() + _RETRY_MOST
                     job.tried(failure)
         finally:
-            self._in_flight -= {job.draft.ino for job in batch}
             for prepared in ready:
-                if isinstance(prepared.data, mmap.mmap):
-                    prepared.data.close()
+                if isinstance(prepared.fit.data, mmap.mmap):
+                    prepared.fit.data.close()
 
     def _refuse(self, job: Job, error: ImapfsError) -> None:
         log.warning("%s is not sent: %s", job.draft.shown, error)
         draft = job.draft
-        draft.state, draft.error, draft.attempt = "unsent", str(error), None
+        if draft.state == "sending":  # else it is being written anew, and is tried again then
+            draft.state, draft.error = "unsent", str(error)
         with contextlib.suppress(CacheError):
             draft.save()
         job.settle(error)
@@ -306,8 +355,10 @@ class Uploader:
         """Make a draft fit to be sent; None if there is nothing to send."""
         draft = job.draft
         try:
-            await trio.to_thread.run_sync(_normalise, draft.file)
-            data = _contents(draft.file)
+            fit = await trio.to_thread.run_sync(_fit, draft)
+            data = fit.data
+            if not fit.is_current(draft):
+                return None
             if not _HEADER.match(data[:100]):
                 raise Invalid("it is no mail message: the first line is no header field")
             base = draft.base
@@ -316,7 +367,8 @@ class Uploader:
                 # If it was deleted by another client meanwhile, this is simply a new message.
                 with contextlib.suppress(MessageGone, MailboxGone):
                     if old is not None and await self._old_version(old.ino) == data[:]:
-                        self._unchanged(job, old)
+                        if fit.is_current(draft):
+                            self._unchanged(draft, old)
                         return None
         except (Invalid, TooBig) as error:
             self._refuse(job, error)
@@ -329,19 +381,16 @@ class Uploader:
         date, zone = draft.mtime // 1_000_000_000, 0
         if draft.base is not None and not draft.timed:
             date, zone = draft.base.date, draft.base.zone
-        head = bytes(data[: max(0, bytes(data[: 1 << 18]).find(b"\r\n\r\n"))])
-        clean = head.isascii() and data.find(b"\0") < 0
-        return _Prepared(job, data, date, zone, draft.flags, clean)
+        return _Prepared(job, fit, date, zone, draft.flags)
 
-    def _unchanged(self, job: Job, old: Node) -> None:
+    def _unchanged(self, draft: Draft, old: Node) -> None:
         """The new version is the old one: nothing is to be done on the server."""
-        draft = job.draft
         if old.ino != draft.ino:
             self._bodies.rename(old.ino, draft.ino)
             self._cache.give_inode(old.ino, draft.ino, draft.name)
         self._keep_local(draft, old.date or 0)
         self._spool.forget(draft)
-        self._finish(job, altered=True)
+        self._finish(draft, altered=True)
 
     def _keep_local(self, draft: Draft, date: int) -> None:
         """What stat showed of a draft goes on to be shown where it does not follow from the message."""
@@ -355,42 +404,82 @@ class Uploader:
     async def _append(self, mailbox: Ino, ready: list[_Prepared]) -> None:
         """Have the messages on the server and in the cache."""
         box = self._operations.mailbox(mailbox)
-        await self._look_up(box, [p for p in ready if p.job.draft.attempt is not None])
-        ready = [p for p in ready if not p.job.settled]
+        uncertain = [p.job.draft for p in ready if p.job.draft.attempt is not None]
+        found = await self._look_up(uncertain)
+        ready = [p for p in ready if p.job.draft.ino not in found and p.fit.is_current(p.job.draft)]
         if not ready:
             return
         flight = _Flight(box, ready)
         await self._pool.run(flight.look, box.name)
+        box = replace(box, uidvalidity=UidValidity(flight.uidvalidity))
         for prepared in ready:
-            draft = prepared.job.draft
-            draft.attempt = Attempt(box.name, flight.uidvalidity, flight.uidnext)
+            draft, fit = prepared.job.draft, prepared.fit
+            draft.attempt = Attempt(box.name, flight.uidvalidity, flight.uidnext, len(fit.data), fit.digest)
             draft.save()
         await self._pool.run(flight.send, box.name, repeat=False)
-        for prepared, data in flight.pairs():
-            self._adopt(box, prepared, data)
+        unnamed: list[_Prepared] = []
         for prepared, outcome in zip(ready, flight.outcomes, strict=True):
+            draft = prepared.job.draft
             if isinstance(outcome, Refused):
+                draft.attempt = None
                 self._refuse(prepared.job, outcome)
-        unnamed = [p for p in ready if not p.job.settled]
-        await self._look_up(box, unnamed)
+            elif outcome is None:
+                unnamed.append(prepared)
+            else:
+                self._adopt(box, draft, flight.listed(outcome), prepared.fit, prepared.flags)
+        found = await self._look_up([prepared.job.draft for prepared in unnamed])
         for prepared in unnamed:
-            if not prepared.job.settled:
+            if prepared.job.draft.ino not in found:
                 self._refuse(prepared.job, Refused("the server took it but does not show it: look there"))
 
-    async def _look_up(self, box: Box, uncertain: list[_Prepared]) -> None:
-        """Adopt those that are on the server already; whatever is left is not."""
+    async def _look_up(self, uncertain: Sequence[Draft]) -> set[Ino]:
+        """Adopt those that are on the server already, and return which; whatever is left is not."""
         if not uncertain:
-            return
-        search = _Search(uncertain, partial(self._cache.is_named, box.ino))
-        await self._pool.run(search.run, box.name)
-        for prepared, data in search.found:
-            self._adopt(box, prepared, data)
-        for prepared in uncertain:
-            prepared.job.draft.attempt = None
+            return set()
+        search = _Search(uncertain, self._is_other)
+        await self._pool.run(search.run)
+        for draft, attempt, data in search.found:
+            box = self._operations.box_named(attempt.mailbox, attempt.uidvalidity)
+            fit = await trio.to_thread.run_sync(_fit, draft)
+            self._adopt(box, draft, data, fit if fit.digest == attempt.digest else None, draft.flags)
+        found = {draft.ino for draft, _, _ in search.found}
+        for draft in uncertain:
+            if draft.ino not in found:
+                draft.attempt = None
+        return found
 
-    def _adopt(self, box: Box, prepared: _Prepared, data: FetchData) -> None:
-        """A draft is on the server: from now on it is a message."""
-        draft = prepared.job.draft
+    def _is_other(self, draft: Draft, attempt: Attempt, uid: int) -> bool:
+        """Whether a message is known to be another one than a draft may have become."""
+        base = draft.base
+        if base is not None and (base.mailbox, base.uidvalidity, base.uid) == (
+            attempt.mailbox,
+            attempt.uidvalidity,
+            uid,
+        ):
+            return True
+        mailbox = self._cache.mailbox_named(attempt.mailbox)
+        if mailbox is None or not self._cache.is_named(mailbox.ino, uid):
+            return False
+        node = self._cache.message(mailbox.ino, Uid(uid))
+        return node is None or node.ino != draft.ino
+
+    def _adopt(self, box: Box, draft: Draft, data: FetchData | None, fit: _Fit | None, flags: str) -> None:
+        """What was sent of a draft is on the server: from now on it is a message.
+
+        ``data`` is None if another client has removed it already. ``flags`` are those that it was sent with.
+        If it was written to since, ``fit`` is None or not current, and it goes on as a new version.
+        """
+        current = fit is not None and fit.is_current(draft)
+        if data is None:
+            draft.attempt = None
+            if current:
+                self._sync.publish(Changes(box.ino, gone=[_gone(draft)]))
+                if draft.base is not None:
+                    self._note_sent(draft)
+                else:
+                    self._spool.forget(draft)
+                self._finish(draft, altered=True)
+            return
         message = new_message(data)
         if self._cache.node(draft.ino) is not None:
             # The inode goes over to the new version: the old one needs another until it is removed.
@@ -398,27 +487,61 @@ class Uploader:
             self._bodies.drop_file(draft.ino)
         gone = self._cache.adopt(draft.ino, box.ino, draft.name, message)
         self._sync.publish(Changes(box.ino, gone=gone, added=[(draft.ino, draft.name)]))
-        same = prepared.clean and message.size == len(prepared.data)
+        if fit is None or not current:
+            self._go_on(draft, box, message)
+            return
+        if draft.base is not None:
+            # Before its bytes go: what is left then says that the old version has to go too.
+            self._note_sent(draft)
+        same = fit.clean and message.size == len(fit.data)
         if same:
+            if fit.converted:
+                _write(draft.file, fit.data)
             self._bodies.take(draft.file, draft.ino)
         self._keep_local(draft, message.date)
-        self._leave_spool(draft)
-        self._finish(prepared.job, altered=not same)
-
-    def _leave_spool(self, draft: Draft) -> None:
-        """It is a message now; its old version, if any, is removed from the server next."""
         if draft.base is None:
             self._spool.forget(draft)
-            return
+        self._finish(draft, altered=fit.converted or not same)
+        if draft.flags != flags:
+            self._nursery.start_soon(self._flag_later, draft, set(flags.split()))
+
+    async def _flag_later(self, draft: Draft, sent: set[str]) -> None:
+        """Set the flags that were changed while it was on its way."""
+        wanted = set(draft.flags.split())
+        try:
+            await self._operations.change_flags(draft.ino, lambda has: (wanted - {*has}, sent - wanted))
+        except ImapfsError as error:
+            report(error, f"flags of {draft.shown} were not set")
+
+    def _go_on(self, draft: Draft, box: Box, message: NewMessage) -> None:
+        """A draft was written to while it was sent: it is a new version of what it has become."""
+        if draft.base is not None:
+            left = Draft(
+                self._spool, self._cache.new_ino(), draft.parent, draft.name, draft.path,
+                state="sent", base=draft.base,
+            )  # fmt: skip
+            left.save()
+            self._spool.sent.append(left)
+        draft.base = Base(box.name, box.uidvalidity, message.uid, message.date, message.zone)
+        draft.attempt = None
+        draft.save()
+        job = self._jobs.get(draft.ino)
+        if job is not None and draft.state != "sending":
+            del self._jobs[draft.ino]
+            job.settle(None)
+
+    def _note_sent(self, draft: Draft) -> None:
+        """It is a message now, whose old version is to be removed from the server next."""
         draft.state = "sent"
         draft.save()
         self._spool.detach(draft)
         self._spool.sent.append(draft)
 
-    def _finish(self, job: Job, *, altered: bool) -> None:
-        self._jobs.pop(job.draft.ino, None)
-        self._on_sent(job.draft, altered)
-        job.settle(None)
+    def _finish(self, draft: Draft, *, altered: bool) -> None:
+        job = self._jobs.pop(draft.ino, None)
+        self._on_sent(draft, altered)
+        if job is not None:
+            job.settle(None)
 
     async def _remove_old(self, draft: Draft) -> None:
         """The new version is safe: the old one goes the way of rm.
@@ -426,9 +549,9 @@ class Uploader:
         If it is shown under another name, as an editor's backup, it stays there as a local file.
         """
         assert draft.base is not None
-        old = self._operations.find(draft.base)
         try:
-            if old is not None and old.name is not None:
+            old = await self._operations.find_listed(draft.base)
+            if old is not None and old.name is not None and self._cache.is_named(old.parent, old.uid or 0):
                 await self._keep_backup(draft, old, old.name)
             if old is not None:
                 await self._operations.remove(old.ino)
@@ -469,14 +592,15 @@ class _Flight:
             self.uidnext = state.uidnext or _next_uid(session)
 
     def send(self, session: Session) -> None:
+        self._listed = {}
         limit = next((int(m[1]) for c in session.capabilities if (m := _APPENDLIMIT.match(c))), None)
         refused = {
-            i: Refused(f"it has {len(p.data)} bytes, and the server takes {limit} at most", "TOOBIG")
+            i: Refused(f"it has {len(p.fit.data)} bytes, and the server takes {limit} at most", "TOOBIG")
             for i, p in enumerate(self._ready)
-            if limit is not None and len(p.data) > limit
+            if limit is not None and len(p.fit.data) > limit
         }
         uploads = [
-            Upload(p.data, p.flags, p.date, p.zone) for i, p in enumerate(self._ready) if i not in refused
+            Upload(p.fit.data, p.flags, p.date, p.zone) for i, p in enumerate(self._ready) if i not in refused
         ]
         outcomes = iter(
             session.append(self._box.name, uploads, self.uidnext, self._list)[0] if uploads else []
@@ -487,13 +611,9 @@ class _Flight:
         if data.uid is not None:
             self._listed[data.uid] = data
 
-    def pairs(self) -> list[tuple[_Prepared, FetchData]]:
-        """Those that are on the server under a UID that it named, with their metadata."""
-        return [
-            (prepared, self._listed[uid])
-            for prepared, uid in zip(self._ready, self.outcomes, strict=True)
-            if isinstance(uid, int) and uid in self._listed
-        ]
+    def listed(self, uid: int) -> FetchData | None:
+        """The metadata of a message; None if it was removed at once."""
+        return self._listed.get(uid)
 
 
 def _next_uid(session: Session) -> int:
@@ -512,74 +632,106 @@ def _next_uid(session: Session) -> int:
 class _Search:
     """Looks, in a thread, for drafts that may be on the server already."""
 
-    def __init__(self, uncertain: Sequence[_Prepared], known: Callable[[int], bool]) -> None:
+    def __init__(self, uncertain: Sequence[Draft], is_other: Callable[[Draft, Attempt, int], bool]) -> None:
         self._uncertain = uncertain
-        self._known = known
-        self.found: list[tuple[_Prepared, FetchData]] = []
+        self._is_other = is_other
+        self.found: list[tuple[Draft, Attempt, FetchData]] = []
 
     def run(self, session: Session) -> None:
         self.found = []
-        taken: set[int] = set()
-        for prepared in self._uncertain:
-            attempt = prepared.job.draft.attempt
+        taken: set[tuple[bytes, int]] = set()
+        for draft in self._uncertain:
+            attempt = draft.attempt
             if attempt is None:
                 continue
-            state = session.examine(attempt.mailbox)
+            try:
+                state = session.examine(attempt.mailbox)
+            except MailboxGone:
+                continue
             if state.uidvalidity != attempt.uidvalidity:
                 continue
             listed: list[FetchData] = []
             session.fetch_metadata_from(attempt.uidnext, listed.append)
             for data in listed:
                 uid = data.uid or 0
-                if uid < attempt.uidnext or uid in taken or not prepared.matches(data):
+                # Servers may add a final line end.
+                if data.size is None or not 0 <= data.size - attempt.size <= 2:
                     continue
-                if trio.from_thread.run_sync(self._known, uid):
+                if uid < attempt.uidnext or (attempt.mailbox, uid) in taken:
                     continue
-                if self._equal(session, attempt, uid, prepared):
-                    taken.add(uid)
-                    self.found.append((prepared, data))
+                if trio.from_thread.run_sync(self._is_other, draft, attempt, uid):
+                    continue
+                if self._equal(session, attempt, uid):
+                    taken.add((attempt.mailbox, uid))
+                    self.found.append((draft, attempt, data))
                     break
 
     @staticmethod
-    def _equal(session: Session, attempt: Attempt, uid: int, prepared: _Prepared) -> bool:
-        """Whether the bytes are those of the draft, but for what servers do to them."""
+    def _equal(session: Session, attempt: Attempt, uid: int) -> bool:
+        """Whether the bytes are those that were sent, but for what servers do to them."""
         content = session.fetch_body(attempt.mailbox, attempt.uidvalidity, uid)
         if content is None:
             return False
-        sent = bytes(prepared.data)
-        if content.rstrip(b"\r\n") == sent.rstrip(b"\r\n"):
-            return True
-        return not prepared.clean and len(content) == len(sent)
+        return _digest(content) == attempt.digest or (not _is_clean(content) and len(content) == attempt.size)
 
 
 # -- files -------------------------------------------------------------------------------------------------
 
 
-def _normalise(path: Path) -> None:
-    """Give a file CRLF line ends where it has bare LF (RFC 9051 section 4.3 via RFC 5322)."""
-    temporary = path.with_suffix(".tmp")
-    changed, last = False, b""
-    with path.open("rb") as source:
-        while chunk := source.read(_CHUNK):
-            # A CR at the end of the chunk before belongs to a LF at the start of this one.
-            fixed = _BARE_LF.sub(b"\r\n", last + chunk)[len(last) :]
-            changed = changed or len(fixed) != len(chunk)
-            last = chunk[-1:] if chunk[-1:] == b"\r" else b""
-    if not changed:
-        return
+def _fit(draft: Draft) -> _Fit:
+    """In a thread: copy what a draft holds, with CRLF for bare LF (RFC 9051 section 4.3 via RFC 5322)."""
+    writes = draft.writes
+    path = draft.file
+    data: bytes | mmap.mmap
+    if path.stat().st_size <= _CHUNK:
+        raw = path.read_bytes()
+        data = _BARE_LF.sub(b"\r\n", raw)
+        converted = len(data) != len(raw)
+    else:
+        data, converted = _copy(path)
+    return _Fit(data, writes, converted, _digest(data), _is_clean(data))
+
+
+def _copy(path: Path) -> tuple[mmap.mmap, bool]:
+    """A large draft in a file that goes when the map does: the draft itself may be truncated meanwhile."""
+    copy = path.with_name(f"{path.name}.send.tmp")
+    copy.touch(mode=0o600)
+    converted, last = False, b""
+    try:
+        with path.open("rb") as source, copy.open("r+b") as target:
+            while chunk := source.read(_CHUNK):
+                # A CR at the end of the chunk before belongs to a LF at the start of this one.
+                fixed = _BARE_LF.sub(b"\r\n", last + chunk)[len(last) :]
+                converted = converted or len(fixed) != len(chunk)
+                target.write(fixed)
+                last = chunk[-1:] if chunk[-1:] == b"\r" else b""
+            target.flush()
+            return mmap.mmap(target.fileno(), 0, access=mmap.ACCESS_READ), converted
+    finally:
+        copy.unlink()
+
+
+def _digest(data: bytes | mmap.mmap) -> str:
+    end = len(data)
+    while end and data[end - 1] in b"\r\n":
+        end -= 1
+    with memoryview(data) as view, view[:end] as text:
+        return hashlib.sha256(text).hexdigest()
+
+
+def _is_clean(data: bytes | mmap.mmap) -> bool:
+    head = bytes(data[: 1 << 18])
+    return head[: max(0, head.find(b"\r\n\r\n"))].isascii() and data.find(b"\0") < 0
+
+
+def _write(path: Path, data: bytes | mmap.mmap) -> None:
+    """Replace a file."""
+    temporary = path.with_name(f"{path.name}.tmp")
     temporary.touch(mode=0o600)
-    last = b""
-    with path.open("rb") as source, temporary.open("wb") as target:
-        while chunk := source.read(_CHUNK):
-            target.write(_BARE_LF.sub(b"\r\n", last + chunk)[len(last) :])
-            last = chunk[-1:] if chunk[-1:] == b"\r" else b""
-        target.flush()
-        os.fsync(target.fileno())
+    with temporary.open("r+b") as file:
+        file.write(data)
     temporary.rename(path)
 
 
-def _contents(path: Path) -> bytes | mmap.mmap:
-    if path.stat().st_size <= _CHUNK:
-        return path.read_bytes()
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def _gone(draft: Draft) -> Gone:
+    return Gone(draft.parent, draft.name, draft.ino, draft.size, draft.mtime, draft.ctime, draft.mode, False)

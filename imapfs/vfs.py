@@ -16,6 +16,7 @@ All methods run on the trio thread. Inode 1 is the mountpoint, which is the root
 subtree that is mounted. Failures are `imapfs.errors`; nothing here knows the kernel's interface.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -158,6 +159,7 @@ class Filesystem:
         if self.config.account.mailbox is not None:
             self._root = self._find_root(self.config.account.mailbox)
         self._place_drafts()
+        self._show_strays()
         if not self.config.read_only:
             self._nursery.start_soon(self.operations.recover_forever)
             self.uploader.resume()
@@ -189,6 +191,14 @@ class Filesystem:
                 ino = node.ino
             if ino != draft.parent:
                 self.spool.rename(draft, ino, draft.name, self.cache.path(ino))
+
+    def _show_strays(self) -> None:
+        """Show messages that an earlier process hid, as they were to be removed, and did not remove."""
+        bases = [draft.base for draft in (*self.spool, *self.spool.sent) if draft.base is not None]
+        due = {(base.mailbox, base.uidvalidity, base.uid) for base in bases}
+        for ino, mailbox, uidvalidity, uid, flags in self.cache.hidden():
+            if (mailbox, uidvalidity, uid) not in due and "\\deleted" not in flags.lower():
+                self.cache.show(ino)
 
     async def end(self) -> None:
         """Send what can be sent, then release everything."""
@@ -485,61 +495,88 @@ class Filesystem:
         if isinstance(target, Node) and target.is_dir:
             raise IsADirectory("there is a directory of that name")
         if isinstance(source, Draft):
-            if self.cache.node(source.ino) is None or here == there:
-                await self._rename_draft(source, target, there, new_name)
+            if is_message_name(new_name):
+                self.operations.mailbox(there)
+            if self.cache.node(source.ino) is not None and here != there:
+                # A message with changes on their way cannot move before they have arrived.
+                await self._settle(source)
+            elif await self.uploader.withdraw(source):
+                try:
+                    with await self._replacing(there, new_name) as replaced:
+                        await self._rename_draft(source, replaced, there, new_name)
+                except BaseException:
+                    self._resubmit(source)
+                    raise
                 return
-            # A message with changes on their way cannot move before they have arrived.
-            await self._settle(source)
+            # It was sent meanwhile, and is a message now.
             source = self.node(source.ino)
-        if isinstance(target, Draft):
-            target = await self._withdraw(target)
-        if here != there:
-            await self.operations.move(source.ino, there, new_name)
-        else:
-            if target is not None:
-                self.cache.hide(target.ino)
-            self.cache.rename(source.ino, new_name)
-            if is_message_name(name) and not is_message_name(new_name):
-                self._renamed[here, name] = source.ino
+        with await self._replacing(there, new_name) as replaced:
+            target = replaced.node
+            if here != there:
+                await self.operations.move(source.ino, there, new_name)
+            else:
+                if target is not None:
+                    self.cache.hide(target.ino)
+                self.cache.rename(source.ino, new_name)
+                if is_message_name(name) and not is_message_name(new_name):
+                    self._renamed[here, name] = source.ino
         self._renamed.pop((there, new_name), None)
         if target is not None:
             await self._remove_replaced(target)
 
-    async def _rename_draft(
-        self, draft: Draft, target: Draft | Node | None, there: Ino, new_name: bytes
-    ) -> None:
-        """Give a draft another place; see `rename`."""
+    async def _replacing(self, directory: Ino, name: bytes) -> "_Replacing":
+        """Prepare to replace what has that name."""
+        target = self._child(directory, name)
+        if not isinstance(target, Draft):
+            return _Replacing(self, None, target)
+        if not await self.uploader.withdraw(target):
+            node = self._child(directory, name)
+            return _Replacing(self, None, node if isinstance(node, Node) else None)
+        return _Replacing(self, target, self._version_of(target))
+
+    def _version_of(self, draft: Draft) -> Node | None:
+        """The message that a draft is a new version of, if there is one."""
+        node = self.cache.node(draft.ino)
+        if node is None and draft.base is not None:
+            node = self.operations.find(draft.base)
+        return node
+
+    def _resubmit(self, draft: Draft) -> None:
+        """Undo that a draft was withdrawn, after something has failed."""
+        if self.spool.get(draft.ino) is draft and draft.state == "sending":
+            self.uploader.submit(draft)
+
+    async def _rename_draft(self, draft: Draft, replaced: "_Replacing", there: Ino, new_name: bytes) -> None:
+        """Give a draft that was withdrawn another place; see `rename`."""
         message = is_message_name(new_name)
-        if message:
-            self.operations.mailbox(there)
-        if not await self.uploader.withdraw(draft):
-            raise Refused("it is being sent: try again", "UNAVAILABLE")
-        if isinstance(target, Draft):
+        target = replaced.node
+        if replaced.draft is not None and replaced.draft.base is not None and target is None:
             # A new version of a message is replaced by another new version of it.
-            inherited, target = target.base, await self._withdraw(target)
-            if inherited is not None and target is None:
-                draft.base = inherited
+            draft.base = replaced.draft.base
         before = draft.parent, draft.name, draft.path, draft.state, draft.base
         if target is not None and message:
             self._replace(draft, target)
-            self.cache.hide(target.ino)
         elif message and draft.base is None and (old := self._renamed.pop((there, new_name), None)):
             node = self.cache.node(old)
             if node is not None:
                 self._replace(draft, node)
+        is_version = self.cache.node(draft.ino) is not None
+        if not message and not is_version:
+            draft.state = "local"
+        elif draft.state == "local":
+            draft.state, draft.dirty = "open", True
         self.spool.rename(draft, there, new_name, self.cache.path(there))
         self._touched(before[0])
         self._touched(there)
-        if self.cache.node(draft.ino) is not None:
-            self.cache.rename(draft.ino, new_name)
-        elif not message:
-            draft.state = "local"
-            draft.save()
+        if draft.state == "local":
             if target is not None:
                 await self.operations.remove(target.ino)
             return
-        elif draft.state == "local":
-            draft.state, draft.dirty = "open", True
+        if target is not None:
+            # Only now that the draft says what it replaces: hidden, it would not be seen again after a kill.
+            self.cache.hide(target.ino)
+        if is_version:
+            self.cache.rename(draft.ino, new_name)
         if not self._complete(draft, now=True):
             draft.save()
             return
@@ -547,9 +584,10 @@ class Filesystem:
             await self._wait_for_server(draft)
         except ImapfsError:
             # It goes back to where it was, as rename either happens or does not.
-            draft.state, draft.base = before[3], before[4]
+            draft.state = "unsent" if before[3] == "sending" else before[3]
+            draft.base = before[4]
             self.spool.rename(draft, *before[:3])
-            if target is not None:
+            if target is not None and self.cache.node(target.ino) is not None:
                 self.cache.rename(target.ino, new_name)
             raise
 
@@ -567,25 +605,20 @@ class Filesystem:
             await self.uploader.submit(draft, now=True).wait()
         elif draft.state == "open":
             self.spool.forget(draft)
-
-    async def _withdraw(self, draft: Draft) -> Node | None:
-        """Discard a draft that is deleted or replaced; the message that it was a version of, if any."""
-        await self.uploader.withdraw(draft)
-        if self.spool.get(draft.ino) is draft:
-            self.spool.forget(draft)
-        node = self.cache.node(draft.ino)
-        if node is None and draft.base is not None:
-            node = self.operations.find(draft.base)
-        return node
+        else:
+            raise Refused(f"its changes are not on the server: {draft.error}", "INUSE")
 
     async def _remove_replaced(self, target: Node) -> None:
         try:
             await self.operations.remove(target.ino)
         except MessageGone:
             pass
-        except ImapfsError as error:
+        except BaseException as error:
             # What was to take its place is there already: it comes back under a name of its own.
-            self.cache.show(target.ino)
+            if self.cache.node(target.ino) is not None:
+                self.cache.show(target.ino)
+            if not isinstance(error, ImapfsError):
+                raise
             report(error, "a message that was replaced is still there")
 
     async def unlink(self, parent: Ino, name: bytes) -> None:
@@ -595,15 +628,17 @@ class Filesystem:
         if found is None:
             raise NotFound("no such file")
         if isinstance(found, Draft):
-            node = await self._withdraw(found)
+            with await self._replacing(directory, name) as replaced:
+                node = replaced.node
+                # An editor's backup has another name, and stays.
+                if node is not None and node.name in {None, name}:
+                    with contextlib.suppress(MessageGone):
+                        await self.operations.remove(node.ino)
             self._touched(directory)
-            if node is None or (node.name is not None and node.name != name):
-                return
-        else:
-            node = found
-        if node.is_dir:
+            return
+        if found.is_dir:
             raise IsADirectory("it is a directory")
-        await self.operations.remove(node.ino)
+        await self.operations.remove(found.ino)
 
     # -- mailboxes -----------------------------------------------------------------------------------------
 
@@ -664,8 +699,16 @@ class Filesystem:
             # RENAME INBOX moves its messages and leaves it there (RFC 9051 section 6.3.6), and some servers
             # lose them.
             raise NotPermitted("this mailbox cannot be renamed")
-        new = self._server_name(parent, name)
-        await self.operations.rename_mailbox(source.ino, mailbox.server_name, new, parent, name)
+        old, new = mailbox.server_name, self._server_name(parent, name)
+        if not await self.operations.recover():
+            raise Refused("a move is not finished yet: try again", "UNAVAILABLE")
+        await self.operations.rename_mailbox(source.ino, old, new, parent, name)
+        for draft in (*self.spool, *self.spool.sent):
+            for place in (draft.base, draft.attempt):
+                below = mailbox.delimiter and place and place.mailbox.startswith(old + mailbox.delimiter)
+                if place is not None and (place.mailbox == old or below):
+                    place.mailbox = new + place.mailbox[len(old) :]
+                    draft.save()
         for draft in self.spool:
             path = self.cache.path(draft.parent)
             if path != draft.path:
@@ -693,6 +736,30 @@ class Filesystem:
             report(error, "the quota is not known")
         finally:
             asked.set()
+
+
+class _Replacing:
+    """What is being replaced or deleted. A draft among it is kept aside until that has worked."""
+
+    def __init__(self, fs: Filesystem, draft: Draft | None, node: Node | None) -> None:
+        self._fs = fs
+        self.draft = draft
+        self.node = node
+        """The message, or the one that the draft is a new version of."""
+
+    def __enter__(self) -> "_Replacing":
+        if self.draft is not None:
+            self._fs.spool.set_aside(self.draft)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.draft is None:
+            return
+        if kind is None:
+            self._fs.spool.forget(self.draft)
+        else:
+            self._fs.spool.put_back(self.draft)
+            self._fs._resubmit(self.draft)
 
 
 def _draft_attributes(draft: Draft) -> Attributes:

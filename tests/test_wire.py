@@ -2,6 +2,7 @@
 
 import base64
 import errno
+import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -121,19 +122,22 @@ def test_login_without_sasl_quotes_what_must_be_quoted(ca: CertificateAuthority)
 
 
 def test_handshake_that_is_cut_off_says_nothing_of_the_certificate(ca: CertificateAuthority) -> None:
-    error = login_error(
-        Scripted(ca, before_tls=lambda connection, _: (connection.recv(9999), connection.close()))
-    )
-    assert type(error) is ConnectionLost
+    def hang_up(connection: socket.socket, number: int) -> None:
+        connection.recv(9999)
+        connection.close()
+
+    assert type(login_error(Scripted(ca, before_tls=hang_up))) is ConnectionLost
 
 
 def test_extension_that_cannot_be_enabled_is_done_without(ca: CertificateAuthority) -> None:
     script = answering({b"ENABLE": b"TAG NO not now\r\n"})
-    with Scripted(ca, script=script, capabilities=b"IMAP4rev1 ENABLE CONDSTORE QRESYNC") as server:
-        with session(server) as connected:
-            assert not connected.has("QRESYNC")
-            assert not connected.has("CONDSTORE")
-            assert connected.examine(INBOX).exists == 0
+    with (
+        Scripted(ca, script=script, capabilities=b"IMAP4rev1 ENABLE CONDSTORE QRESYNC") as server,
+        session(server) as connected,
+    ):
+        assert not connected.has("QRESYNC")
+        assert not connected.has("CONDSTORE")
+        assert connected.examine(INBOX).exists == 0
 
 
 # -- opening a mailbox
@@ -148,9 +152,11 @@ def test_extension_that_cannot_be_enabled_is_done_without(ca: CertificateAuthori
     ],
 )
 def test_number_of_messages_is_read(ca: CertificateAuthority, untagged: bytes, exists: int) -> None:
-    with Scripted(ca, script=answering({b"EXAMINE": untagged + b"TAG OK done\r\n"})) as server:
-        with session(server) as connected:
-            assert connected.examine(INBOX).exists == exists
+    with (
+        Scripted(ca, script=answering({b"EXAMINE": untagged + b"TAG OK done\r\n"})) as server,
+        session(server) as connected,
+    ):
+        assert connected.examine(INBOX).exists == exists
 
 
 @pytest.mark.parametrize("untagged", [b"", b"* OK [UIDVALIDITY 7] x EXISTS\r\n", b"* many EXISTS\r\n"])
@@ -158,11 +164,13 @@ def test_number_of_messages_is_read(ca: CertificateAuthority, untagged: bytes, e
 def test_mailbox_without_number_of_messages_is_never_taken_for_empty(
     ca: CertificateAuthority, verb: bytes, untagged: bytes
 ) -> None:
-    with Scripted(ca, script=answering({verb: untagged + b"TAG OK done\r\n"})) as server:
-        with session(server) as connected:
-            with pytest.raises(ProtocolError):
-                connected.examine(INBOX) if verb == b"EXAMINE" else connected.select(INBOX, UidValidity(7))
-            assert not connected.alive
+    with (
+        Scripted(ca, script=answering({verb: untagged + b"TAG OK done\r\n"})) as server,
+        session(server) as connected,
+    ):
+        with pytest.raises(ProtocolError):
+            connected.examine(INBOX) if verb == b"EXAMINE" else connected.select(INBOX, UidValidity(7))
+        assert not connected.alive
 
 
 def test_data_of_the_mailbox_before_is_not_taken_for_the_new_one(ca: CertificateAuthority) -> None:
@@ -171,11 +179,13 @@ def test_data_of_the_mailbox_before_is_not_taken_for_the_new_one(ca: Certificate
     later = b"* VANISHED (EARLIER) 5\r\n* 1 FETCH (UID 1 FLAGS (\\Seen))\r\nTAG OK done\r\n"
     for border in (b"* OK [CLOSED] done\r\n", b""):
         script = answering({b'EXAMINE "NEW"': old + border + new + later, b"UID FETCH": b"TAG OK done\r\n"})
-        with Scripted(ca, script=script, capabilities=b"IMAP4rev1 ENABLE QRESYNC CONDSTORE") as server:
-            with session(server) as connected:
-                connected.examine(INBOX)
-                found: list[FetchData] = []
-                state = connected.list_changes(b"new", UidValidity(8), ModSeq(5), 1, found.append)
+        with (
+            Scripted(ca, script=script, capabilities=b"IMAP4rev1 ENABLE QRESYNC CONDSTORE") as server,
+            session(server) as connected,
+        ):
+            connected.examine(INBOX)
+            found: list[FetchData] = []
+            state = connected.list_changes(b"new", UidValidity(8), ModSeq(5), 1, found.append)
         assert [(data.uid, data.flags) for data in found] == [(1, "\\Seen")]
         assert (state.exists, state.vanished) == (2, [(5, 5)])
 
@@ -184,12 +194,14 @@ def test_modseq_is_not_asked_of_a_mailbox_that_has_none(ca: CertificateAuthority
     opened = b"* 1 EXISTS\r\n* OK [UIDVALIDITY 7] x\r\n* OK [NOMODSEQ] x\r\nTAG OK done\r\n"
     script = answering({b"EXAMINE": opened})
     capabilities = b"IMAP4rev1 ENABLE CONDSTORE"
-    with Scripted(ca, [plain(1)], script=script, capabilities=capabilities) as server:
-        with session(server) as connected:
-            found: list[FetchData] = []
-            connected.list_all(INBOX, found.append, lambda _: None)
-            assert [data.uid for data in found] == [1]
-            assert not [command for command in server.commands if b"MODSEQ" in command]
+    with (
+        Scripted(ca, [plain(1)], script=script, capabilities=capabilities) as server,
+        session(server) as connected,
+    ):
+        found: list[FetchData] = []
+        connected.list_all(INBOX, found.append, lambda _: None)
+        assert [data.uid for data in found] == [1]
+        assert not [command for command in server.commands if b"MODSEQ" in command]
 
 
 def test_mailbox_made_anew_under_a_kept_selection_is_opened_again(ca: CertificateAuthority) -> None:
@@ -198,16 +210,18 @@ def test_mailbox_made_anew_under_a_kept_selection_is_opened_again(ca: Certificat
     def opened() -> bytes:
         return b"* 1 EXISTS\r\n* OK [UIDVALIDITY %d] x\r\nTAG OK done\r\n" % valid
 
-    with Scripted(ca, [plain(1)], script=answering({b"EXAMINE": opened, b"SELECT": opened})) as server:
-        with session(server) as connected:
-            connected.examine(INBOX)
-            valid = 8
-            assert connected.fetch_body(INBOX, 8, 1) == plain(1)
-            connected.select(INBOX, UidValidity(8))
-            valid = 9
-            connected.select(INBOX, UidValidity(9))
-            with pytest.raises(MailboxGone):
-                connected.fetch_body(INBOX, 8, 1)
+    with (
+        Scripted(ca, [plain(1)], script=answering({b"EXAMINE": opened, b"SELECT": opened})) as server,
+        session(server) as connected,
+    ):
+        connected.examine(INBOX)
+        valid = 8
+        assert connected.fetch_body(INBOX, 8, 1) == plain(1)
+        connected.select(INBOX, UidValidity(8))
+        valid = 9
+        connected.select(INBOX, UidValidity(9))
+        with pytest.raises(MailboxGone):
+            connected.fetch_body(INBOX, 8, 1)
 
 
 # -- fetching
@@ -267,10 +281,9 @@ def test_full_disk_is_not_taken_for_a_lost_connection(ca: CertificateAuthority) 
 )
 def test_odd_quota_is_none(ca: CertificateAuthority, quota: bytes) -> None:
     script = answering({b"GETQUOTAROOT": b'* QUOTA "" ' + quota + b"\r\nTAG OK done\r\n"})
-    with Scripted(ca, script=script, capabilities=b"IMAP4rev1 QUOTA") as server:
-        with session(server) as connected:
-            assert connected.quota(INBOX) is None
-            assert connected.alive
+    with Scripted(ca, script=script, capabilities=b"IMAP4rev1 QUOTA") as server, session(server) as connected:
+        assert connected.quota(INBOX) is None
+        assert connected.alive
 
 
 @pytest.mark.parametrize("digits", [b"9" * 5000, b"9223372036854775808", b"", b"-1", "²".encode()])

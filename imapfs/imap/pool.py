@@ -61,7 +61,7 @@ class SessionPool:
         self._failures = 0
         self._retry_at = -math.inf
         self._beside = False
-        """Whether the last attempt failed while other connections were open, and so perhaps for their number."""
+        """Whether the last attempt failed while other connections were open: perhaps for their number."""
         self._why = ""
         """What the last attempt to connect failed of."""
         self._accepted = False

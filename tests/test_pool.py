@@ -1,0 +1,222 @@
+"""How many connections there are, and what becomes of requests when there could be more."""
+
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+
+from imapfs.errors import AuthenticationFailed, ConnectionLost
+from imapfs.imap import pool as pool_module
+from imapfs.imap.pool import SessionPool
+from imapfs.imap.session import Session
+from imapfs.model import Secret
+from tests.accounts import address, pool, until
+from tests.servers.scripted import DEADLINE, Scripted
+from tests.servers.tls import CertificateAuthority
+
+TOO_MANY = b" NO [ALERT] Too many simultaneous connections. (Failure)\r\n"
+WRONG = b" NO [AUTHENTICATIONFAILED] wrong\r\n"
+ExpectedLog = Callable[[str], None]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the pool wait less between attempts."""
+    for name in ("_BACKOFF_FIRST", "_BACKOFF_MOST", "_BACKOFF_REFUSED"):
+        monkeypatch.setattr(pool_module, name, 0.01)
+
+
+class Logins:
+    """A script that refuses logins while told to."""
+
+    def __init__(self) -> None:
+        self.refusal: bytes | None = None
+        self.after: int | None = None
+        """How many are let in before the refusals begin."""
+        self.seen = 0
+
+    def __call__(self, tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        if not command.startswith(b"AUTHENTICATE"):
+            return None
+        self.seen += 1
+        if self.refusal is None or (self.after is not None and self.seen <= self.after):
+            return None
+        return [tag + self.refusal]
+
+
+@asynccontextmanager
+async def scripted_pool(server: Scripted, limit: int = 4) -> AsyncIterator[SessionPool]:
+    with server, trio.fail_after(DEADLINE):
+        async with pool(server, limit) as made:
+            yield made
+
+
+async def until_it_works(made: SessionPool) -> int:
+    """Ask again and again; how many requests failed."""
+    failed = 0
+    while True:
+        try:
+            await made.run(_nothing)
+            return failed
+        except ConnectionLost:
+            failed += 1
+            await trio.sleep(0.001)
+
+
+def _nothing(session: Session) -> None:
+    """Use a session for nothing."""
+
+
+@pytest.mark.parametrize("refusal", [TOO_MANY, b" NO [LIMIT] too many\r\n", b" BAD busy\r\n"])
+@pytest.mark.trio
+async def test_requests_wait_at_the_limit_of_the_server(ca: CertificateAuthority, refusal: bytes) -> None:
+    logins = Logins()
+    logins.refusal, logins.after = refusal, 2
+    release = threading.Event()
+    done: list[int] = []
+    async with scripted_pool(Scripted(ca, script=logins)) as made, trio.open_nursery() as nursery:
+        await made.run(_nothing)
+
+        async def request(number: int) -> None:
+            await made.run(lambda _: release.wait(DEADLINE))
+            done.append(number)
+
+        for number in range(5):
+            nursery.start_soon(request, number)
+        await until(lambda: logins.seen >= 3)
+        nursery.start_soon(request, 5)
+        await trio.testing.wait_all_tasks_blocked()
+        assert made.reason is None
+        release.set()
+        await until(lambda: len(done) == 6)
+        assert made.open == 2
+        assert made.reason is None
+
+
+@pytest.mark.trio
+async def test_idle_session_serves_another_mailbox_when_no_further_one_is_to_be_had(
+    ca: CertificateAuthority,
+) -> None:
+    logins = Logins()
+    logins.refusal, logins.after = TOO_MANY, 1
+    async with scripted_pool(Scripted(ca, script=logins)) as made:
+        await made.run(lambda session: session.examine(b"INBOX"), b"INBOX")
+        assert await made.run(lambda session: session.selected, b"other") == b"INBOX"
+        assert made.open == 1
+
+
+@pytest.mark.trio
+async def test_password_that_was_never_good_is_tried_once(
+    ca: CertificateAuthority, impatient: None, expected_log: ExpectedLog
+) -> None:
+    expected_log("offline: localhost refused the password")
+    logins = Logins()
+    logins.refusal = WRONG
+    failed = 0
+    async with scripted_pool(Scripted(ca, script=logins)) as made, trio.open_nursery() as nursery:
+
+        async def request() -> None:
+            nonlocal failed
+            with pytest.raises(AuthenticationFailed):
+                await made.run(_nothing)
+            failed += 1
+
+        for _ in range(5):
+            nursery.start_soon(request)
+        await until(lambda: failed == 5)
+        await request()
+    assert logins.seen == 1
+
+
+@pytest.mark.trio
+async def test_refusal_beside_connections_that_work_does_not_last(ca: CertificateAuthority) -> None:
+    logins = Logins()
+    logins.refusal, logins.after = TOO_MANY, 1
+    async with scripted_pool(Scripted(ca, script=logins)) as made:
+        await made.run(lambda session: session.examine(b"INBOX"), b"INBOX")
+        await made.run(_nothing, b"other")
+        assert logins.seen == 2
+        logins.refusal = None
+        # The only connection ends: the next is made at once, as it is not one too many.
+        await made.run(lambda session: session.abort())
+        await made.run(_nothing)
+        assert logins.seen == 3
+
+
+@pytest.mark.trio
+async def test_password_that_was_good_counts_as_changed_after_several_refusals(
+    ca: CertificateAuthority, impatient: None, expected_log: ExpectedLog
+) -> None:
+    expected_log("offline: localhost refused the password")
+    logins = Logins()
+    async with scripted_pool(Scripted(ca, script=logins)) as made:
+        await made.run(lambda session: session.abort())
+        logins.refusal = WRONG
+        refused = 0
+        while logins.seen < 5:
+            try:
+                await made.run(_nothing)
+            except AuthenticationFailed:
+                refused += 1
+            except ConnectionLost as error:
+                assert "offline: localhost refused the password" in str(error)
+                await trio.sleep(0.001)
+        for _ in range(3):
+            with pytest.raises(AuthenticationFailed):
+                await made.run(_nothing)
+        assert refused == 4
+        assert logins.seen == 5
+
+
+@pytest.mark.trio
+async def test_handshake_that_was_cut_off_is_tried_again(
+    ca: CertificateAuthority, impatient: None, expected_log: ExpectedLog
+) -> None:
+    expected_log("offline: localhost:[0-9]+ hung up")
+
+    def cut(connection: socket.socket, number: int) -> None:
+        if number <= 2:
+            connection.recv(9999)
+            connection.close()
+
+    server = Scripted(ca, before_tls=cut)
+    async with scripted_pool(server) as made:
+        assert await until_it_works(made) >= 2
+        assert made.reason is None
+
+
+@pytest.mark.trio
+async def test_pool_comes_back_after_any_number_of_failures(
+    ca: CertificateAuthority, impatient: None, expected_log: ExpectedLog
+) -> None:
+    expected_log("offline: localhost:[0-9]+ refuses connections")
+    server = Scripted(ca)
+    with server:
+        pass
+    made = SessionPool(address(server), Secret("secret"), 2, 5.0)
+    vars(made)["_failures"] = 5000
+    with pytest.raises(ConnectionLost, match="refuses connections"):
+        await made.run(_nothing)
+    assert made.reason is not None
+    await made.close()
+
+
+@pytest.mark.trio
+async def test_error_that_is_raised_again_does_not_grow(
+    ca: CertificateAuthority, expected_log: ExpectedLog
+) -> None:
+    expected_log("offline: localhost refused the password")
+    logins = Logins()
+    logins.refusal = WRONG
+    depths = set()
+    async with scripted_pool(Scripted(ca, script=logins)) as made:
+        for attempt in range(10):
+            with pytest.raises(AuthenticationFailed) as caught:
+                await made.run(_nothing)
+            if attempt:
+                depths.add(len(caught.traceback))
+    assert len(depths) == 1
