@@ -98,15 +98,12 @@ async def test_requests_wait_at_the_limit_of_the_server(ca: CertificateAuthority
 
 
 @pytest.mark.trio
-async def test_idle_session_serves_another_mailbox_when_no_further_one_is_to_be_had(
-    ca: CertificateAuthority,
-) -> None:
+async def test_idle_session_serves_another_mailbox_rather_than_a_new_one(ca: CertificateAuthority) -> None:
     logins = Logins()
-    logins.refusal, logins.after = TOO_MANY, 1
     async with scripted_pool(Scripted(ca, script=logins)) as made:
         await made.run(lambda session: session.examine(b"INBOX"), b"INBOX")
         assert await made.run(lambda session: session.selected, b"other") == b"INBOX"
-        assert made.open == 1
+        assert logins.seen == 1
 
 
 @pytest.mark.trio
@@ -136,10 +133,14 @@ async def test_password_that_was_never_good_is_tried_once(
 async def test_refusal_beside_connections_that_work_does_not_last(ca: CertificateAuthority) -> None:
     logins = Logins()
     logins.refusal, logins.after = TOO_MANY, 1
+    release = threading.Event()
     async with scripted_pool(Scripted(ca, script=logins)) as made:
-        await made.run(lambda session: session.examine(b"INBOX"), b"INBOX")
-        await made.run(_nothing, b"other")
-        assert logins.seen == 2
+        async with trio.open_nursery() as nursery:
+            await made.run(_nothing)
+            nursery.start_soon(made.run, lambda _: release.wait(DEADLINE))
+            nursery.start_soon(made.run, _nothing)
+            await until(lambda: logins.seen == 2)
+            release.set()
         logins.refusal = None
         # The only connection ends: the next is made at once, as it is not one too many.
         await made.run(lambda session: session.abort())

@@ -129,14 +129,14 @@ class SessionPool:
             if self._closed:
                 raise ConnectionLost("the mount is ending")
             self._drop_dead()
-            # Last used first: what lies longest stays free to be closed by the server.
-            same = [s for s in self._idle if s.selected == mailbox]
-            if same:
-                return same[-1]
+            if self._idle:
+                # To select another mailbox costs one round trip, to connect five. Of those that have it
+                # selected the last used, so that what lies longest can be closed by the server; of the
+                # others the one that lies longest, as its mailbox is the least wanted.
+                same = [s for s in self._idle if s.selected == mailbox]
+                return same[-1] if same else self._idle[0]
             if self._may_connect():
                 return None
-            if self._idle:
-                return self._idle[-1]
             if not self._open:
                 self._raise_offline()
             # Until a session is given back, or another attempt may be made.

@@ -166,27 +166,29 @@ class Session:
         capabilities = wire.greeting_capabilities
         session = cls(wire, capabilities)
         try:
-            if "ENABLE" in capabilities:
-                # QRESYNC implies CONDSTORE (RFC 7162 section 3.2.3), and makes Dovecot name the UID in
-                # unsolicited FETCH responses.
-                for extension in ("QRESYNC", "CONDSTORE"):
-                    if extension in capabilities:
-                        session._enable(extension)
-                        break
-            if "ID" in capabilities:
-                with contextlib.suppress(Refused):
-                    wire.execute(b'ID ("name" "imapfs" "version" "%s")' % __version__.encode())
+            session._introduce()
         except BaseException:
             wire.close()
             raise
         return session
 
-    def _enable(self, extension: str) -> None:
-        try:
-            self._wire.execute(b"ENABLE " + extension.encode())
-        except Refused as error:
-            log.info("synchronising by comparison only: %s", error)
-            self.capabilities -= {"QRESYNC", "CONDSTORE"}
+    def _introduce(self) -> None:
+        """Enable what makes synchronising cheap, and say who we are, in one round trip."""
+        commands: list[Command] = []
+        # QRESYNC implies CONDSTORE (RFC 7162 section 3.2.3), and makes Dovecot name the UID in unsolicited
+        # FETCH responses.
+        extension = next((e for e in ("QRESYNC", "CONDSTORE") if self.has(e) and self.has("ENABLE")), None)
+        if extension is not None:
+            commands.append((b"ENABLE " + extension.encode(),))
+        if self.has("ID"):
+            commands.append((b'ID ("name" "imapfs" "version" "%s")' % __version__.encode(),))
+        for command, completion in zip(commands, self._wire.execute_all(commands), strict=True):
+            try:
+                self._wire.check(command, completion)
+            except Refused as error:
+                if command is commands[0] and extension is not None:
+                    log.info("synchronising by comparison only: %s", error)
+                    self.capabilities -= {"QRESYNC", "CONDSTORE"}
 
     @property
     def alive(self) -> bool:
