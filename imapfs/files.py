@@ -136,8 +136,10 @@ class Files:
         """All bytes of a message, whatever a draft with its inode holds."""
         fd = None if node.crc is None else await self._bodies.open(node)
         if fd is not None:
-            with open(fd, "rb") as file:
-                return file.read()
+            try:
+                return os.pread(fd, os.fstat(fd).st_size, 0)
+            finally:
+                os.close(fd)
         download = self._fetcher.start(node).acquire()
         try:
             spool = await download.wait_for(sys.maxsize)

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -109,6 +109,14 @@ class Draft:
         self.ctime = time.time_ns()
         if not self.timed:
             self.mtime = self.ctime
+
+    def change_flags(self, change: Callable[[list[str]], tuple[set[str], set[str]]]) -> None:
+        """Add and remove the flags that ``change`` derives from those that it has."""
+        flags = self.flags.split()
+        add, remove = change(flags)
+        gone = {flag.lower() for flag in remove}
+        self.flags = " ".join([flag for flag in flags if flag.lower() not in gone] + sorted(add))
+        self.save()
 
     def save(self) -> None:
         """Write the description down."""

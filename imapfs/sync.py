@@ -298,6 +298,9 @@ class _MailboxSync:
             raise MailboxGone("the mailbox is gone")
         name = box.server_name
         last = self._on_trio(self._cache.last_uid, self.ino)
+        if box.uidnext:
+            # What was put there from here is known already, what came before it from elsewhere is not.
+            last = min(last, box.uidnext - 1)
         tracked = box.complete and box.modseq and not self._attempts
         try:
             if tracked and session.has("QRESYNC"):
@@ -349,6 +352,8 @@ class _MailboxSync:
             self._check_one(session, self._last_but(state.vanished))
         self._remove(state.vanished)
         self._take_all(found)
+        if self._on_trio(self._cache.counts, self.ino)[0] != state.exists:
+            return self._by_comparison(session, name, box)
         return self._done(state)
 
     def _by_condstore(self, session: Session, name: bytes, box: Mailbox, last: int) -> None:

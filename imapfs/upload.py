@@ -475,9 +475,8 @@ class Uploader:
             if current:
                 self._sync.publish(Changes(box.ino, gone=[_gone(draft)]))
                 if draft.base is not None:
-                    self._note_sent(draft)
-                else:
-                    self._spool.forget(draft)
+                    self._note_old_version(draft, draft.base)
+                self._spool.forget(draft)
                 self._finish(draft, altered=True)
             return
         message = new_message(data)
@@ -492,15 +491,14 @@ class Uploader:
             return
         if draft.base is not None:
             # Before its bytes go: what is left then says that the old version has to go too.
-            self._note_sent(draft)
+            self._note_old_version(draft, draft.base)
         same = fit.clean and message.size == len(fit.data)
         if same:
             if fit.converted:
                 _write(draft.file, fit.data)
             self._bodies.take(draft.file, draft.ino)
         self._keep_local(draft, message.date)
-        if draft.base is None:
-            self._spool.forget(draft)
+        self._spool.forget(draft)
         self._finish(draft, altered=fit.converted or not same)
         if draft.flags != flags:
             self._nursery.start_soon(self._flag_later, draft, set(flags.split()))
@@ -508,20 +506,22 @@ class Uploader:
     async def _flag_later(self, draft: Draft, sent: set[str]) -> None:
         """Set the flags that were changed while it was on its way."""
         wanted = set(draft.flags.split())
+
+        def change(has: list[str]) -> tuple[set[str], set[str]]:
+            return wanted - {*has}, sent - wanted
+
         try:
-            await self._operations.change_flags(draft.ino, lambda has: (wanted - {*has}, sent - wanted))
+            await self._operations.change_flags(draft.ino, change)
         except ImapfsError as error:
             report(error, f"flags of {draft.shown} were not set")
+        newer = self._spool.get(draft.ino)
+        if newer is not None:
+            newer.change_flags(change)
 
     def _go_on(self, draft: Draft, box: Box, message: NewMessage) -> None:
         """A draft was written to while it was sent: it is a new version of what it has become."""
         if draft.base is not None:
-            left = Draft(
-                self._spool, self._cache.new_ino(), draft.parent, draft.name, draft.path,
-                state="sent", base=draft.base,
-            )  # fmt: skip
-            left.save()
-            self._spool.sent.append(left)
+            self._note_old_version(draft, draft.base)
         draft.base = Base(box.name, box.uidvalidity, message.uid, message.date, message.zone)
         draft.attempt = None
         draft.save()
@@ -530,12 +530,16 @@ class Uploader:
             del self._jobs[draft.ino]
             job.settle(None)
 
-    def _note_sent(self, draft: Draft) -> None:
-        """It is a message now, whose old version is to be removed from the server next."""
-        draft.state = "sent"
-        draft.save()
-        self._spool.detach(draft)
-        self._spool.sent.append(draft)
+    def _note_old_version(self, draft: Draft, old: Base) -> None:
+        """A draft is a message now, whose old version is to be removed from the server next.
+
+        The note has a number of its own: that of the draft may soon be another draft's.
+        """
+        left = Draft(
+            self._spool, self._cache.new_ino(), draft.parent, draft.name, draft.path, state="sent", base=old
+        )
+        left.save()
+        self._spool.sent.append(left)
 
     def _finish(self, draft: Draft, *, altered: bool) -> None:
         job = self._jobs.pop(draft.ino, None)

@@ -171,16 +171,14 @@ class Attributes:
 
     async def _change(self, ino: Ino, change: Change) -> None:
         draft = self._fs.spool.get(ino)
+        if draft is None:
+            if self._fs.node(ino).is_dir:
+                raise NotSupported("a mailbox has no flags")
+            await self._fs.operations.change_flags(ino, change)
+            # Somebody may have begun a new version meanwhile, with the flags as they were.
+            draft = self._fs.spool.get(ino)
         if draft is not None:
-            flags = draft.flags.split()
-            add, remove = change(flags)
-            gone = {flag.lower() for flag in remove}
-            draft.flags = " ".join([f for f in flags if f.lower() not in gone] + sorted(add))
-            draft.save()
-            return
-        if self._fs.node(ino).is_dir:
-            raise NotSupported("a mailbox has no flags")
-        await self._fs.operations.change_flags(ino, change)
+            draft.change_flags(change)
 
 
 def _change(name: bytes, value: bytes) -> Change:

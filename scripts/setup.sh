@@ -3,7 +3,7 @@
 
 BUILD_PACKAGES=(python3-venv python3-dev gcc pkg-config libfuse3-dev)
 SERVER_PACKAGES=(fuse3 dovecot-imapd)
-TOOL_PACKAGES=(rsync attr)
+TOOL_PACKAGES=(rsync attr libglib2.0-bin vim nano ed emacs-nox)
 PEER_PACKAGES=(isync)
 
 # The programs of a server are not in the PATH of an ordinary user.
@@ -23,11 +23,13 @@ have_package() {
     case $1 in
         python3-venv) python_is 'import ensurepip, venv' ;;
         python3-dev) python_is 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' ;;
-        gcc | pkg-config | rsync) command -v "$1" >/dev/null ;;
+        gcc | pkg-config | rsync | vim | nano | ed) command -v "$1" >/dev/null ;;
         libfuse3-dev) pkg-config --exists fuse3 2>/dev/null ;;
         fuse3) command -v fusermount3 >/dev/null ;;
         dovecot-imapd) command -v dovecot >/dev/null && { [[ -x /usr/lib/dovecot/imap || -x /usr/libexec/dovecot/imap ]]; } ;;
         attr) command -v getfattr >/dev/null ;;
+        libglib2.0-bin) command -v gio >/dev/null ;;
+        emacs-nox) command -v emacs >/dev/null ;;
         isync) command -v mbsync >/dev/null ;;
     esac
 }

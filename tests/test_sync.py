@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imapfs.bodies import BodyStore
-from imapfs.cache import Cache, Directory
+from imapfs.cache import Cache, Directory, NewMessage
 from imapfs.errors import MailboxGone
 from imapfs.imap.grammar import ListEntry
-from imapfs.model import ROOT, Ino
+from imapfs.model import ROOT, Ino, ModSeq, Uid
 from imapfs.sync import Changes, Synchroniser, plan_tree
 from tests import compare
 from tests.accounts import hide, pool, until
@@ -146,6 +146,21 @@ async def test_what_a_second_client_did_is_learned(user: Account, tmp_path: Path
         await made.refresh()
         assert made.changes == []
     assert any(TIERS[tier][1] in line for line in user.protocol_trace())
+
+
+@pytest.mark.trio
+async def test_what_came_before_something_from_here_is_learned(
+    user: Account, tmp_path: Path, tier: str
+) -> None:
+    user.append("INBOX", plain(0), DATE)
+    async with mirror(user, tmp_path) as made:
+        await made.refresh()
+        user.append("INBOX", plain(1), DATE)
+        ours = user.append("INBOX", plain(2), DATE)
+        message = NewMessage(Uid(ours), len(plain(2)), DATE, 0, "", ModSeq(0), "ours", "", "", "")
+        made.cache.adopt(made.cache.new_ino(), made.ino("INBOX"), b"ours.eml", message)
+        await made.refresh()
+        assert set(made.messages()) == {ours - 2, ours - 1, ours}
 
 
 @pytest.mark.trio

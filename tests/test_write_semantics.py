@@ -322,6 +322,28 @@ def test_what_is_written_while_an_upload_is_under_way_is_not_lost(
     assert "tag" in new[0].flags
 
 
+def test_a_second_change_while_the_first_old_version_is_removed(filled: Account, mount: Mounter) -> None:
+    with Proxy(filled.server) as proxy:
+        mounted = mount(proxy.account(filled))
+        target = file_of(mounted, 1)
+        fault = proxy.fault(b"UID MOVE", "stall")
+        write(target, plain(10))
+        fault.wait_hit()
+        with target.open("ab", buffering=0) as file:
+            file.write(b"more\r\n")
+            proxy.resume()
+            wait_until(
+                lambda: everything(filled).get("Trash") == inbox(1), "the first old version is removed"
+            )
+            file.write(b"even more\r\n")
+        expected = plain(10) + b"more\r\neven more\r\n"
+        assert target.read_bytes() == expected
+        mounted.unmount()
+    after = everything(filled)
+    assert after["INBOX"] == in_order(Held(expected, DATE + 1, MARKED), *inbox(2, 3))
+    assert after["Trash"] == in_order(Held(plain(10), DATE + 1, MARKED), *inbox(1))
+
+
 def test_half_of_a_second_version_is_never_sent(filled: Account, mount: Mounter) -> None:
     mounted = mount(filled)
     target = mounted.path / "Work" / "new.eml"
@@ -635,7 +657,7 @@ def test_mkdir_makes_a_subscribed_mailbox_and_rmdir_deletes_it(filled: Account, 
     os.makedirs(mounted.path / "Größe" / "Sub & more")
     assert {"Gr&APYA3w-e", "Gr&APYA3w-e/Sub &- more"} <= set(mailboxes(filled))
     with filled.client() as client:
-        assert any(b"Gr&APYA3w-e/Sub &- more" in (line or b"") for line in client.lsub()[1])  # type: ignore[operator]
+        assert any(b"Gr&APYA3w-e/Sub &- more" in (line or b"") for line in client.lsub()[1])
     fails_with(errno.EEXIST, os.mkdir, mounted.path / "Größe")
     fails_with(errno.ENOTEMPTY, os.rmdir, mounted.path / "Größe")
     os.rmdir(mounted.path / "Größe" / "Sub & more")
@@ -922,9 +944,7 @@ def test_over_quota(full_dovecot: Dovecot, mount: Mounter) -> None:
     assert waiting(mounted) == [("INBOX/big.eml", "unsent")]
     fails_with(errno.EDQUOT, lambda: write(mounted.path / "INBOX" / "b.eml", plain(2, 20_000), sync=True))
     write(mounted.path / "INBOX" / "tmp", plain(3, 20_000))
-    fails_with(
-        errno.EDQUOT, os.rename, mounted.path / "INBOX" / "tmp", mounted.path / "INBOX" / "c.eml"
-    )
+    fails_with(errno.EDQUOT, os.rename, mounted.path / "INBOX" / "tmp", mounted.path / "INBOX" / "c.eml")
     assert target.read_bytes() == plain(2, 20_000)
     target.unlink()
     (mounted.path / "INBOX" / "b.eml").unlink()
@@ -934,42 +954,80 @@ def test_over_quota(full_dovecot: Dovecot, mount: Mounter) -> None:
 
 
 def test_a_mailbox_deleted_under_an_open_file(filled: Account, mount: Mounter) -> None:
-    mounted = mount(filled, expected_log=["is not sent:|lost its mailbox"])
-    with (mounted.path / "Work" / "new.eml").open("wb", buffering=0) as file:
-        file.write(plain(10))
-        with filled.client() as client:
-            assert client.delete("Work")[0] == "OK"
-        fails_with(errno.ENOENT, os.fsync, file.fileno())
+    with Proxy(filled.server) as proxy:
+        mounted = mount(proxy.account(filled), expected_log=["is not sent:"])
+        with (mounted.path / "Work" / "new.eml").open("wb", buffering=0) as file:
+            file.write(plain(10))
+            with filled.client() as client:
+                assert client.delete("Work")[0] == "OK"
+            # A connection that knows the mailbox would make Dovecot stumble: NO [SERVERBUG].
+            proxy.cut_all()
+            fails_with(errno.ENOENT, _fsync_again, file.fileno())
+        _check_left_unsent(mounted)
+
+
+def _fsync_again(descriptor: int) -> None:
+    """Until the lost connections are noticed."""
+
+    def answered() -> bool:
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno == errno.EHOSTUNREACH:
+                return False
+            raise
+        return True
+
+    wait_until(answered, "an answer")
+
+
+def _check_left_unsent(mounted: Mount) -> None:
     assert [state for _, state in waiting(mounted)] == ["unsent"]
     mounted.unmount()
     (left,) = [path for path in mounted.cache.glob("*/spool/*") if path.name.isdigit()]
     assert left.read_bytes() == plain(10)
 
 
+def test_a_mailbox_that_may_only_be_read(filled: Account, mount: Mounter) -> None:
+    def read_only(line: bytes) -> bytes:
+        return line.replace(b"[READ-WRITE]", b"[READ-ONLY]")
+
+    with Proxy(filled.server, edits=[read_only]) as proxy:
+        mounted = mount(proxy.account(filled), "--delete", "expunge")
+        target = file_of(mounted, 1)
+        fails_with(errno.EACCES, os.unlink, target)
+        fails_with(errno.EACCES, os.rename, target, mounted.path / "Work" / "x.eml")
+        fails_with(errno.EACCES, os.setxattr, target, "user.imap.seen", b"0")
+        assert target.read_bytes() == plain(1)
+        mounted.unmount()
+    assert everything(filled) == {"INBOX": inbox(1, 2, 3)}
+
+
 def test_read_only_refuses_every_change(filled: Account, mount: Mounter) -> None:
     mounted = mount(filled, "--read-only")
     before = all_uids(filled)
     target, work = file_of(mounted, 1), mounted.path / "Work"
-    for call, *arguments in [
-        (os.open, target, os.O_RDWR),
-        (os.open, work / "new.eml", os.O_WRONLY | os.O_CREAT),
-        (os.open, work / "scratch", os.O_WRONLY | os.O_CREAT),
-        (os.truncate, target, 0),
-        (os.unlink, target),
-        (os.rename, target, work / "x.eml"),
-        (os.rename, target, target.with_name("x.eml")),
-        (os.mkdir, mounted.path / "New"),
-        (os.rmdir, work),
-        (os.rename, work, mounted.path / "New"),
-        (os.utime, target, (DATE, DATE)),
-        (os.chmod, target, 0o600),
-        (os.setxattr, target, "user.imap.seen", b"0"),
-        (os.removexattr, target, "user.imap.seen"),
-        (os.symlink, "x", work / "link"),
-        (os.link, target, work / "link.eml"),
-    ]:
+    refused: list[tuple[Callable[..., object], tuple[object, ...]]] = [
+        (os.open, (target, os.O_RDWR)),
+        (os.open, (work / "new.eml", os.O_WRONLY | os.O_CREAT)),
+        (os.open, (work / "scratch", os.O_WRONLY | os.O_CREAT)),
+        (os.truncate, (target, 0)),
+        (os.unlink, (target,)),
+        (os.rename, (target, work / "x.eml")),
+        (os.rename, (target, target.with_name("x.eml"))),
+        (os.mkdir, (mounted.path / "New",)),
+        (os.rmdir, (work,)),
+        (os.rename, (work, mounted.path / "New")),
+        (os.utime, (target, (DATE, DATE))),
+        (os.chmod, (target, 0o600)),
+        (os.setxattr, (target, "user.imap.seen", b"0")),
+        (os.removexattr, (target, "user.imap.seen")),
+        (os.symlink, ("x", work / "link")),
+        (os.link, (target, work / "link.eml")),
+    ]
+    for call, arguments in refused:
         with pytest.raises(OSError) as caught:
-            call(*arguments)  # type: ignore[operator]
+            call(*arguments)
         assert caught.value.errno == errno.EROFS, call.__name__
     mounted.unmount()
     assert all_uids(filled) == before
@@ -1082,6 +1140,18 @@ def test_half_a_message_left_by_a_kill_is_not_sent(filled: Account, mount: Mount
 OFFLINE = [r"imapfs\.imap\.pool: offline: "]
 
 
+def take_away(proxy: Proxy, mounted: Mount) -> None:
+    """End the server, as far as the mount can see, and have that noticed."""
+    proxy.refuse()
+    proxy.cut_all()
+
+    def offline() -> bool:
+        fails_with(errno.EHOSTUNREACH, os.mkdir, mounted.path / "New")
+        return bool(mounted.status()["state"] == "offline")
+
+    wait_until(offline, "it is offline")
+
+
 def test_new_files_are_accepted_while_the_server_is_away_and_sent_later(
     filled: Account, mount: Mounter
 ) -> None:
@@ -1089,8 +1159,7 @@ def test_new_files_are_accepted_while_the_server_is_away_and_sent_later(
         mounted = mount(proxy.account(filled), expected_log=OFFLINE)
         work = mounted.path / "Work"
         os.listdir(work)
-        proxy.refuse()
-        proxy.cut_all()
+        take_away(proxy, mounted)
         write(work / "closed.eml", plain(10), mtime=LATER)
         write(work / "tmp", plain(11), mtime=LATER)
         (work / "tmp").rename(work / "renamed.eml")
@@ -1120,8 +1189,7 @@ def test_umount_while_the_server_is_away_keeps_drafts_for_the_next_mount(
     with Proxy(filled.server) as proxy:
         first = mount(proxy.account(filled), expected_log=[*OFFLINE, "1 files are not on the server yet"])
         os.listdir(first.path / "Work")
-        proxy.refuse()
-        proxy.cut_all()
+        take_away(proxy, first)
         write(first.path / "Work" / "new.eml", plain(10), mtime=LATER)
         first.unmount()
         proxy.accept()
@@ -1136,12 +1204,10 @@ def test_changes_of_what_is_on_the_server_fail_while_it_is_away(filled: Account,
     with Proxy(filled.server) as proxy:
         mounted = mount(proxy.account(filled), expected_log=OFFLINE)
         target = file_of(mounted, 1)
-        proxy.refuse()
-        proxy.cut_all()
+        take_away(proxy, mounted)
         fails_with(errno.EHOSTUNREACH, os.unlink, target)
         fails_with(errno.EHOSTUNREACH, os.rename, target, mounted.path / "Work" / "x.eml")
         fails_with(errno.EHOSTUNREACH, os.setxattr, target, "user.imap.seen", b"0")
-        fails_with(errno.EHOSTUNREACH, os.mkdir, mounted.path / "New")
         fails_with(errno.EHOSTUNREACH, os.rename, mounted.path / "Work", mounted.path / "New")
         assert target.exists()
         assert len(os.listdir(mounted.path / "INBOX")) == 3

@@ -302,9 +302,7 @@ def test_rsync_inplace(user: Account, mounted: Mount, tmp_path: Path, options: S
     mounted.unmount()
     assert all_uids(user) == before
     after = everything(user)
-    assert after["New"] == in_order(
-        Held(plain(10), LATER), Held(plain(11) + b"one more line\r\n", LATER + 7)
-    )
+    assert after["New"] == in_order(Held(plain(10), LATER), Held(plain(11) + b"one more line\r\n", LATER + 7))
     assert after["Trash"] == [Held(plain(11), LATER)]
 
 
@@ -375,12 +373,11 @@ def test_a_line_added_at_the_start(user: Account, mounted: Mount, tmp_path: Path
         ("""printf 'A: b\\n\\n' | tee "$1" > /dev/null""", b"A: b\r\n\r\n"),
     ],
     ids=[
-        ">>", ">> twice", "{} >>", "truncate", "truncate twice", "dd notrunc", "{ a; b; } >", "> and >>", "tee",
+        ">>", ">> twice", "{} >>", "truncate", "truncate twice", "dd notrunc", "{ a; b; } >", "> and >>",
+        "tee",
     ],
 )  # fmt: skip
-def test_a_message_written_in_place(
-    user: Account, mounted: Mount, script: str, expected: bytes
-) -> None:
+def test_a_message_written_in_place(user: Account, mounted: Mount, script: str, expected: bytes) -> None:
     target = file_of(mounted, 1)
     inode = target.stat().st_ino
     shell(script, target)

@@ -589,8 +589,11 @@ class Session:
             (b"EXAMINE ", astring(mailbox)),
             (b"UID FETCH %d:* %s" % (max(uidnext, 1), _items(modseq=modseq)),),
         ]
+        # Courier appends nothing to a mailbox that is selected read-only.
+        before: list[Command] = [(self._unselecting(),)] if self.selected == mailbox else []
         opening = self._leave(take)
-        completions = self._wire.execute_all([*commands, *looking], on_response=opening.take)
+        completions = self._wire.execute_all([*before, *commands, *looking], on_response=opening.take)
+        del completions[: len(before)]
         if completions[len(commands)].status == "OK":
             self._enter(mailbox, opening, writable=False)
         state = opening.state
@@ -611,13 +614,16 @@ class Session:
             outcomes.append(uid)
         return outcomes, state
 
+    def _unselecting(self) -> bytes:
+        # What is no mailbox cannot be selected, and then none is (RFC 9051 section 6.3.2).
+        return b"UNSELECT" if self.has("UNSELECT") else b'EXAMINE ""'
+
     def _unselect(self) -> None:
         """Have no mailbox selected: a server closes the connection when the selected one is deleted."""
         if self.selected is not None:
             self.selected = None
-            # What is no mailbox cannot be selected, and then none is (RFC 9051 section 6.3.2).
             with contextlib.suppress(Refused):
-                self._wire.execute(b"UNSELECT" if self.has("UNSELECT") else b'EXAMINE ""')
+                self._wire.execute(self._unselecting())
 
     def create_mailbox(self, mailbox: bytes) -> None:
         """CREATE, and SUBSCRIBE so that other programs show it too."""
@@ -630,7 +636,8 @@ class Session:
 
         DELETE takes the messages along (RFC 9051 section 6.3.5), so the look is as late as can be.
         """
-        if self.status(mailbox).get("MESSAGES", 1):
+        # Not by STATUS: where the mailbox is selected that may tell of the past (RFC 9051 section 6.3.11).
+        if self.examine(mailbox).exists:
             return False
         self._unselect()
         self._wire.execute(b"DELETE ", astring(mailbox))

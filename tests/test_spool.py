@@ -1,0 +1,219 @@
+"""What is in the spool survives everything, and what leaves it is meant to."""
+
+import errno
+import json
+import os
+import string
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from imapfs.errors import CacheError
+from imapfs.model import ROOT, Ino
+from imapfs.spool import Attempt, Base, Draft, Spool
+from tests.conftest import ExpectedLog
+
+NAMES = st.binary(min_size=1, max_size=255)
+NUMBERS = st.integers(0, 2**63 - 1)
+BASES = st.builds(Base, NAMES, NUMBERS, NUMBERS, st.integers(-(2**40), 2**40), st.integers(-1440, 1440))
+ATTEMPTS = st.builds(Attempt, NAMES, NUMBERS, NUMBERS, NUMBERS, st.text(string.hexdigits, max_size=64))
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    return Spool(tmp_path / "spool")
+
+
+def made(spool: Spool, name: bytes = b"new.eml", content: bytes = b"From: me\r\n\r\n", ino: int = 7) -> Draft:
+    draft = spool.create(Ino(ino), ROOT, name, (b"INBOX",), 0o600)
+    draft.file.write_bytes(content)
+    return draft
+
+
+def again(spool: Spool) -> Spool:
+    """What a mount that follows finds."""
+    return Spool(spool.directory)
+
+
+@given(
+    parent=NUMBERS, name=NAMES, path=st.lists(NAMES, max_size=4), mode=st.integers(0, 0o7777),
+    mtime=st.integers(-(2**62), 2**62), timed=st.booleans(), flags=st.text(max_size=50),
+    state=st.sampled_from(["local", "sending", "unsent"]), error=st.text(max_size=50),
+    base=st.none() | BASES, attempt=st.none() | ATTEMPTS, dirty=st.booleans(),
+)  # fmt: skip
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
+def test_a_description_comes_back_as_it_was(
+    spool: Spool, parent: int, name: bytes, path: list[bytes], **more: object
+) -> None:
+    written = made(spool)
+    written.parent, written.name, written.path = Ino(parent), name, tuple(path)
+    for field, value in more.items():
+        setattr(written, field, value)
+    written.save()
+    read = again(spool).get(written.ino)
+    assert read is not None
+    for field in ("ino", "parent", "name", "path", "ctime", *more):
+        assert getattr(read, field) == getattr(written, field), field
+
+
+@pytest.mark.parametrize("damage", ["gone", "empty", "half", "a list", "of another version"])
+def test_a_draft_without_its_description_is_rescued(
+    spool: Spool, damage: str, expected_log: ExpectedLog
+) -> None:
+    made(spool, content=b"mail").save()
+    description = spool.directory / "7.json"
+    match damage:
+        case "gone":
+            description.unlink()
+        case "empty":
+            description.write_text("")
+        case "half":
+            description.write_text(description.read_text()[:100])
+        case "a list":
+            description.write_text("[]")
+        case "of another version":
+            described = json.loads(description.read_text())
+            del described["flags"]
+            description.write_text(json.dumps(described))
+    expected_log("has lost its description")
+    rescued = again(spool).child(ROOT, b"rescued-7")
+    assert rescued is not None
+    assert rescued.state == "local"
+    assert rescued.file.read_bytes() == b"mail"
+
+
+def test_a_file_that_was_being_written_when_the_process_ended_is_unsent(spool: Spool) -> None:
+    draft = made(spool)
+    draft.state, draft.dirty = "open", True
+    draft.save()
+    read = again(spool).get(draft.ino)
+    assert read is not None
+    assert read.state == "unsent"
+    assert "retry" in read.error
+    assert read.file.read_bytes() == b"From: me\r\n\r\n"
+
+
+def test_a_new_version_that_nobody_wrote_to_is_none(spool: Spool) -> None:
+    draft = made(spool)
+    draft.base = Base(b"INBOX", 1, 2, 3, 0)
+    draft.save()
+    assert again(spool).get(draft.ino) is None
+    assert [path.name for path in spool.directory.iterdir()] == ["boot"]
+
+
+@pytest.mark.parametrize("state", ["local", "sending", "unsent"])
+def test_what_is_complete_stays_as_it_is(spool: Spool, state: str) -> None:
+    draft = made(spool)
+    draft.state = state  # type: ignore[assignment]
+    draft.save()
+    read = again(spool).get(draft.ino)
+    assert read is not None
+    assert (read.state, read.error) == (state, "")
+
+
+def test_a_note_of_an_old_version_is_no_draft(spool: Spool) -> None:
+    note = Draft(spool, Ino(9), ROOT, b"x.eml", state="sent", base=Base(b"INBOX", 1, 2, 3, 0))
+    note.save()
+    read = again(spool)
+    assert [draft.base for draft in read.sent] == [note.base]
+    assert list(read) == []
+    read.forget(read.sent[0])
+    assert again(spool).sent == []
+
+
+def test_a_kill_while_a_draft_is_deleted_leaves_nothing(spool: Spool) -> None:
+    draft = made(spool)
+    draft.file.unlink()
+    read = again(spool)
+    assert (list(read), read.sent) == ([], [])
+    assert [path.name for path in spool.directory.iterdir()] == ["boot"]
+
+
+def test_half_written_descriptions_are_swept_away(spool: Spool) -> None:
+    made(spool).save()
+    (spool.directory / "7.json.tmp").write_text("{")
+    (spool.directory / "7.tmp").write_text("half")
+    read = again(spool)
+    assert read.get(Ino(7)) is not None
+    assert sorted(path.name for path in spool.directory.iterdir()) == ["7", "7.json", "boot"]
+
+
+def test_two_drafts_of_one_name_are_both_kept(spool: Spool) -> None:
+    first, second = made(spool, b"x.eml"), made(spool, b"y.eml", b"other", 8)
+    second.name = b"x.eml"
+    second.save()
+    read = again(spool)
+    assert {draft.name for draft in read} == {b"x.eml", b"x~2.eml"}
+    assert read.child(ROOT, b"x.eml") is not read.child(ROOT, b"x~2.eml") is not None
+    assert first.file.exists() and second.file.exists()
+
+
+def test_a_rename_frees_the_old_name(spool: Spool) -> None:
+    draft = made(spool)
+    spool.rename(draft, Ino(5), b"there.eml", (b"Work",))
+    assert spool.child(ROOT, b"new.eml") is None
+    assert spool.child(Ino(5), b"there.eml") is draft
+    assert again(spool).child(Ino(5), b"there.eml") is not None
+    assert draft.shown == "Work/there.eml"
+
+
+def test_files_are_for_their_owner_only(spool: Spool) -> None:
+    made(spool).save()
+    assert {path.stat().st_mode & 0o777 for path in spool.directory.glob("7*")} == {0o600}
+    assert spool.directory.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.fixture
+def full(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Spool]:
+    """Let the disk be full for descriptions."""
+
+    def no_space(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", no_space)
+        yield spool
+
+
+def test_a_full_disk_is_enospc_and_leaves_nothing_behind(full: Spool) -> None:
+    with pytest.raises(CacheError) as caught:
+        full.create(Ino(7), ROOT, b"new.eml", (), 0o600)
+    assert caught.value.errno == errno.ENOSPC
+    assert full.child(ROOT, b"new.eml") is None
+    assert not (full.directory / "7").exists()
+
+
+def test_a_full_disk_leaves_the_old_description(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = made(spool)
+    draft.save()
+    before = (spool.directory / "7.json").read_text()
+
+    def half(self: Path, data: str) -> int:
+        self.write_bytes(data[:10].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", half)
+        with pytest.raises(CacheError):
+            draft.save()
+    assert (spool.directory / "7.json").read_text() == before
+
+
+def test_flags_change_whatever_their_case(spool: Spool) -> None:
+    draft = made(spool)
+    draft.flags = "\\Seen Work"
+    draft.change_flags(lambda has: ({"new"}, {"\\SEEN"}))
+    assert draft.flags == "Work new"
+    read = again(spool).get(draft.ino)
+    assert read is not None
+    assert read.flags == "Work new"
+
+
+def test_another_directory_than_that_of_the_spool_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "spool").write_text("a file")
+    with pytest.raises(CacheError, match="cannot use the spool"):
+        Spool(tmp_path / "spool")
+    assert os.path.isfile(tmp_path / "spool")
