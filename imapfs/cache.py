@@ -606,6 +606,11 @@ class Cache:
                 (mode, mtime, time.time_ns(), ino),
             )
 
+    def reserve_inos(self, last: int) -> None:
+        """Give out no inode number up to ``last``."""
+        with self._database.write() as db:
+            db.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'next_ino'", (last + 1,))
+
     def new_ino(self) -> Ino:
         """An inode number that was never used."""
         with self._database.write() as db:

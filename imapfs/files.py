@@ -29,6 +29,8 @@ class OpenFile:
         self.download: Download | None = None
         self.gone: Gone | None = None
         """What it was, once it was removed on the server."""
+        self.orphan: Draft | None = None
+        """The draft that it was, once it was deleted: as on any disk it lives on until it is closed."""
 
     def forget_source(self) -> None:
         """Find the bytes anew at the next read."""
@@ -216,6 +218,8 @@ class Files:
 
     def _wrote(self, draft: Draft) -> None:
         draft.touch()
+        if self._spool.get(draft.ino) is not draft:
+            return  # deleted, and only here for who has it open
         if not draft.dirty or draft.state in {"sending", "unsent"}:
             draft.dirty = True
             if draft.state != "local":
@@ -228,6 +232,8 @@ class Files:
         ``keep``: how many bytes of the message are wanted; None for all.
         """
         file = self._open[ino]
+        if file.orphan is not None:
+            return file.orphan, file.fd
         draft = self._spool.get(ino)
         if draft is None:
             draft = await self._begin(ino, keep)
@@ -270,6 +276,21 @@ class Files:
             file.gone = gone
             if file.fd < 0 and file.download is None:
                 file.fd = -1 if (fd := self._bodies.pin(gone.ino)) is None else fd
+
+    def deleted(self, draft: Draft) -> None:
+        """A draft is about to be deleted: who has it open keeps it."""
+        file = self._open.get(draft.ino)
+        if file is not None and self._cache.node(draft.ino) is None:
+            if file.fd < 0:
+                file.fd = _open_draft(draft)
+            file.orphan = draft
+
+    def orphan(self, ino: Ino) -> tuple[Draft, int] | None:
+        """A draft that was deleted and is still open, and its size in bytes; None if there is none."""
+        file = self._open.get(ino)
+        if file is None or file.orphan is None:
+            return None
+        return file.orphan, os.fstat(file.fd).st_size
 
     def replaced(self, ino: Ino) -> None:
         """The bytes of a file are others now: find them anew."""

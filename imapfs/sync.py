@@ -297,7 +297,7 @@ class _MailboxSync:
         if box is None or box.server_name is None:
             raise MailboxGone("the mailbox is gone")
         name = box.server_name
-        last = self._on_trio(self._cache.last_uid, self.ino)
+        highest = last = self._on_trio(self._cache.last_uid, self.ino)
         if box.uidnext:
             # What was put there from here is known already, what came before it from elsewhere is not.
             last = min(last, box.uidnext - 1)
@@ -307,7 +307,7 @@ class _MailboxSync:
                 self._by_qresync(session, name, box, last)
             elif tracked and session.has("CONDSTORE"):
                 self._by_condstore(session, name, box, last)
-            elif last:
+            elif highest:
                 self._by_comparison(session, name, box)
             else:
                 self._from_nothing(session, name)

@@ -367,8 +367,7 @@ class Uploader:
                 # If it was deleted by another client meanwhile, this is simply a new message.
                 with contextlib.suppress(MessageGone, MailboxGone):
                     if old is not None and await self._old_version(old.ino) == data[:]:
-                        if fit.is_current(draft):
-                            self._unchanged(draft, old)
+                        await self._unchanged(draft, fit, old)
                         return None
         except (Invalid, TooBig) as error:
             self._refuse(job, error)
@@ -376,15 +375,24 @@ class Uploader:
         except FileNotFoundError:
             job.settle(MessageGone("it was deleted before it was sent"))
             return None
-        except OSError as error:
-            raise CacheError.from_os_error(error, f"cannot read {draft.file}") from None
+        except (CacheError, OSError) as error:
+            # The others need not wait for what this disk cannot do now.
+            if isinstance(error, OSError):
+                error = CacheError.from_os_error(error, f"cannot read {draft.file}")
+            job.due = time.monotonic() + _RETRY_MOST
+            job.tried(report(error, f"{draft.shown} is not sent yet"))
+            return None
         date, zone = draft.mtime // 1_000_000_000, 0
         if draft.base is not None and not draft.timed:
             date, zone = draft.base.date, draft.base.zone
         return _Prepared(job, fit, date, zone, draft.flags)
 
-    def _unchanged(self, draft: Draft, old: Node) -> None:
+    async def _unchanged(self, draft: Draft, fit: _Fit, old: Node) -> None:
         """The new version is the old one: nothing is to be done on the server."""
+        if old.ino != draft.ino and old.name is not None:
+            await self._keep_backup(draft, old, old.name)
+        if not fit.is_current(draft):
+            return  # written to since: what comes of that is looked at when it is complete
         if old.ino != draft.ino:
             self._bodies.rename(old.ino, draft.ino)
             self._cache.give_inode(old.ino, draft.ino, draft.name)
@@ -404,9 +412,10 @@ class Uploader:
     async def _append(self, mailbox: Ino, ready: list[_Prepared]) -> None:
         """Have the messages on the server and in the cache."""
         box = self._operations.mailbox(mailbox)
-        uncertain = [p.job.draft for p in ready if p.job.draft.attempt is not None]
-        found = await self._look_up(uncertain)
-        ready = [p for p in ready if p.job.draft.ino not in found and p.fit.is_current(p.job.draft)]
+        uncertain = {p.job.draft.ino: p.job.draft for p in ready if p.job.draft.attempt is not None}
+        await self._look_up(list(uncertain.values()))
+        # Those that are not there are to be compared with their old versions next, in another round.
+        ready = [p for p in ready if p.job.draft.ino not in uncertain and p.fit.is_current(p.job.draft)]
         if not ready:
             return
         flight = _Flight(box, ready)
@@ -417,19 +426,25 @@ class Uploader:
             draft.attempt = Attempt(box.name, flight.uidvalidity, flight.uidnext, len(fit.data), fit.digest)
             draft.save()
         await self._pool.run(flight.send, box.name, repeat=False)
-        unnamed: list[_Prepared] = []
+        unnamed: dict[Ino, tuple[_Prepared, int | None]] = {}
         for prepared, outcome in zip(ready, flight.outcomes, strict=True):
             draft = prepared.job.draft
             if isinstance(outcome, Refused):
                 draft.attempt = None
                 self._refuse(prepared.job, outcome)
-            elif outcome is None:
-                unnamed.append(prepared)
+            elif outcome is not None and (data := flight.listed(outcome)) is not None:
+                self._adopt(box, draft, data, prepared.fit, prepared.flags)
             else:
-                self._adopt(box, draft, flight.listed(outcome), prepared.fit, prepared.flags)
-        found = await self._look_up([prepared.job.draft for prepared in unnamed])
-        for prepared in unnamed:
-            if prepared.job.draft.ino not in found:
+                # Also where a UID was named: Courier names a wrong one in a mailbox that was only examined.
+                unnamed[draft.ino] = prepared, outcome
+        found = await self._look_up([prepared.job.draft for prepared, _ in unnamed.values()])
+        for prepared, uid in unnamed.values():
+            if prepared.job.draft.ino in found:
+                continue
+            if uid is not None and uid >= flight.uidnext:
+                # Another client, or a filter, was quick to move it on.
+                self._adopt(box, prepared.job.draft, None, prepared.fit, prepared.flags)
+            else:
                 self._refuse(prepared.job, Refused("the server took it but does not show it: look there"))
 
     async def _look_up(self, uncertain: Sequence[Draft]) -> set[Ino]:
@@ -561,7 +576,7 @@ class Uploader:
                 await self._operations.remove(old.ino)
         except (MessageGone, MailboxGone):
             pass
-        except ImapfsError as error:
+        except Exception as error:
             report(error, "the old version of a message is not removed yet")
             return
         self._spool.sent.remove(draft)
@@ -571,9 +586,11 @@ class Uploader:
         content = await self._old_version(old.ino)
         self._cache.hide(old.ino)
         backup = self._spool.create(self._cache.new_ino(), old.parent, name, draft.path, 0o600)
-        backup.file.write_bytes(content)
+        await trio.to_thread.run_sync(backup.file.write_bytes, content)
         backup.state = "local"
         backup.save()
+        # The message goes next.
+        await backup.secure()
         self._sync.publish(Changes(old.parent, gone=[Gone.of(old)], added=[(backup.ino, name)]))
 
 

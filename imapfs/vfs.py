@@ -66,6 +66,8 @@ _PATIENCE: Final = 3.0
 """Seconds that a known listing waits for news from the server before it is served as it is."""
 _QUOTA_AGE: Final = 60.0
 _PAGE: Final = 500
+_EDITORS_PAUSE: Final = 10.0
+"""Seconds between an editor's renaming of a file to its backup and its writing of the new one."""
 _SUFFIX: Final = b".eml"
 
 
@@ -137,10 +139,11 @@ class Filesystem:
         self._root = ROOT
         self._quota: Quota | None = None
         self._quota_at = -math.inf
-        self._renamed: dict[tuple[Ino, bytes], Ino] = {}
-        """Name that a message had before it was renamed to no message's name -> the message.
+        self._renamed: dict[tuple[Ino, bytes], tuple[Ino, float]] = {}
+        """Name that a message had before it was renamed to no message's name -> the message, and when.
 
-        Editors do that before they write the file anew: what comes under the old name is a new version."""
+        Editors do that just before they write the file anew: what comes under the old name is a new version.
+        """
 
     async def start(self) -> None:
         """Find the root of the mount. Raises whatever makes a mount impossible.
@@ -180,6 +183,8 @@ class Filesystem:
 
     def _place_drafts(self) -> None:
         """Find the directories of the drafts of an earlier mount, whose inodes may be others now."""
+        # After a power cut the database may have forgotten that it gave out their inodes.
+        self.cache.reserve_inos(max((draft.ino for draft in (*self.spool, *self.spool.sent)), default=0))
         for draft in self.spool:
             ino = ROOT
             for name in draft.path:
@@ -249,6 +254,9 @@ class Filesystem:
         draft = self.spool.get(ino)
         if draft is not None:
             return _draft_attributes(draft)
+        orphan = self.files.orphan(ino)
+        if orphan is not None:
+            return _draft_attributes(*orphan)
         file = self.files.get(ino)
         if file is not None and file.gone is not None:
             gone = file.gone
@@ -362,13 +370,20 @@ class Filesystem:
             self.operations.mailbox(directory)
         draft = self.spool.create(self.cache.new_ino(), directory, name, self.cache.path(directory), mode)
         draft.state = "open" if is_message_name(name) else "local"
-        previous = self._renamed.pop((directory, name), None)
-        if previous is not None and (old := self.cache.node(previous)) is not None:
-            self._replace(draft, old)
+        previous = self._just_renamed(directory, name)
+        if previous is not None:
+            self._replace(draft, previous)
         draft.save()
         self._touched(directory)
         self.files.open_draft(draft, writing=True)
         return _draft_attributes(draft)
+
+    def _just_renamed(self, directory: Ino, name: bytes) -> Node | None:
+        """The message that had this name until a moment ago; see `_renamed`."""
+        ino, at = self._renamed.pop((directory, name), (None, -math.inf))
+        if ino is None or time.monotonic() - at > _EDITORS_PAUSE:
+            return None
+        return self.cache.node(ino)
 
     def _draft_of(self, node: Node) -> Draft:
         """Begin a new version of a message under the same name and inode."""
@@ -512,6 +527,8 @@ class Filesystem:
             source = self.node(source.ino)
         with await self._replacing(there, new_name) as replaced:
             target = replaced.node
+            if target is not None and target.ino == source.ino:
+                target = None  # an editor's backup is put back in place of what was not sent yet
             if here != there:
                 await self.operations.move(source.ino, there, new_name)
             else:
@@ -519,7 +536,7 @@ class Filesystem:
                     self.cache.hide(target.ino)
                 self.cache.rename(source.ino, new_name)
                 if is_message_name(name) and not is_message_name(new_name):
-                    self._renamed[here, name] = source.ino
+                    self._renamed[here, name] = source.ino, time.monotonic()
         self._renamed.pop((there, new_name), None)
         if target is not None:
             await self._remove_replaced(target)
@@ -554,13 +571,12 @@ class Filesystem:
             # A new version of a message is replaced by another new version of it.
             draft.base = replaced.draft.base
         before = draft.parent, draft.name, draft.path, draft.state, draft.base
-        if target is not None and message:
-            self._replace(draft, target)
-        elif message and draft.base is None and (old := self._renamed.pop((there, new_name), None)):
-            node = self.cache.node(old)
-            if node is not None:
-                self._replace(draft, node)
         is_version = self.cache.node(draft.ino) is not None
+        renamed = self._just_renamed(there, new_name)
+        if target is not None and message and not is_version:
+            self._replace(draft, target)
+        elif message and draft.base is None and renamed is not None:
+            self._replace(draft, renamed)
         if not message and not is_version:
             draft.state = "local"
         elif draft.state == "local":
@@ -577,6 +593,9 @@ class Filesystem:
             self.cache.hide(target.ino)
         if is_version:
             self.cache.rename(draft.ino, new_name)
+            if target is not None:
+                await self._remove_replaced(target)
+                target = None
         if not self._complete(draft, now=True):
             draft.save()
             return
@@ -593,11 +612,15 @@ class Filesystem:
 
     async def _wait_for_server(self, draft: Draft) -> None:
         """Wait until a draft is sent or refused; a server that is away or slow is not waited for."""
-        with trio.move_on_after(self.config.timeout * 0.8):
+        # Well before whoever waits for the answer is told that there was none.
+        with trio.move_on_at(trio.current_effective_deadline() - self.config.timeout * 0.2):
             try:
                 await self.uploader.submit(draft, now=True).wait()
+                return
             except ConnectionLost as error:
                 log.info("%s is sent later: %s", draft.shown, error)
+        if self.spool.get(draft.ino) is draft:
+            await draft.secure()
 
     async def _settle(self, draft: Draft) -> None:
         """Have a new version of a message on the server."""
@@ -756,14 +779,17 @@ class _Replacing:
         if self.draft is None:
             return
         if kind is None:
+            self._fs.files.deleted(self.draft)
             self._fs.spool.forget(self.draft)
         else:
             self._fs.spool.put_back(self.draft)
             self._fs._resubmit(self.draft)
 
 
-def _draft_attributes(draft: Draft) -> Attributes:
-    return Attributes(draft.ino, False, draft.size, draft.mtime, draft.ctime, draft.mode)
+def _draft_attributes(draft: Draft, size: int | None = None) -> Attributes:
+    """What stat shows of a draft; its size must be given once its file is deleted."""
+    size = draft.size if size is None else size
+    return Attributes(draft.ino, False, size, draft.mtime, draft.ctime, draft.mode)
 
 
 def _is_noise(name: bytes) -> bool:
