@@ -273,6 +273,10 @@ class Spool:
         try:
             draft = _restore(self, ino, json.loads(self._description(ino).read_text()))
         except (OSError, ValueError, TypeError, KeyError) as error:
+            if not path.exists() or not path.stat().st_size:
+                # An end between the making of the two.
+                path.unlink(missing_ok=True)
+                return None
             log.warning("the spool file %s has lost its description (%s): see rescued-%d", path, error, ino)
             draft = Draft(self, ino, ROOT, b"rescued-%d" % ino, state="local")
             draft.touch()

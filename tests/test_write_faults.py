@@ -670,7 +670,7 @@ def test_a_change_of_mailboxes_cut_off(
     found = set(mailboxes(user))
     assert found == after or (error is not None and found == before)
     again = mount(user, cache=mounted.cache)
-    assert {entry for entry in os.listdir(again.path)} == found
+    assert set(os.listdir(again.path)) == found
     (full,) = [
         entry for entry in ("Full", "Made") if (again.path / entry / "").exists() and name != "mkdir"
     ] or ["Full"]

@@ -153,6 +153,8 @@ class Session:
         self.selected: bytes | None = None
         self.state = MailboxState()
         self._writable = False
+        self._open = b"EXAMINE "
+        """What mailboxes are opened with for reading."""
 
     @classmethod
     def connect(
@@ -277,7 +279,7 @@ class Session:
         """
         if not parameters and self.has("CONDSTORE") and not self.has("ENABLE"):
             parameters = b" (CONDSTORE)"
-        commands: list[Command] = [(b"EXAMINE ", astring(mailbox), parameters), *((c,) for c in then)]
+        commands: list[Command] = [(self._open, astring(mailbox), parameters), *((c,) for c in then)]
         opening = self._leave(on_message)
         examined, *others = self._wire.execute_all(commands, on_response=opening.take)
         try:
@@ -290,6 +292,11 @@ class Session:
             # must refuse MODSEQ (RFC 7162 section 3.1.2.2).
             for command, completion in zip(commands[1:], others, strict=True):
                 self._wire.check(command, completion)
+        if state.exists and not state.uidnext and not then and self._open == b"EXAMINE ":
+            # Courier. The UIDs that it gives in an EXAMINE it may give to other messages later, with the same
+            # UIDVALIDITY, so that a deletion would take the wrong one. SELECT makes it write them down.
+            self._open = b"SELECT "
+            return self._examine(mailbox, parameters, then, on_message)
         return state
 
     def _leave(self, on_message: OnMessage = _ignore) -> _Opening:
@@ -586,7 +593,7 @@ class Session:
             for u in uploads
         ]
         looking: list[Command] = [
-            (b"EXAMINE ", astring(mailbox)),
+            (self._open, astring(mailbox)),
             (b"UID FETCH %d:* %s" % (max(uidnext, 1), _items(modseq=modseq)),),
         ]
         # Courier appends nothing to a mailbox that is selected read-only.
