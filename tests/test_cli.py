@@ -247,6 +247,8 @@ def test_mount_has_exactly_these_options() -> None:
         *("--password-command", "--password-file", "--ca-file", "--cache-dir", "--cache-size", "--read-only"),
         *(
             "--names",
+            "--delete",
+            "--fetch-ahead",
             "--connections",
             "--timeout",
             "--foreground",

@@ -453,7 +453,9 @@ def test_message_and_mailbox_that_come_appear(user: Account, mount: Mounter) -> 
     inbox = mount(user).path / "INBOX"
     assert list(inbox.iterdir()) == []
     user.deliver("INBOX", [(plain(1), DATE, "")])
-    user.deliver("later/on", [(plain(2), DATE, "")])
+    with user.client() as client:
+        assert client.create("later/on")[0] == "OK"
+    user.append("later/on", plain(2), DATE)
     wait_until(lambda: len(list(inbox.iterdir())) == 1, "the message is listed")
     assert contents(inbox) == served(user) == {1: plain(1)}
     wait_until(lambda: (inbox.parent / "later" / "on").exists(), "the mailbox is listed")

@@ -146,8 +146,8 @@ def test_extension_that_cannot_be_enabled_is_done_without(ca: CertificateAuthori
 @pytest.mark.parametrize(
     ("untagged", "exists"),
     [
-        (b"* OK [UIDVALIDITY 7] see template {5}\r\n* 3 EXISTS\r\n", 3),
-        (b"* OK [UIDVALIDITY 7] Folder EXISTS\r\n* 3 EXISTS \r\n", 3),
+        (b"* OK [UIDVALIDITY 7] see template {5}\r\n* 3 EXISTS\r\n* OK [UIDNEXT 9] x\r\n", 3),
+        (b"* OK [UIDVALIDITY 7] Folder EXISTS\r\n* 3 EXISTS \r\n* OK [UIDNEXT 9] x\r\n", 3),
         (b"* 0 EXISTS\r\n* OK [UIDVALIDITY 7] valid\r\n", 0),
     ],
 )
