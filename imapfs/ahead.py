@@ -34,6 +34,8 @@ class _Scan:
         self.at = 0.0
         self.opened: list[Node] = []
         self.running = False
+        self.misses = 0
+        """Messages opened in a row that were not fetched ahead, though others were."""
         self.by_name = False
         self.cursor: Node | None = None
         """Up to where messages were fetched or asked for."""
@@ -70,13 +72,19 @@ class FetchAhead:
             self._scans = {ino: s for ino, s in self._scans.items() if now - s.at <= _IDLE}
             scan = self._scans[node.parent] = _Scan()
         scan.at = now
+        if scan.running:
+            scan.misses = 0 if node.ino in scan.ahead or node.crc is not None else scan.misses + 1
+            if scan.misses >= _NOTICE:
+                # It goes another way than was thought.
+                scan.running, scan.opened = False, []
         scan.take(node.ino)
         if not scan.running:
             if node.crc is None:
                 scan.opened.append(node)
+            del scan.opened[:-_NOTICE]
             if len(scan.opened) < _NOTICE:
                 return
-            scan.running = True
+            scan.running, scan.misses = True, 0
             scan.by_name = _goes_by_name(scan.opened)
             scan.cursor = node
         self._top_up(scan)
