@@ -153,7 +153,7 @@ class Spool:
                 self.sent.append(draft)
             else:
                 # A kill while one was to replace another leaves both.
-                draft.name = self._free_name(draft.parent, draft.name)
+                draft.name = self.free_name(draft.parent, draft.name)
                 self._add(draft)
 
     # -- looking -------------------------------------------------------------------------------------------
@@ -174,9 +174,17 @@ class Spool:
 
     # -- changing ------------------------------------------------------------------------------------------
 
-    def create(self, ino: Ino, parent: Ino, name: bytes, path: tuple[bytes, ...], mode: int) -> Draft:
+    def create(
+        self,
+        ino: Ino,
+        parent: Ino,
+        name: bytes,
+        path: tuple[bytes, ...],
+        mode: int,
+        base: Base | None = None,
+    ) -> Draft:
         """A new, empty draft."""
-        draft = Draft(self, ino, parent, name, path, mode)
+        draft = Draft(self, ino, parent, name, path, mode, base=base)
         draft.touch()
         try:
             os.close(os.open(draft.file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
@@ -190,7 +198,8 @@ class Spool:
         self._add(draft)
         return draft
 
-    def _free_name(self, parent: Ino, name: bytes) -> bytes:
+    def free_name(self, parent: Ino, name: bytes) -> bytes:
+        """``name``, or where another draft has it, one like it."""
         stem, dot, suffix = name.rpartition(b".")
         n = 1
         while (parent, name) in self._names:
@@ -205,7 +214,7 @@ class Spool:
 
     def put_back(self, draft: Draft) -> None:
         """Undo `set_aside`; if another has the name now, this one gets one like it."""
-        name = self._free_name(draft.parent, draft.name)
+        name = self.free_name(draft.parent, draft.name)
         if name != draft.name:
             draft.name = name
             draft.save()
@@ -214,6 +223,12 @@ class Spool:
     def _add(self, draft: Draft) -> None:
         self._drafts[draft.ino] = draft
         self._names[draft.parent, draft.name] = draft.ino
+
+    def owe(self, ino: Ino, old: Base, path: tuple[bytes, ...] = ()) -> None:
+        """Note that a message was replaced and is to be removed from the server."""
+        note = Draft(self, ino, ROOT, b"", path, state="sent", base=old)
+        note.save()
+        self.sent.append(note)
 
     def rename(self, draft: Draft, parent: Ino, name: bytes, path: tuple[bytes, ...]) -> None:
         """Give a draft another place; nothing else may be there."""

@@ -208,6 +208,10 @@ class Uploader:
             job.settle(MessageGone("it was withdrawn"))
         return self._spool.get(draft.ino) is draft
 
+    def is_in_flight(self, draft: Draft) -> bool:
+        """Whether a draft is being sent or looked for now."""
+        return draft.ino in self._in_flight
+
     def pending(self) -> list[Draft]:
         """Drafts that are to be sent, now or when they are complete."""
         return [job.draft for job in self._jobs.values() if not job.settled]
@@ -240,12 +244,14 @@ class Uploader:
         self._nursery.start_soon(self._remove_all_old)
 
     async def _remove_all_old(self) -> None:
-        async with self._removing:
-            for draft in list(self._spool.sent):
-                await self._remove_old(draft)
-        if self._spool.sent and not self._removes_later:
-            self._removes_later = True
-            self._nursery.start_soon(self._remove_later)
+        try:
+            async with self._removing:
+                for draft in list(self._spool.sent):
+                    await self._remove_old(draft)
+        finally:
+            if self._spool.sent and not self._removes_later:
+                self._removes_later = True
+                self._nursery.start_soon(self._remove_later)
 
     async def _remove_later(self) -> None:
         """Try again to remove old versions, as until then other clients see two messages."""
@@ -545,16 +551,17 @@ class Uploader:
             del self._jobs[draft.ino]
             job.settle(None)
 
+    async def discard(self, old: Base) -> None:
+        """Remove a message that something else has replaced, now or later."""
+        self._spool.owe(self._cache.new_ino(), old)
+        await self._remove_all_old()
+
     def _note_old_version(self, draft: Draft, old: Base) -> None:
         """A draft is a message now, whose old version is to be removed from the server next.
 
         The note has a number of its own: that of the draft may soon be another draft's.
         """
-        left = Draft(
-            self._spool, self._cache.new_ino(), draft.parent, draft.name, draft.path, state="sent", base=old
-        )
-        left.save()
-        self._spool.sent.append(left)
+        self._spool.owe(self._cache.new_ino(), old, draft.path)
 
     def _finish(self, draft: Draft, *, altered: bool) -> None:
         job = self._jobs.pop(draft.ino, None)

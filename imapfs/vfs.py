@@ -190,12 +190,19 @@ class Filesystem:
             for name in draft.path:
                 node = self.cache.child(ino, name)
                 if node is None or not node.is_dir:
-                    log.warning("%s has lost its mailbox: it is at the top of the mount now", draft.shown)
-                    ino = self._root
+                    self._rescue(draft)
+                    ino = draft.parent
                     break
                 ino = node.ino
             if ino != draft.parent:
                 self.spool.rename(draft, ino, draft.name, self.cache.path(ino))
+
+    def _rescue(self, draft: Draft) -> None:
+        """Show a file whose mailbox was deleted or renamed by others where it can be found."""
+        log.warning("%s has lost its mailbox: it is at the top of the mount now", draft.shown)
+        name = self.spool.free_name(self._root, draft.name)
+        self.spool.rename(draft, self._root, name, self.cache.path(self._root))
+        self._on_changes(Changes(ROOT, added=[(draft.ino, name)]))
 
     def _show_strays(self) -> None:
         """Show messages that an earlier process hid, as they were to be removed, and did not remove."""
@@ -219,6 +226,8 @@ class Filesystem:
     def _changed(self, changes: Changes) -> None:
         for gone in changes.gone:
             self.files.removed(gone)
+            for draft in self.spool.within(gone.ino):
+                self._rescue(draft)
         if changes.directory == self._root:
             changes = replace(changes, directory=ROOT)
         self._on_changes(changes)
@@ -265,7 +274,36 @@ class Filesystem:
 
     def _child(self, directory: Ino, name: bytes) -> Draft | Node | None:
         """What is in a directory by that name, as far as is known."""
-        return self.spool.child(directory, name) or self.cache.child(directory, name)
+        draft = self.spool.child(directory, name)
+        if draft is not None:
+            return draft
+        node = self.cache.child(directory, name)
+        if node is not None and not node.is_dir and self._is_twin(node, self._uncertain(directory)):
+            return None
+        return node
+
+    def _uncertain(self, directory: Ino) -> list[Draft]:
+        """Drafts of which it is not known whether they were sent to the mailbox of a directory."""
+        found = [d for d in self.spool if d.attempt is not None and not self.uploader.is_in_flight(d)]
+        if found:
+            mailbox = self.cache.mailbox(directory)
+            place = mailbox and (mailbox.server_name, mailbox.uidvalidity)
+            found = [d for d in found if d.attempt and (d.attempt.mailbox, d.attempt.uidvalidity) == place]
+        return found
+
+    def _is_twin(self, node: Node, uncertain: list[Draft]) -> bool:
+        """Whether a message is what a draft has become, most likely.
+
+        It is not shown beside the draft: moved or deleted, it could not be found, and would be sent again.
+        """
+        return any(
+            node.ino != draft.ino
+            and draft.attempt is not None
+            and (node.uid or 0) >= draft.attempt.uidnext
+            and 0 <= node.size - draft.attempt.size <= 2
+            and not self.cache.is_named(node.parent, node.uid or 0)
+            for draft in uncertain
+        )
 
     async def lookup(self, parent: Ino, name: bytes) -> Attributes:
         directory = self._directory(parent).ino
@@ -333,7 +371,12 @@ class Filesystem:
 
     def _page(self, directory: Ino, after: int) -> list[tuple[bytes, Attributes]]:
         nodes = self.cache.children(directory, after, _PAGE)
-        page = [(node.name or b"", self._attributes(node)) for node in nodes]
+        uncertain = self._uncertain(directory)
+        page = [
+            (node.name or b"", self._attributes(node))
+            for node in nodes
+            if node.is_dir or not self._is_twin(node, uncertain)
+        ]
         end = nodes[-1].ino if len(nodes) == _PAGE else math.inf
         drafts = [d for d in self.spool.within(directory) if after < d.ino <= end]
         if drafts:
@@ -343,6 +386,8 @@ class Filesystem:
             page = [(n, a) for n, a in page if n not in names or self.spool.get(a.ino) is not None]
             page += [(d.name, _draft_attributes(d)) for d in drafts if d.ino not in there]
             page.sort(key=lambda entry: entry[1].ino)
+        if not page and len(nodes) == _PAGE:
+            return self._page(directory, nodes[-1].ino)
         return page
 
     # -- reading and writing -------------------------------------------------------------------------------
@@ -388,22 +433,29 @@ class Filesystem:
     def _draft_of(self, node: Node) -> Draft:
         """Begin a new version of a message under the same name and inode."""
         path = self.cache.path(node.parent)
-        draft = self.spool.create(node.ino, node.parent, node.name or b"", path, node.mode or 0o600)
+        base, flags = self._base(node) or (None, "")
+        draft = self.spool.create(node.ino, node.parent, node.name or b"", path, node.mode or 0o600, base)
+        draft.flags = flags
         if not is_message_name(draft.name):
             # Whatever its name: the file is a message on the server, and stays one.
             log.debug("%s is a message by another name", draft.shown)
-        self._replace(draft, node)
         draft.save()
         return draft
 
     def _replace(self, draft: Draft, old: Node) -> None:
         """Let a draft be a new version of a message: with its flags, unless it has some of its own."""
-        details = self.cache.details(old.ino)
-        mailbox = self.cache.mailbox(old.parent)
+        if (found := self._base(old)) is not None:
+            draft.base, flags = found
+            draft.flags = draft.flags or flags
+
+    def _base(self, node: Node) -> tuple[Base, str] | None:
+        """A message as one to be replaced, and its flags."""
+        details = self.cache.details(node.ino)
+        mailbox = self.cache.mailbox(node.parent)
         if details is None or mailbox is None or mailbox.server_name is None:
-            return
-        draft.base = Base(mailbox.server_name, mailbox.uidvalidity, details.uid, details.date, details.zone)
-        draft.flags = draft.flags or details.flags
+            return None
+        name, uidvalidity = mailbox.server_name, mailbox.uidvalidity
+        return Base(name, uidvalidity, details.uid, details.date, details.zone), details.flags
 
     async def _old_version(self, ino: Ino) -> bytes:
         """The bytes on the server of a message of which there may be a draft."""
@@ -579,7 +631,7 @@ class Filesystem:
             self._replace(draft, renamed)
         if not message and not is_version:
             draft.state = "local"
-        elif draft.state == "local":
+        elif draft.state == "local" or (draft.state == "unsent" and draft.parent != there):
             draft.state, draft.dirty = "open", True
         self.spool.rename(draft, there, new_name, self.cache.path(there))
         self._touched(before[0])
@@ -632,17 +684,11 @@ class Filesystem:
             raise Refused(f"its changes are not on the server: {draft.error}", "INUSE")
 
     async def _remove_replaced(self, target: Node) -> None:
-        try:
-            await self.operations.remove(target.ino)
-        except MessageGone:
-            pass
-        except BaseException as error:
-            # What was to take its place is there already: it comes back under a name of its own.
-            if self.cache.node(target.ino) is not None:
-                self.cache.show(target.ino)
-            if not isinstance(error, ImapfsError):
-                raise
-            report(error, "a message that was replaced is still there")
+        """Delete a message, now or as soon as that is possible: what takes its place is there already."""
+        base = self._base(target)
+        if base is not None:
+            self.cache.hide(target.ino)
+            await self.uploader.discard(base[0])
 
     async def unlink(self, parent: Ino, name: bytes) -> None:
         """What ``rm`` does: a message goes to Trash or for good, a draft with all that it replaced."""

@@ -1,9 +1,9 @@
 """A mounted account under random operations and faults, and a model of what must become of every message.
 
 Every version of every message has bytes of its own, so that it is recognised wherever it is. For each the
-model holds the places where it may be in the end: an operation that succeeded leads to one, an operation that
-failed to the one before or the one after. What must never be is a version that was accepted and is nowhere, one
-that is in two places, and bytes that nobody wrote.
+model holds the places where it may be in the end: an operation that succeeded leads to one, an operation
+that failed to the one before or the one after. What must never be is a version that was accepted and is
+nowhere, one that is in two places, and bytes that nobody wrote.
 
 Used by tests.test_stateful in short and by scripts/stateful in long.
 """
@@ -33,7 +33,6 @@ FIXED = {"INBOX", "Drafts", "Sent", "Trash", "Junk"}
 _MARK = re.compile(rb"^X-Version: (\d+)\r?$", re.M)
 _CHANGING = rb"APPEND|UID MOVE|UID COPY|UID STORE|UID EXPUNGE|CREATE|DELETE|RENAME"
 _ANY = _CHANGING + rb"|UID FETCH|EXAMINE|SELECT|LIST|STATUS"
-_GONE = {errno.ENOENT, errno.ESTALE}
 
 
 @dataclass
@@ -130,7 +129,11 @@ class World:
         if based_on:
             content = based_on + mark
         else:
-            content = b"Message-ID: <%d@example.org>\r\nSubject: message %d\r\n%s\r\n" % (number, number, mark)
+            content = b"Message-ID: <%d@example.org>\r\nSubject: message %d\r\n%s\r\n" % (
+                number,
+                number,
+                mark,
+            )
             content += b"text\r\n" * self.random.choice([0, 1, 50, 2000])
         version = Version(content, {place}, {frozenset()})
         self._versions[number] = version
@@ -143,18 +146,16 @@ class World:
         return version if version is not None and normal == version.content else None
 
     @staticmethod
-    def _went(version: Version, change: Callable[[str], str], *, surely: bool) -> None:
-        after = {place if place == NOWHERE else change(place) for place in version.places}
+    def _went(version: Version, source: str, target: str, *, surely: bool) -> None:
+        """It left a directory, unless another client has taken it from there before."""
+        after = {target if place == source else place for place in version.places}
         version.places = after if surely else version.places | after
 
-    def _deleted(self, version: Version, *, surely: bool) -> None:
+    def _deleted(self, version: Version, directory: str, *, surely: bool) -> None:
         """It went the way of rm; what never got to the server leaves nothing."""
-        before = set(version.places)
-        self._went(version, lambda place: NOWHERE if place == TRASH else TRASH, surely=surely)
+        self._went(version, directory, NOWHERE if directory == TRASH else TRASH, surely=surely)
         if not version.settled:
             version.places |= {NOWHERE}
-        if not surely:
-            version.places |= before
 
     # -- victims -------------------------------------------------------------------------------------------
 
@@ -190,7 +191,7 @@ class World:
 
     # -- faults --------------------------------------------------------------------------------------------
 
-    def inject(self) -> None:
+    def _inject(self) -> None:
         """Perhaps have something go wrong in the operation that comes next."""
         self._heal()
         roll = self.random.random()
@@ -204,7 +205,8 @@ class World:
         else:
             changing = self.random.random() < 0.7
             command = _CHANGING if changing else _ANY
-            point = self.random.choice(("command", "answer", "upload") if changing else ("command", "answer"))
+            points: list[Point] = ["command", "answer", "upload"] if changing else ["command", "answer"]
+            point = self.random.choice(points)
             if point == "upload":
                 command = b"APPEND"
             self._killing = roll < 0.70
@@ -225,14 +227,16 @@ class World:
                 self.figures.faults[f"{how} at {self._fault.at}"] += self._fault.hits
             self._fault = None
 
-    def _run(self, what: str, operation: Callable[[], object]) -> OSError | None:
-        """Do something through the mount, with whatever goes wrong; None if it succeeded."""
+    def _run(self, what: str, operation: Callable[[], object], *, at_rest: bool = True) -> OSError | None:
+        """Do something through the mount, with whatever goes wrong; None if it succeeded.
+
+        ``at_rest`` allows a kill at any time; without it the server hears no more after the kill.
+        """
+        self._inject()
+        self._killing = self._killing and (at_rest or self._fault is not None)
         self.figures.operations[what.split()[0]] += 1
         self.history.append(what)
-        if self._killing:
-            error = self._run_and_kill(operation)
-        else:
-            error = _outcome(operation)
+        error = self._run_and_kill(operation) if self._killing else _outcome(operation)
         if error is not None:
             self.figures.failed[errno.errorcode.get(error.errno or 0, "?")] += 1
             self.history.append(f"  {error}")
@@ -289,7 +293,7 @@ class World:
             # It may not have come as far as to its first byte.
             version.places |= {SPOOL, NOWHERE}
         if victim:
-            self._deleted(victim[2], surely=error is None)
+            self._deleted(victim[2], place, surely=error is None)
 
     def edit(self) -> None:
         """Write to an existing file in place, or append to it."""
@@ -307,16 +311,12 @@ class World:
             else:
                 _write(path, version.content)
 
-        before = set(old.places)
         error = self._run(
             f"{'append' if appending else 'rewrite'} {_number(old)} as {number} in {place}", operation
         )
-        # Another client may have moved the old one elsewhere: then the new one is beside it.
-        self._deleted(old, surely=error is None and before == {place})
+        self._deleted(old, place, surely=error is None)
         if error is not None:
             version.places |= {NOWHERE}
-            if not old.settled:
-                old.places |= before
 
     def move(self) -> None:
         """mv, within a directory or across, to a new name or over another message."""
@@ -333,9 +333,12 @@ class World:
             text + (f" over {_number(over[2])}" if over else ""), lambda: os.rename(path, target)
         )
         if path.parent.name != place:
-            self._went(version, lambda _: place, surely=error is None)
+            self._went(version, path.parent.name, place, surely=error is None)
         if over:
-            self._deleted(over[2], surely=error is None)
+            self._deleted(over[2], place, surely=error is None)
+            if not version.settled:
+                # Not on the server yet, it becomes a new version of that message, with its flags.
+                version.flags = None
 
     def remove(self) -> None:
         """rm, also of what is in Trash."""
@@ -343,7 +346,10 @@ class World:
             return
         path, _, version = victim
         error = self._run(f"remove {_number(version)} from {path.parent.name}", lambda: os.unlink(path))
-        self._deleted(version, surely=error is None)
+        self._deleted(version, path.parent.name, surely=error is None)
+        if error is not None and path.parent.name == TRASH and version.flags is not None:
+            # Marked, but not expunged.
+            version.flags |= {has | {"\\Deleted"} for has in version.flags}
 
     def flag(self) -> None:
         """setfattr."""
@@ -364,9 +370,15 @@ class World:
 
     def touch(self) -> None:
         """utimens and chmod, which are kept here."""
-        if (victim := self._victim()) is not None:
-            path = victim[0]
-            self._run(f"touch {_number(victim[2])}", lambda: (os.utime(path, (1, 2)), os.chmod(path, 0o640)))
+        if (victim := self._victim()) is None:
+            return
+        path, _, version = victim
+
+        def operation() -> None:
+            os.utime(path, (1, 2))
+            os.chmod(path, 0o640)
+
+        self._run(f"touch {_number(version)}", operation)
 
     def look(self) -> None:
         """ls -l of everything."""
@@ -387,14 +399,13 @@ class World:
         if len(self._mailboxes) < 10:
             self._names += 1
             name = f"box{self._names}"
-            self._run(f"mkdir {name}", lambda: os.mkdir(self.root / name))
+            self._run(f"mkdir {name}", lambda: os.mkdir(self.root / name), at_rest=False)
             self._learn_mailboxes()
 
     def remove_directory(self) -> None:
         name = self.random.choice(self._directories())
-        # Deleting an empty one that a session of ours still reads is legal, but not these four.
         if name not in FIXED:
-            self._run(f"rmdir {name}", lambda: os.rmdir(self.root / name))
+            self._run(f"rmdir {name}", lambda: os.rmdir(self.root / name), at_rest=False)
             self._learn_mailboxes()
 
     def rename_directory(self) -> None:
@@ -403,7 +414,8 @@ class World:
             return
         self._names += 1
         new = f"box{self._names}"
-        self._run(f"rename {name} to {new}", lambda: os.rename(self.root / name, self.root / new))
+        source, target = self.root / name, self.root / new
+        self._run(f"rename {name} to {new}", lambda: os.rename(source, target), at_rest=False)
         self._learn_mailboxes()
         if new in self._mailboxes:
             for version in self._versions.values():
@@ -472,12 +484,14 @@ class World:
 
     def step(self) -> None:
         """One random operation with perhaps a fault."""
-        operation = self.random.choices(*zip(*OPERATIONS, strict=True))[0]  # type: ignore[arg-type]
-        getattr(self, operation)() if operation.startswith("other") else self.faulty(operation)
+        (operation,) = self.random.choices([name for name, _ in OPERATIONS], [n for _, n in OPERATIONS])
+        self.do(operation)
 
-    def faulty(self, operation: str) -> None:
-        """Run one of `OPERATIONS` with perhaps a fault."""
-        self.inject()
+    def do(self, operation: str) -> None:
+        """Run one of `OPERATIONS`, with perhaps a fault."""
+        if self.random.random() < 0.5:
+            # Else what went wrong last time still does, perhaps for something in the background.
+            self._heal()
         getattr(self, operation)()
 
     def check(self) -> None:
@@ -532,7 +546,7 @@ class World:
             left = waiting(self._mount)
             for path, state in left:
                 if state == "unsent" and os.path.getsize(self.root / path):
-                    os.setxattr(self.root / path, "user.imap.state", b"sending")
+                    self._retry(path)
             return all(state == "unsent" and not os.path.getsize(self.root / path) for path, state in left)
 
         wait_until(done, "everything is sent")
@@ -540,10 +554,22 @@ class World:
             # A kill between opening and writing: there was nothing to be accepted.
             os.unlink(self.root / path)
 
+    def _retry(self, path: str) -> None:
+        if "/" in path:
+            os.setxattr(self.root / path, "user.imap.state", b"sending")
+            return
+        # Its mailbox was renamed in a way that was cut off: it is for a person to put it elsewhere.
+        version = self._known((self.root / path).read_bytes())
+        os.rename(self.root / path, self.root / "INBOX" / self._name())
+        if version is not None:
+            version.places = {"INBOX"}
+
     def _shown(self) -> dict[str, list[bytes]]:
         found: dict[str, list[bytes]] = {}
         for directory, _, names in os.walk(self.root):
             messages = [Path(directory, name).read_bytes() for name in names if not name.startswith(".tmp")]
+            # A kill between the making of a file and the first write to it leaves an empty one.
+            messages = [content for content in messages if content]
             if messages:
                 found[os.path.relpath(directory, self.root)] = sorted(messages)
         return found

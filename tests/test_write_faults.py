@@ -90,6 +90,7 @@ class Case:
     partly: tuple[Contents, ...] = ()
     hide: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
+    ways: tuple[Way, ...] = ("cut once", "cut twice", "kill")
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -111,34 +112,36 @@ NO_MOVE = ("MOVE",)
 NEITHER = ("MOVE", "UIDPLUS")
 EXPUNGE = ("--delete", "expunge")
 
+ONCE: tuple[Way, ...] = ("cut once",)
+TWICE: tuple[Way, ...] = ("cut twice",)
+KILL: tuple[Way, ...] = ("kill",)
+FLAGGED = contents(INBOX=[OLD._replace(flags=frozenset({"$Work"})), OTHER])
+HALF_FLAGGED = contents(INBOX=[OLD._replace(flags=frozenset({"$Work", "\\Seen"})), OTHER])
+
 CASES = [
     Case("mv", move, b"UID MOVE", MOVED),
-    Case("mv by copy", move, b"UID COPY", MOVED, hide=NO_MOVE),
-    Case("mv by copy", move, b"UID STORE", MOVED, hide=NO_MOVE),
-    Case("mv by copy", move, b"UID EXPUNGE", MOVED, hide=NO_MOVE),
-    Case("mv without UIDPLUS", move, b"UID COPY", MOVED_MARKED, hide=NEITHER),
-    Case("mv without UIDPLUS", move, b"UID STORE", MOVED_MARKED, hide=NEITHER),
-    Case("rm", remove, b"UID MOVE", TRASHED),
-    Case("rm by copy", remove, b"UID EXPUNGE", TRASHED, hide=NO_MOVE),
-    Case("rm for good", remove, b"UID STORE", DELETED, (MARKED,), arguments=EXPUNGE),
-    Case("rm for good", remove, b"UID EXPUNGE", DELETED, (MARKED,), arguments=EXPUNGE),
-    Case("flag", flag, b"UID STORE .*\\+FLAGS",
-         contents(INBOX=[OLD._replace(flags=frozenset({"$Work"})), OTHER]),
-         (contents(INBOX=[OLD._replace(flags=frozenset({"$Work", "\\Seen"})), OTHER]),)),
-    Case("flag", flag, b"UID STORE .*-FLAGS",
-         contents(INBOX=[OLD._replace(flags=frozenset({"$Work"})), OTHER]),
-         (contents(INBOX=[OLD._replace(flags=frozenset({"$Work", "\\Seen"})), OTHER]),)),
+    Case("mv by copy", move, b"UID COPY", MOVED, hide=NO_MOVE, ways=TWICE + KILL),
+    Case("mv by copy", move, b"UID STORE", MOVED, hide=NO_MOVE, ways=TWICE + KILL),
+    Case("mv by copy", move, b"UID EXPUNGE", MOVED, hide=NO_MOVE, ways=TWICE + KILL),
+    Case("mv without UIDPLUS", move, b"UID COPY", MOVED_MARKED, hide=NEITHER, ways=TWICE + KILL),
+    Case("mv without UIDPLUS", move, b"UID STORE", MOVED_MARKED, hide=NEITHER, ways=TWICE + KILL),
+    Case("rm", remove, b"UID MOVE", TRASHED, ways=TWICE + KILL),
+    Case("rm by copy", remove, b"UID EXPUNGE", TRASHED, hide=NO_MOVE, ways=TWICE),
+    Case("rm for good", remove, b"UID STORE", DELETED, (MARKED,), arguments=EXPUNGE, ways=TWICE + KILL),
+    Case("rm for good", remove, b"UID EXPUNGE", DELETED, (MARKED,), arguments=EXPUNGE, ways=TWICE + KILL),
+    Case("flag", flag, b"UID STORE .*\\+FLAGS", FLAGGED, (HALF_FLAGGED,), ways=ONCE + TWICE),
+    Case("unflag", flag, b"UID STORE .*-FLAGS", FLAGGED, (HALF_FLAGGED,), ways=TWICE),
     Case("cp", copy_in, b"APPEND", ADDED),
-    Case("cp without UIDPLUS", copy_in, b"APPEND", ADDED, hide=("UIDPLUS",)),
-    Case("cp without LITERAL+", copy_in, b"APPEND", ADDED, hide=("LITERAL+", "LITERAL-")),
-    Case("rsync", copy_in_and_wait, b"APPEND", ADDED),
-    Case("edit", edit, b"APPEND", REPLACED),
-    Case("edit", edit, b"UID MOVE", REPLACED),
-    Case("edit by copy", edit, b"UID COPY", REPLACED, hide=NO_MOVE),
-    Case("edit by copy", edit, b"UID EXPUNGE", REPLACED, hide=NO_MOVE),
-    Case("replace", replace, b"APPEND", REPLACED),
-    Case("replace", replace, b"UID MOVE", REPLACED),
-]  # fmt: skip
+    Case("cp without UIDPLUS", copy_in, b"APPEND", ADDED, hide=("UIDPLUS",), ways=ONCE + KILL),
+    Case("cp without LITERAL+", copy_in, b"APPEND", ADDED, hide=("LITERAL+", "LITERAL-"), ways=ONCE),
+    Case("rsync", copy_in_and_wait, b"APPEND", ADDED, ways=TWICE),
+    Case("edit", edit, b"APPEND", REPLACED, ways=ONCE + KILL),
+    Case("edit", edit, b"UID MOVE", REPLACED, ways=TWICE + KILL),
+    Case("edit by copy", edit, b"UID COPY", REPLACED, hide=NO_MOVE, ways=KILL),
+    Case("edit by copy", edit, b"UID EXPUNGE", REPLACED, hide=NO_MOVE, ways=KILL),
+    Case("replace", replace, b"APPEND", REPLACED, ways=KILL),
+    Case("replace", replace, b"UID MOVE", REPLACED, ways=TWICE + KILL),
+]
 
 
 def each(ways: Sequence[Way]) -> list[object]:
@@ -147,6 +150,7 @@ def each(ways: Sequence[Way]) -> list[object]:
         for case in CASES
         for point in case.points
         for way in ways
+        if way in case.ways
     ]
 
 
@@ -328,8 +332,8 @@ def test_an_upload_is_found_again_though_the_directory_was_listed_first(
     looked = proxy.fault(rb"UID FETCH \d+ \(UID BODY", "cut", times=None)
     mounted = mount(proxy.account(user), cache=killed.cache)
     looked.wait_hit()
-    listed = os.listdir(mounted.path / "INBOX")
-    assert len(listed) == 2
+    # Shown once, though it is there twice until the two are known to be one.
+    assert os.listdir(mounted.path / "INBOX") == ["new.eml"]
     looked.cancel()
     drain(mounted)
     assert os.listdir(mounted.path / "INBOX") == ["new.eml"]
@@ -418,9 +422,8 @@ def test_a_file_written_anew_when_it_is_not_known_whether_it_was_sent(
 ) -> None:
     mounted = mount(proxy.account(user))
     path = inbox(mounted, "new.eml")
-    os.listdir(path.parent)
     fault = proxy.fault(b"APPEND", "cut", at="answer")
-    looks = proxy.fault(b"EXAMINE", "cut", times=None)
+    looks = proxy.fault(rb"UID FETCH \d+ \(UID BODY", "cut", times=None)
     path.write_bytes(plain(5))
     fault.wait_hit()
     path.write_bytes(NEW.content)
@@ -636,7 +639,7 @@ MAILBOX_CASES: list[tuple[str, bytes, Operation]] = [
 ]
 
 
-@pytest.mark.parametrize("way", ["cut once", "cut twice", "kill"])
+@pytest.mark.parametrize("way", ["cut twice", "kill"])
 @pytest.mark.parametrize("point", ["command", "answer"])
 @pytest.mark.parametrize(("name", "command", "operation"), MAILBOX_CASES)
 def test_a_change_of_mailboxes_cut_off(
@@ -663,7 +666,7 @@ def test_a_change_of_mailboxes_cut_off(
         kill_within(proxy.fault(command, "stall", at=point), proxy, operation, mounted)
         error: OSError | None = OSError()
     else:
-        fault = proxy.fault(command, "cut", at=point, times=1 if way == "cut once" else 2)
+        fault = proxy.fault(command, "cut", at=point, times=2)
         error = outcome(operation, mounted)
         fault.cancel()
         mounted.unmount()

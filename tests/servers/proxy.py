@@ -447,6 +447,8 @@ class _Sink:
                 await self._connection.flow()
                 bandwidth = self._connection.proxy.bandwidth
                 slice_ = rest if bandwidth is None else rest[: max(1, bandwidth // 50)]
+                if self._writer.transport.is_closing():
+                    raise _Over
                 self._writer.write(slice_)
                 await self._writer.drain()
                 rest = rest[len(slice_) :]
@@ -744,7 +746,7 @@ class _Connection:
     async def _delivered(self) -> None:
         """Wait until the client's kernel has what was sent: a reset would overtake it."""
         deadline = time.monotonic() + _PATIENCE
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and self._socket.fileno() >= 0:
             unacknowledged = struct.unpack("i", fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)))[0]
             if not unacknowledged:
                 return
