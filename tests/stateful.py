@@ -15,6 +15,7 @@ import os
 import random
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -234,23 +235,27 @@ class World:
         """
         self._inject()
         self._killing = self._killing and (at_rest or self._fault is not None)
+        patience = 0.5 if at_rest else DEADLINE
         self.figures.operations[what.split()[0]] += 1
         self.history.append(what)
-        error = self._run_and_kill(operation) if self._killing else _outcome(operation)
+        error = self._run_and_kill(operation, patience) if self._killing else _outcome(operation)
         if error is not None:
             self.figures.failed[errno.errorcode.get(error.errno or 0, "?")] += 1
             self.history.append(f"  {error}")
         return error
 
-    def _run_and_kill(self, operation: Callable[[], object]) -> OSError | None:
+    def _run_and_kill(self, operation: Callable[[], object], patience: float) -> OSError | None:
         self._killing = False
         fault = self._fault
         with ThreadPoolExecutor(1) as executor:
             done = executor.submit(_outcome, operation)
             # The operation itself, or what it leaves to the background, comes upon the fault, or does not.
-            with contextlib.suppress(TimeoutError):
-                if fault is not None:
-                    fault.wait_hit(1, 0.5)
+            deadline = time.monotonic() + patience
+            while fault is not None and not fault.hits and time.monotonic() < deadline:
+                if patience > 1 and done.done():
+                    break
+                with contextlib.suppress(TimeoutError):
+                    fault.wait_hit(1, 0.01)
             self._mount.kill()
             self._proxy.cut_all()
             error = done.result(DEADLINE)

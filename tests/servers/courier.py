@@ -96,6 +96,9 @@ class Courier:
         try:
             self._thread.close()
         finally:
+            # Those whose waiting was cut off by the end of the loop.
+            for process in list(self._sessions):
+                _reap(process)
             self._listener.close()
             self._port.close()
             self._stop_watcher()
@@ -237,6 +240,7 @@ class Courier:
                 await abort(session_writer)
                 await asyncio.gather(*pumps, return_exceptions=True)
         finally:
+            # Only then: if this is cancelled here, the end of the server still has to wait for it.
             await asyncio.to_thread(_reap, process)
             self._sessions.discard(process)
 
