@@ -25,7 +25,6 @@ DEFAULT_CACHE_SIZE = 10 * 2**30
 DEFAULT_FETCH_AHEAD = 2 << 30
 DEFAULT_CONNECTIONS = 4
 DEFAULT_TIMEOUT = 30.0
-NAME_SCHEMES: tuple[NameScheme, ...] = ("subject", "uid")
 
 Options = TypedDict(
     "Options",
@@ -219,7 +218,7 @@ def _fuse_options(value: object) -> list[str]:
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError("must be a string or a list of strings")
     names = [name for text in texts for name in text.split(",") if name]
-    _sort_fuse_options(names)
+    sort_fuse_options(names)
     return names
 
 
@@ -298,17 +297,13 @@ _IGNORED = frozenset(
 )
 
 
-def parse_fuse_options(text: str) -> tuple[bool | None, frozenset[str]]:
-    """Comma-separated mount options: whether they ask for read-only (None: they say nothing) and the rest.
+def sort_fuse_options(names: Iterable[str]) -> tuple[bool | None, frozenset[str]]:
+    """Of mount options, whether they ask for read-only (None: they say nothing) and the rest.
 
     The rest is what fusermount3 and libfuse understand; of two that contradict each other the later one
     counts, as for mount(8). Options that only concern fstab(5) are dropped. Raises UsageError for unknown
     ones.
     """
-    return _sort_fuse_options([name for name in text.split(",") if name])
-
-
-def _sort_fuse_options(names: Iterable[str]) -> tuple[bool | None, frozenset[str]]:
     read_only: bool | None = None
     passed: set[str] = set()
     for name in names:
@@ -421,9 +416,9 @@ def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config
 
 def _read_only(entry: Options, given: Options) -> tuple[bool, frozenset[str]]:
     """Whether the mount is read-only, and the other mount options of both places."""
-    from_given, _ = _sort_fuse_options(given.get("options", []))
-    from_entry, _ = _sort_fuse_options(entry.get("options", []))
-    _, passed = _sort_fuse_options([*entry.get("options", []), *given.get("options", [])])
+    from_given, _ = sort_fuse_options(given.get("options", []))
+    from_entry, _ = sort_fuse_options(entry.get("options", []))
+    _, passed = sort_fuse_options([*entry.get("options", []), *given.get("options", [])])
     if given.get("read-only"):
         return True, passed
     if from_given is not None:

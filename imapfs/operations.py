@@ -416,7 +416,8 @@ class _Transfer:
         if self.entry is None:
             self._wanted = self._fingerprint(session, uid)
             # Not from the cache: what came since then may look like the copy, and the original would go.
-            self._uidnext = next_uid(session, self._target.name)
+            session.examine(self._target.name)
+            self._uidnext = session.next_uid()
             session.select(self._source.name, self._source.uidvalidity)
             entry = JournalEntry(
                 self._source.name.decode("latin-1"),
@@ -482,18 +483,6 @@ class _Transfer:
         if not found:
             raise MessageGone("it was removed on the server")
         return Fingerprint.of(found[0])
-
-
-def next_uid(session: Session, mailbox: bytes) -> int:
-    """UIDNEXT of a mailbox as it is now, from the last message where the server does not say (Courier)."""
-    uidnext = session.status(mailbox).get("UIDNEXT", 0)
-    if uidnext:
-        return uidnext
-    state = session.examine(mailbox)
-    last: list[FetchData] = []
-    if state.exists:
-        session.fetch_metadata_from(0xFFFFFFFF, last.append)
-    return max((data.uid or 0 for data in last), default=0) + 1
 
 
 def _metadata(session: Session, uids: Iterable[int]) -> list[FetchData]:

@@ -14,7 +14,6 @@ version of the message that the copy has become.
 """
 
 import contextlib
-import hashlib
 import logging
 import math
 import mmap
@@ -22,11 +21,11 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Final
 
 import trio
 
+from imapfs.append import Fit, Flight, Item, Search, fit_for_server, replace_file
 from imapfs.bodies import BodyStore
 from imapfs.cache import Cache, Gone, NewMessage, Node
 from imapfs.errors import (
@@ -43,7 +42,6 @@ from imapfs.errors import (
 )
 from imapfs.imap.grammar import FetchData
 from imapfs.imap.pool import SessionPool
-from imapfs.imap.session import Session, Upload
 from imapfs.model import Ino, Uid, UidValidity
 from imapfs.operations import Box, Operations
 from imapfs.spool import Attempt, Base, Draft, Spool
@@ -55,11 +53,8 @@ GRACE: Final = 0.25
 """Seconds that an upload nobody waits for is held back: programs set a file's time just after closing it."""
 _BATCH_BYTES: Final = 4 << 20
 _BATCH: Final = 100
-_CHUNK: Final = 1 << 20
 _RETRY_MOST: Final = 60.0
 _HEADER = re.compile(rb"[!-9;-~]{1,76}[ \t]*:")
-_BARE_LF = re.compile(rb"(?<!\r)\n")
-_APPENDLIMIT = re.compile(r"APPENDLIMIT=(\d+)")
 
 
 class Job:
@@ -102,33 +97,11 @@ class Job:
 
 
 @dataclass(slots=True)
-class _Fit:
-    """The bytes of a draft as a server takes them; a copy, as the draft may be written to meanwhile."""
-
-    data: bytes | mmap.mmap
-    writes: int
-    """`Draft.writes` when the copy was made."""
-    converted: bool
-    """Whether line ends were changed."""
-    digest: str
-    """See `Attempt`."""
-    clean: bool
-    """Whether a server has no reason to change the bytes."""
-
-    def is_current(self, draft: Draft) -> bool:
-        """Whether the draft still has these bytes, and nobody is about to change them."""
-        return draft.writes == self.writes and draft.state != "open"
-
-
-@dataclass(slots=True)
 class _Prepared:
     """A draft that is fit to be sent."""
 
     job: Job
-    fit: _Fit
-    date: int
-    zone: int
-    flags: str
+    item: Item
 
 
 OnSent = Callable[[Draft, bool], None]
@@ -234,7 +207,7 @@ class Uploader:
             mailbox = self._cache.mailbox(draft.parent)
             if self._spool.rebooted and mailbox is not None and mailbox.server_name is not None:
                 # The note of an attempt may be lost: it could be anywhere in the mailbox.
-                fit = _fit(draft)
+                fit = fit_for_server(draft)
                 draft.attempt = Attempt(
                     mailbox.server_name, mailbox.uidvalidity, 1, len(fit.data), fit.digest
                 )
@@ -325,7 +298,7 @@ class Uploader:
                     prepared = await self._prepare(job)
                     if prepared is not None:
                         ready.append(prepared)
-                        size += len(prepared.fit.data)
+                        size += len(prepared.item.fit.data)
                 if ready:
                     async with self._sync.exclusive(mailbox):
                         await self._append(mailbox, ready)
@@ -343,8 +316,8 @@ class Uploader:
                     job.tried(failure)
         finally:
             for prepared in ready:
-                if isinstance(prepared.fit.data, mmap.mmap):
-                    prepared.fit.data.close()
+                if isinstance(prepared.item.fit.data, mmap.mmap):
+                    prepared.item.fit.data.close()
 
     def _refuse(self, job: Job, error: ImapfsError) -> None:
         log.warning("%s is not sent: %s", job.draft.shown, error)
@@ -361,7 +334,7 @@ class Uploader:
         """Make a draft fit to be sent; None if there is nothing to send."""
         draft = job.draft
         try:
-            fit = await trio.to_thread.run_sync(_fit, draft)
+            fit = await trio.to_thread.run_sync(fit_for_server, draft)
             data = fit.data
             if not fit.is_current(draft):
                 return None
@@ -391,9 +364,9 @@ class Uploader:
         date, zone = draft.mtime // 1_000_000_000, 0
         if draft.base is not None and not draft.timed:
             date, zone = draft.base.date, draft.base.zone
-        return _Prepared(job, fit, date, zone, draft.flags)
+        return _Prepared(job, Item(fit, draft.flags, date, zone))
 
-    async def _unchanged(self, draft: Draft, fit: _Fit, old: Node) -> None:
+    async def _unchanged(self, draft: Draft, fit: Fit, old: Node) -> None:
         """The new version is the old one: nothing is to be done on the server."""
         if old.ino != draft.ino and old.name is not None:
             await self._keep_backup(draft, old, old.name)
@@ -421,14 +394,14 @@ class Uploader:
         uncertain = {p.job.draft.ino: p.job.draft for p in ready if p.job.draft.attempt is not None}
         await self._look_up(list(uncertain.values()))
         # Those that are not there are to be compared with their old versions next, in another round.
-        ready = [p for p in ready if p.job.draft.ino not in uncertain and p.fit.is_current(p.job.draft)]
+        ready = [p for p in ready if p.job.draft.ino not in uncertain and p.item.fit.is_current(p.job.draft)]
         if not ready:
             return
-        flight = _Flight(box, ready)
+        flight = Flight(box, [prepared.item for prepared in ready])
         await self._pool.run(flight.look, box.name)
         box = replace(box, uidvalidity=UidValidity(flight.uidvalidity))
         for prepared in ready:
-            draft, fit = prepared.job.draft, prepared.fit
+            draft, fit = prepared.job.draft, prepared.item.fit
             draft.attempt = Attempt(box.name, flight.uidvalidity, flight.uidnext, len(fit.data), fit.digest)
             draft.save()
         await self._pool.run(flight.send, box.name, repeat=False)
@@ -439,7 +412,7 @@ class Uploader:
                 draft.attempt = None
                 self._refuse(prepared.job, outcome)
             elif outcome is not None and (data := flight.listed(outcome)) is not None:
-                self._adopt(box, draft, data, prepared.fit, prepared.flags)
+                self._adopt(box, draft, data, prepared.item.fit, prepared.item.flags)
             else:
                 # Also where a UID was named: Courier names a wrong one in a mailbox that was only examined.
                 unnamed[draft.ino] = prepared, outcome
@@ -449,7 +422,7 @@ class Uploader:
                 continue
             if uid is not None and uid >= flight.uidnext:
                 # Another client, or a filter, was quick to move it on.
-                self._adopt(box, prepared.job.draft, None, prepared.fit, prepared.flags)
+                self._adopt(box, prepared.job.draft, None, prepared.item.fit, prepared.item.flags)
             else:
                 self._refuse(prepared.job, Refused("the server took it but does not show it: look there"))
 
@@ -457,11 +430,11 @@ class Uploader:
         """Adopt those that are on the server already, and return which; whatever is left is not."""
         if not uncertain:
             return set()
-        search = _Search(uncertain, self._is_other)
+        search = Search(uncertain, self._is_other)
         await self._pool.run(search.run)
         for draft, attempt, data in search.found:
             box = self._operations.box_named(attempt.mailbox, attempt.uidvalidity)
-            fit = await trio.to_thread.run_sync(_fit, draft)
+            fit = await trio.to_thread.run_sync(fit_for_server, draft)
             self._adopt(box, draft, data, fit if fit.digest == attempt.digest else None, draft.flags)
         found = {draft.ino for draft, _, _ in search.found}
         for draft in uncertain:
@@ -484,7 +457,7 @@ class Uploader:
         node = self._cache.message(mailbox.ino, Uid(uid))
         return node is None or node.ino != draft.ino
 
-    def _adopt(self, box: Box, draft: Draft, data: FetchData | None, fit: _Fit | None, flags: str) -> None:
+    def _adopt(self, box: Box, draft: Draft, data: FetchData | None, fit: Fit | None, flags: str) -> None:
         """What was sent of a draft is on the server: from now on it is a message.
 
         ``data`` is None if another client has removed it already. ``flags`` are those that it was sent with.
@@ -516,7 +489,7 @@ class Uploader:
         same = fit.clean and message.size == len(fit.data)
         if same:
             if fit.converted:
-                _write(draft.file, fit.data)
+                replace_file(draft.file, fit.data)
             self._bodies.take(draft.file, draft.ino)
         self._keep_local(draft, message.date)
         self._spool.forget(draft)
@@ -599,166 +572,6 @@ class Uploader:
         # The message goes next.
         await backup.secure()
         self._sync.publish(Changes(old.parent, gone=[Gone.of(old)], added=[(backup.ino, name)]))
-
-
-class _Flight:
-    """One batch of APPENDs in a thread."""
-
-    def __init__(self, box: Box, ready: Sequence[_Prepared]) -> None:
-        self._box = box
-        self._ready = ready
-        self.uidvalidity = int(box.uidvalidity)
-        self.uidnext = box.uidnext
-        self.outcomes: list[int | Refused | None] = []
-        self._listed: dict[int, FetchData] = {}
-
-    def look(self, session: Session) -> None:
-        """Learn where new messages will be, unless that is known; refuse what is too large."""
-        if not self.uidnext or not self.uidvalidity:
-            state = session.examine(self._box.name)
-            self.uidvalidity = int(state.uidvalidity)
-            self.uidnext = state.uidnext or _next_uid(session)
-
-    def send(self, session: Session) -> None:
-        self._listed = {}
-        limit = next((int(m[1]) for c in session.capabilities if (m := _APPENDLIMIT.match(c))), None)
-        refused = {
-            i: Refused(f"it has {len(p.fit.data)} bytes, and the server takes {limit} at most", "TOOBIG")
-            for i, p in enumerate(self._ready)
-            if limit is not None and len(p.fit.data) > limit
-        }
-        uploads = [
-            Upload(p.fit.data, p.flags, p.date, p.zone) for i, p in enumerate(self._ready) if i not in refused
-        ]
-        outcomes = iter(
-            session.append(self._box.name, uploads, self.uidnext, self._list)[0] if uploads else []
-        )
-        self.outcomes = [refused.get(i) or next(outcomes) for i in range(len(self._ready))]
-
-    def _list(self, data: FetchData) -> None:
-        if data.uid is not None:
-            self._listed[data.uid] = data
-
-    def listed(self, uid: int) -> FetchData | None:
-        """The metadata of a message; None if it was removed at once."""
-        return self._listed.get(uid)
-
-
-def _next_uid(session: Session) -> int:
-    """UIDNEXT of the selected mailbox where the server does not say (Courier)."""
-    last = 0
-
-    def take(data: FetchData) -> None:
-        nonlocal last
-        last = max(last, data.uid or 0)
-
-    if session.state.exists:
-        session.fetch_metadata_from(0xFFFFFFFF, take)
-    return last + 1
-
-
-class _Search:
-    """Looks, in a thread, for drafts that may be on the server already."""
-
-    def __init__(self, uncertain: Sequence[Draft], is_other: Callable[[Draft, Attempt, int], bool]) -> None:
-        self._uncertain = uncertain
-        self._is_other = is_other
-        self.found: list[tuple[Draft, Attempt, FetchData]] = []
-
-    def run(self, session: Session) -> None:
-        self.found = []
-        taken: set[tuple[bytes, int]] = set()
-        for draft in self._uncertain:
-            attempt = draft.attempt
-            if attempt is None:
-                continue
-            try:
-                state = session.examine(attempt.mailbox)
-            except MailboxGone:
-                continue
-            if state.uidvalidity != attempt.uidvalidity:
-                continue
-            listed: list[FetchData] = []
-            session.fetch_metadata_from(attempt.uidnext, listed.append)
-            for data in listed:
-                uid = data.uid or 0
-                # Servers may add a final line end.
-                if data.size is None or not 0 <= data.size - attempt.size <= 2:
-                    continue
-                if uid < attempt.uidnext or (attempt.mailbox, uid) in taken:
-                    continue
-                if trio.from_thread.run_sync(self._is_other, draft, attempt, uid):
-                    continue
-                if self._equal(session, attempt, uid):
-                    taken.add((attempt.mailbox, uid))
-                    self.found.append((draft, attempt, data))
-                    break
-
-    @staticmethod
-    def _equal(session: Session, attempt: Attempt, uid: int) -> bool:
-        """Whether the bytes are those that were sent, but for what servers do to them."""
-        content = session.fetch_body(attempt.mailbox, attempt.uidvalidity, uid)
-        if content is None:
-            return False
-        return _digest(content) == attempt.digest or (not _is_clean(content) and len(content) == attempt.size)
-
-
-# -- files -------------------------------------------------------------------------------------------------
-
-
-def _fit(draft: Draft) -> _Fit:
-    """In a thread: copy what a draft holds, with CRLF for bare LF (RFC 9051 section 4.3 via RFC 5322)."""
-    writes = draft.writes
-    path = draft.file
-    data: bytes | mmap.mmap
-    if path.stat().st_size <= _CHUNK:
-        raw = path.read_bytes()
-        data = _BARE_LF.sub(b"\r\n", raw)
-        converted = len(data) != len(raw)
-    else:
-        data, converted = _copy(path)
-    return _Fit(data, writes, converted, _digest(data), _is_clean(data))
-
-
-def _copy(path: Path) -> tuple[mmap.mmap, bool]:
-    """A large draft in a file that goes when the map does: the draft itself may be truncated meanwhile."""
-    copy = path.with_name(f"{path.name}.send.tmp")
-    copy.touch(mode=0o600)
-    converted, last = False, b""
-    try:
-        with path.open("rb") as source, copy.open("r+b") as target:
-            while chunk := source.read(_CHUNK):
-                # A CR at the end of the chunk before belongs to a LF at the start of this one.
-                fixed = _BARE_LF.sub(b"\r\n", last + chunk)[len(last) :]
-                converted = converted or len(fixed) != len(chunk)
-                target.write(fixed)
-                last = chunk[-1:] if chunk[-1:] == b"\r" else b""
-            target.flush()
-            return mmap.mmap(target.fileno(), 0, access=mmap.ACCESS_READ), converted
-    finally:
-        copy.unlink()
-
-
-def _digest(data: bytes | mmap.mmap) -> str:
-    end = len(data)
-    while end and data[end - 1] in b"\r\n":
-        end -= 1
-    with memoryview(data) as view, view[:end] as text:
-        return hashlib.sha256(text).hexdigest()
-
-
-def _is_clean(data: bytes | mmap.mmap) -> bool:
-    head = bytes(data[: 1 << 18])
-    return head[: max(0, head.find(b"\r\n\r\n"))].isascii() and data.find(b"\0") < 0
-
-
-def _write(path: Path, data: bytes | mmap.mmap) -> None:
-    """Replace a file."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.touch(mode=0o600)
-    with temporary.open("r+b") as file:
-        file.write(data)
-    temporary.rename(path)
 
 
 def _gone(draft: Draft) -> Gone:

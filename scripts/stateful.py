@@ -19,12 +19,16 @@ def run(server: Dovecot, directory: Path, operations: int, seed: int, hide: tupl
     """Run one world and return its figures. Raises Violation."""
     with Proxy(server, hide=hide) as proxy:
         world = World(server.account(f"user{seed}{''.join(hide)}"), proxy, directory, seed)
+        number = 0
         try:
             for number in range(1, operations + 1):
                 world.step()
                 if number % CHECK_EVERY == 0 or number == operations:
                     world.check()
                     show(f"{number} of {operations} operations\r")
+        except BaseException as error:
+            error.add_note("\n".join([f"after {number} operations:", *world.history[-200:]]))
+            raise
         finally:
             world.close()
         return world.figures
@@ -48,6 +52,7 @@ def main(operations: int, seed: int) -> int:
                     figures = run(server, directory / "-".join(["world", *hide]), operations // 2, seed, hide)
                 except (Violation, AssertionError, OSError) as error:
                     show(f"\nseed {seed}, without {hide or 'nothing'}: {error}\n")
+                    show("\n".join(getattr(error, "__notes__", [])) + "\n")
                     return 1
                 total.operations += figures.operations
                 total.failed += figures.failed

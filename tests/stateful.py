@@ -549,10 +549,10 @@ class World:
         def done() -> bool:
             settle(self._mount)
             left = waiting(self._mount)
-            for path, state in left:
-                if state == "unsent" and os.path.getsize(self.root / path):
-                    self._retry(path)
-            return all(state == "unsent" and not os.path.getsize(self.root / path) for path, state in left)
+            refused = [p for p, state in left if state == "unsent" and os.path.getsize(self.root / p)]
+            for path in refused:
+                self._retry(path)
+            return not refused and all(state == "unsent" for _, state in left)
 
         wait_until(done, "everything is sent")
         for path, _ in waiting(self._mount):

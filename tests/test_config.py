@@ -111,13 +111,13 @@ def test_bad_size_is_refused(text: str) -> None:
     ],
 )
 def test_mount_options(text: str, read_only: bool | None, passed: set[str]) -> None:
-    assert config.parse_fuse_options(text) == (read_only, frozenset(passed))
+    assert config.sort_fuse_options(filter(None, text.split(","))) == (read_only, frozenset(passed))
 
 
 @pytest.mark.parametrize("name", ["allow_others", "fsname=x", "RO", "max_read=1", "subtype=x"])
 def test_unknown_mount_option_is_refused_by_name(name: str) -> None:
     with pytest.raises(UsageError, match=repr(name)):
-        config.parse_fuse_options(f"ro,{name}")
+        config.sort_fuse_options(["ro", name])
 
 
 def write(directory: Path, text: str) -> Path:

@@ -16,7 +16,7 @@ LAYERS = (
     {"xattrs"},
     {"vfs"},
     {"files", "upload"},
-    {"ahead"},
+    {"append", "ahead"},
     {"fetch", "operations"},
     {"sync", "spool"},
     {"bodies"},

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from imapfs import upload
+from imapfs import append, upload
 from imapfs.model import ROOT, Ino
 from imapfs.spool import Draft, Spool
 
@@ -24,16 +24,16 @@ def crlf(content: bytes) -> bytes:
     return re.sub(rb"(?<!\r)\n", b"\r\n", content)
 
 
-def fit(draft: Draft, content: bytes) -> upload._Fit:
+def fit(draft: Draft, content: bytes) -> append.Fit:
     draft.file.write_bytes(content)
-    return upload._fit(draft)
+    return append.fit_for_server(draft)
 
 
 @given(content=st.lists(st.sampled_from([b"\r", b"\n", b"a", b"\0", b"\xff"]), max_size=40).map(b"".join))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None)
 def test_line_ends_become_crlf_wherever_a_chunk_ends(draft: Draft, content: bytes) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(upload, "_CHUNK", 4)
+        patched.setattr(append, "_CHUNK", 4)
         made = fit(draft, content)
     assert isinstance(made.data, mmap.mmap) == (len(content) > 4)
     assert made.data[:] == crlf(content)
@@ -71,7 +71,7 @@ def test_a_draft_that_is_written_again_is_not_current(draft: Draft) -> None:
 @given(content=st.binary(max_size=30), ends=st.sampled_from([b"", b"\r\n", b"\n", b"\r", b"\r\n\r\n"]))
 def test_digests_agree_whatever_line_ends_a_server_adds(content: bytes, ends: bytes) -> None:
     stripped = content.rstrip(b"\r\n")
-    assert upload._digest(content + ends) == hashlib.sha256(stripped).hexdigest()
+    assert append._digest(content + ends) == hashlib.sha256(stripped).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_digests_agree_whatever_line_ends_a_server_adds(content: bytes, ends: by
     ],
 )
 def test_what_servers_are_known_to_change_is_not_clean(content: bytes, clean: bool) -> None:
-    assert upload._is_clean(content) is clean
+    assert append._is_clean(content) is clean
 
 
 @pytest.mark.parametrize(

@@ -402,6 +402,15 @@ class Session:
 
         self._wire.execute(b"UID FETCH %s %s" % (uid_set, items), on_response=take)
 
+    def next_uid(self) -> int:
+        """UIDNEXT of the selected mailbox, from its last message where the server does not say (Courier)."""
+        if self.state.uidnext:
+            return self.state.uidnext
+        last: list[FetchData] = []
+        if self.state.exists:
+            self.fetch_metadata_from(0xFFFFFFFF, last.append)
+        return max((data.uid or 0 for data in last), default=0) + 1
+
     # -- bodies --------------------------------------------------------------------------------------------
 
     def fetch_bodies(
