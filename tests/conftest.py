@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ _user_numbers = itertools.count(1)
 
 def pytest_sessionstart() -> None:
     """End the run at once where the machine lacks what the tests are about: they are never skipped."""
+    # Ignored where the run was started in the background of a script, and then by all that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     missing = []
     if shutil.which("dovecot", path=os.environ.get("PATH", "") + ":/usr/sbin") is None:
         missing.append("dovecot (apt-get install dovecot-imapd)")
