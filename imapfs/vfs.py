@@ -568,12 +568,16 @@ class Filesystem:
                 # A message with changes on their way cannot move before they have arrived.
                 await self._settle(source)
             elif await self.uploader.withdraw(source):
+                base = source.base
                 try:
                     with await self._replacing(there, new_name) as replaced:
                         await self._rename_draft(source, replaced, there, new_name)
                 except BaseException:
                     self._resubmit(source)
                     raise
+                if base is not None and base != source.base:
+                    # It replaced that one before, and replaces another one now, or none.
+                    await self.uploader.discard(base)
                 return
             # It was sent meanwhile, and is a message now.
             source = self.node(source.ino)
@@ -630,7 +634,7 @@ class Filesystem:
         elif message and draft.base is None and renamed is not None:
             self._replace(draft, renamed)
         if not message and not is_version:
-            draft.state = "local"
+            draft.state, draft.base = "local", None
         elif draft.state == "local" or (draft.state == "unsent" and draft.parent != there):
             draft.state, draft.dirty = "open", True
         self.spool.rename(draft, there, new_name, self.cache.path(there))

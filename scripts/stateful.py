@@ -18,7 +18,7 @@ CHECK_EVERY = 40
 def run(server: Dovecot, directory: Path, operations: int, seed: int, hide: tuple[str, ...]) -> Figures:
     """Run one world and return its figures. Raises Violation."""
     with Proxy(server, hide=hide) as proxy:
-        world = World(server.account(f"user{seed}{''.join(hide)}"), proxy, directory, seed)
+        world = World(server.account(f"user{seed}{''.join(hide).lower()}"), proxy, directory, seed)
         number = 0
         try:
             for number in range(1, operations + 1):

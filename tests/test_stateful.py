@@ -43,7 +43,7 @@ def test_no_message_is_lost_or_doubled(server: Dovecot, hide: tuple[str, ...]) -
 
         @initialize(seed=st.integers(0, 2**32 - 1))
         def start(self, seed: int) -> None:
-            user = server.account(f"{'-'.join(['stateful', *hide])}{Machine.made}")
+            user = server.account(f"{'-'.join(['stateful', *hide]).lower()}{Machine.made}")
             self._world = World(user, self._proxy, Path(self._directory.name), seed)
 
         @rule(operation=st.sampled_from([name for name, often in OPERATIONS for _ in range(often)]))

@@ -573,6 +573,30 @@ def test_a_directory_renamed_while_an_edit_in_it_is_sent(user: Account, mount: M
     assert of(user) == {"Work": [once + b"edited\r\n"], "Trash": sorted([OLD.content, once])}
 
 
+@pytest.mark.parametrize("target", ["OTHER", "new.eml", "scratch"])
+def test_what_replaced_a_message_is_moved_before_it_was_sent(
+    user: Account, mount: Mounter, proxy: Proxy, target: str
+) -> None:
+    deliver(user)
+    mounted = mount(proxy.account(user))
+    paths = {OLD.content: file_of(mounted, 1), OTHER.content: file_of(mounted, 2)}
+    down = proxy.fault(b"APPEND", "cut", times=None)
+    temporary = inbox(mounted, "tmp")
+    temporary.write_bytes(EDITED.content)
+    os.rename(temporary, paths[OLD.content])
+    down.wait_hit()
+    os.rename(paths[OLD.content], paths[OTHER.content] if target == "OTHER" else inbox(mounted, target))
+    down.cancel()
+    drain(mounted)
+    mounted.unmount()
+    expected = {"INBOX": [EDITED.content, OTHER.content], "Trash": [OLD.content]}
+    if target == "OTHER":
+        expected = {"INBOX": [EDITED.content], "Trash": [OLD.content, OTHER.content]}
+    elif target == "scratch":
+        expected = {"INBOX": [OTHER.content], "Trash": [OLD.content]}
+    assert of(user) == {name: sorted(messages) for name, messages in expected.items()}
+
+
 @pytest.mark.parametrize("source", ["message", "file"])
 def test_what_was_to_be_replaced_stays_when_the_server_refuses(
     user: Account, mount: Mounter, proxy: Proxy, source: str
