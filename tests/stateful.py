@@ -48,6 +48,8 @@ class Version:
     """What its flags may be in the end; None for any."""
     settled: bool = False
     """Whether it was on the server when everything was last looked at."""
+    left: str = ""
+    """The directory that it was deleted from since then."""
 
 
 @dataclass
@@ -154,6 +156,7 @@ class World:
 
     def _deleted(self, version: Version, directory: str, *, surely: bool) -> None:
         """It went the way of rm; what never got to the server leaves nothing."""
+        version.left = directory
         self._went(version, directory, NOWHERE if directory == TRASH else TRASH, surely=surely)
         if not version.settled:
             version.places |= {NOWHERE}
@@ -420,11 +423,14 @@ class World:
         self._names += 1
         new = f"box{self._names}"
         source, target = self.root / name, self.root / new
-        self._run(f"rename {name} to {new}", lambda: os.rename(source, target), at_rest=False)
+        error = self._run(f"rename {name} to {new}", lambda: os.rename(source, target), at_rest=False)
         self._learn_mailboxes()
         if new in self._mailboxes:
             for version in self._versions.values():
                 version.places = {new if place == name else place for place in version.places}
+                if error is not None and version.left == name:
+                    # Cut off, it took along what was still to be removed, and nobody knows where to.
+                    version.places |= {new}
 
     def _learn_mailboxes(self) -> None:
         """What became of a change of mailboxes is for the server to say: it is certain at once."""
@@ -530,7 +536,7 @@ class World:
             places = found[number] or [NOWHERE]
             if len(places) > 1 or not set(places) <= version.places:
                 raise self._violation(f"message {number} is in {places}, not in one of {version.places}")
-            version.places = set(places)
+            version.places, version.left = set(places), ""
             version.settled = places[0] not in {NOWHERE, SPOOL}
         expected = {place: sorted(message.content for message in held[place]) for place in held}
         if shown != expected:
