@@ -38,13 +38,15 @@ class Node(NamedTuple):
     ctime: int
     mode: int | None
     crc: int | None
+    pack: int | None
+    offset: int
 
     @property
     def is_dir(self) -> bool:
         return self.uid is None
 
 
-_NODE: Final = "ino, parent, name, uid, size, exact, date, mtime, ctime, mode, crc"
+_NODE: Final = "ino, parent, name, uid, size, exact, date, mtime, ctime, mode, crc, pack, offset"
 
 
 class NewMessage(NamedTuple):
@@ -116,12 +118,28 @@ class Gone(NamedTuple):
     mtime: int
     ctime: int
     mode: int | None
-    had_body: bool
+    crc: int | None
+    pack: int | None
+    offset: int
 
     @classmethod
     def of(cls, node: Node) -> "Gone":
         """``node`` as one that is not shown any more; its body stays."""
-        return cls(node.parent, node.name, node.ino, node.size, node.mtime, node.ctime, node.mode, False)
+        return cls(
+            node.parent, node.name, node.ino, node.size, node.mtime, node.ctime, node.mode, None, None, 0
+        )
+
+
+class Body(NamedTuple):
+    """A body that is complete and on disk, for a message that had this UID."""
+
+    ino: Ino
+    uid: Uid
+    size: int
+    crc: int
+    pack: int | None
+    """The pack that it is in; None if it has a file of its own."""
+    offset: int
 
 
 class Cache:
@@ -338,7 +356,7 @@ class Cache:
                 db.execute(
                     f"INSERT INTO mailbox ({_MAILBOX}) VALUES (?, ?, ?, ?, ?, 0, 0, 0, 0)", (ino, *values)
                 )
-                added.append(Node(ino, parent, name, None, 0, 1, None, now, now, None, None))
+                added.append(Node(ino, parent, name, None, 0, 1, None, now, now, None, None, None, 0))
                 changed.add(parent)
             for node in known.values():
                 gone += _delete(db, "parent = ? AND uid IS NOT NULL", (node.ino,))
@@ -654,14 +672,37 @@ class Cache:
                 > 0
             )
 
-    def add_bodies(self, bodies: Iterable[tuple[Ino, int, int]]) -> int:
-        """Note that bodies are cached: inode, exact size in bytes, CRC-32. The number still wanted."""
+    def add_bodies(self, bodies: Sequence[Body]) -> list[Body]:
+        """Note that bodies are cached; those returned are of messages that are gone, or others by now."""
         now = int(time.time())
         with self._database.write() as db:
-            return db.executemany(
-                "UPDATE node SET size = ?, exact = 1, crc = ?, used = ? WHERE ino = ?",
-                [(size, crc, now, ino) for ino, size, crc in bodies],
+            noted = db.executemany(
+                "UPDATE node SET size = ?, exact = 1, crc = ?, pack = ?, offset = ?, used = ?"
+                " WHERE ino = ? AND uid = ? AND crc IS NULL",
+                [(b.size, b.crc, b.pack, b.offset, now, b.ino, b.uid) for b in bodies],
             ).rowcount
+            if noted == len(bodies):
+                return []
+            return [
+                body
+                for body in bodies
+                if not db.execute(
+                    "SELECT 1 FROM node WHERE ino = ? AND uid = ? AND crc IS NOT NULL"
+                    " AND pack IS ? AND offset = ?",
+                    (body.ino, body.uid, body.pack, body.offset),
+                ).fetchone()
+            ]
+
+    def packs(self) -> list[tuple[int | None, int, int, int]]:
+        """Of each pack of bodies: its number, how many are in it, their bytes, and where the last one ends.
+
+        What has a file of its own is together under None.
+        """
+        with self._database.read() as db:
+            return db.execute(
+                "SELECT pack, count(*), sum(size), max(offset + size) FROM node WHERE crc IS NOT NULL"
+                " GROUP BY pack"
+            ).fetchall()
 
     def use_bodies(self, inos: Iterable[Ino]) -> None:
         """Note that bodies were wanted now."""
@@ -674,17 +715,15 @@ class Cache:
         with self._database.write() as db:
             db.executemany("UPDATE node SET crc = NULL WHERE ino = ?", [(ino,) for ino in inos])
 
-    def oldest_bodies(self, size: int) -> list[tuple[Ino, int]]:
-        """The least recently used bodies that have ``size`` bytes together: inode and bytes of each."""
-        chosen: list[tuple[Ino, int]] = []
+    def oldest_bodies(self, size: int) -> list[Node]:
+        """The messages with the least recently used bodies, which have ``size`` bytes together."""
+        chosen: list[Node] = []
         with self._database.read() as db:
-            for ino, bytes_ in db.execute(
-                "SELECT ino, size FROM node WHERE crc IS NOT NULL ORDER BY used, ino"
-            ):
+            for row in db.execute(f"SELECT {_NODE} FROM node WHERE crc IS NOT NULL ORDER BY used, ino"):
                 if size <= 0:
                     break
-                chosen.append((Ino(ino), bytes_))
-                size -= bytes_
+                chosen.append(Node._make(row))
+                size -= chosen[-1].size
         return chosen
 
     def cached(self, inos: Sequence[Ino]) -> set[Ino]:
@@ -727,7 +766,8 @@ def _free_name(db: Connection, parent: Ino, name: bytes) -> bytes:
 
 def _delete(db: Connection, where: str, values: tuple[int, ...]) -> list[Gone]:
     rows = db.execute(
-        f"SELECT parent, name, ino, size, mtime, ctime, mode, crc IS NOT NULL FROM node WHERE {where}", values
+        f"SELECT parent, name, ino, size, mtime, ctime, mode, crc, pack, offset FROM node WHERE {where}",
+        values,
     ).fetchall()
     db.execute(f"DELETE FROM node WHERE {where}", values)
     return [Gone._make(row) for row in rows]

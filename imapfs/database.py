@@ -29,7 +29,7 @@ _PAGES: Final = 2000
 """Changed pages (of 4 KiB) after which the write-ahead log is moved into the database."""
 _PAGES_EACH: Final = 4
 """What a transaction changes at least: tables, indexes, and the pages above them."""
-_VERSION: Final = 1
+_VERSION: Final = 2
 _SCHEMA: Final = """
 CREATE TABLE meta (
   key TEXT PRIMARY KEY,        -- 'next_ino': first inode number not yet given out; 'names': naming scheme
@@ -48,6 +48,8 @@ CREATE TABLE node (            -- every directory entry
   ctime INTEGER NOT NULL,      -- nanoseconds since the epoch: INTERNALDATE, or the last change made here
   mode INTEGER,                -- permission bits set by the user, else NULL
   crc INTEGER,                 -- CRC-32 of the cached body; NULL while it is not cached
+  pack INTEGER,                -- the pack that a cached body is in; NULL if it has a file of its own
+  offset INTEGER NOT NULL DEFAULT 0,  -- of the cached body in its pack, bytes
   used INTEGER,                -- when the cached body was last wanted, seconds since the epoch
   zone INTEGER,                -- minutes east of UTC in INTERNALDATE
   flags TEXT,                  -- space-separated as the server spells them, without \\Recent

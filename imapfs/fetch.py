@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 import trio
 
-from imapfs.bodies import SMALL, Body, BodyStore, Spool
-from imapfs.cache import Cache, Mailbox, Node
+from imapfs.bodies import SMALL, BodyStore, Pack, Spool
+from imapfs.cache import Body, Cache, Mailbox, Node
 from imapfs.errors import CacheError, ConnectionLost, ImapfsError, MailboxGone, MessageGone, report
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
 from imapfs.imap.wire import Sink
-from imapfs.model import Ino
+from imapfs.model import Ino, Uid
 
 log = logging.getLogger(__name__)
 
@@ -131,11 +131,12 @@ class Fetcher:
             mailbox = self._cache.mailbox(directory)
             if mailbox is None or mailbox.server_name is None:
                 raise MailboxGone("the mailbox is gone")
-            batch = _Batch(self, self._bodies, mailbox, downloads)
-            try:
-                await self._pool.run(batch.run, mailbox.server_name)
-            finally:
-                batch.deliver()
+            with self._bodies.lend_pack() as pack:
+                batch = _Batch(self, self._bodies, pack, mailbox, downloads)
+                try:
+                    await self._pool.run(batch.run, mailbox.server_name)
+                finally:
+                    batch.deliver()
             error = MessageGone("it was expunged on the server")
         except Exception as failure:
             error = report(failure, f"{len(downloads)} messages of mailbox {directory} were not fetched")
@@ -204,10 +205,16 @@ class _Batch:
     """The part of a fetch that runs in a thread."""
 
     def __init__(
-        self, fetcher: Fetcher, bodies: BodyStore, mailbox: Mailbox, downloads: Sequence[Download]
+        self,
+        fetcher: Fetcher,
+        bodies: BodyStore,
+        pack: Pack,
+        mailbox: Mailbox,
+        downloads: Sequence[Download],
     ) -> None:
         self._fetcher = fetcher
         self._bodies = bodies
+        self._pack = pack
         self._mailbox = mailbox
         self._wanted = {int(d.node.uid): d for d in downloads if d.node.uid is not None}
         self._spool: Spool | None = None
@@ -264,7 +271,7 @@ class _Batch:
             spool = self._spool = Spool(self._bodies, len(data))
             spool.write(data)
         try:
-            body = spool.keep(download.node.ino)
+            body = spool.keep(download.node.ino, Uid(uid), self._pack)
         except CacheError as error:
             if spool.small is None:
                 raise

@@ -26,6 +26,8 @@ class OpenFile:
         self.users = 0
         self.writers = 0
         self.fd = -1
+        self.data: bytes | None = None
+        """All of a small message that is not in the cache any more."""
         self.download: Download | None = None
         self.gone: Gone | None = None
         """What it was, once it was removed on the server."""
@@ -37,6 +39,7 @@ class OpenFile:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+        self.data = None
         if self.download is not None:
             self.download.release()
             self.download = None
@@ -136,8 +139,11 @@ class Files:
 
     async def contents(self, node: Node) -> bytes:
         """All bytes of a message, whatever a draft with its inode holds."""
-        fd = None if node.crc is None else await self._bodies.open(node)
-        if fd is not None:
+        if node.crc is not None and node.pack is not None:
+            data = self._bodies.load(node)
+            if data is not None:
+                return data
+        elif node.crc is not None and (fd := await self._bodies.open(node)) is not None:
             try:
                 return os.pread(fd, os.fstat(fd).st_size, 0)
             finally:
@@ -154,40 +160,46 @@ class Files:
     async def read(self, ino: Ino, offset: int, size: int) -> bytes:
         """Bytes of an open file; fewer than ``size`` only at its end."""
         file = self._open[ino]
-        if file.fd < 0 and file.download is None:
-            await self._locate(ino, file)
+        if file.fd < 0 and file.data is None and file.download is None:
+            data = await self._locate(ino, file)
+            if data is not None:
+                # Not to be kept: the kernel keeps it, so that it hardly asks twice.
+                return data[offset : offset + size]
         if file.fd >= 0:
             return os.pread(file.fd, size, offset)
+        if file.data is not None:
+            return file.data[offset : offset + size]
         assert file.download is not None
         spool = await file.download.wait_for(offset + size)
         if spool.small is not None:
             return bytes(spool.small[offset : offset + size])
         return os.pread(spool.fd, size, offset)
 
-    async def _locate(self, ino: Ino, file: OpenFile) -> None:
-        """Have either a descriptor or a download."""
+    async def _locate(self, ino: Ino, file: OpenFile) -> bytes | None:
+        """All bytes of a small message; of any other file have either a descriptor or a download."""
         draft = self._spool.get(ino)
         if draft is not None:
             file.fd = _open_draft(draft)
-            return
+            return None
         node = self._cache.node(ino)
         if node is None:
             raise MessageGone("it was removed on the server")
-        if node.crc is not None:
-            if node.size > SMALL and ino in self._verified:
-                fd = self._bodies.pin(ino)
-            else:
-                fd = await self._bodies.open(node)
+        if node.crc is not None and node.pack is not None:
+            data = self._bodies.load(node)
+            if data is not None:
+                return data
+        elif node.crc is not None:
+            fd = self._bodies.pin(node) if ino in self._verified else await self._bodies.open(node)
             if fd is not None:
-                if node.size > SMALL:
-                    self._verified.add(ino)
+                self._verified.add(ino)
                 if file.fd >= 0 or not file.users:
                     os.close(fd)  # another reader was quicker, or the last one gave up
                 else:
                     file.fd = fd
-                return
+                return None
         if file.download is None:
             file.download = self._fetcher.start(node).acquire()
+        return None
 
     # -- writing -------------------------------------------------------------------------------------------
 
@@ -274,8 +286,11 @@ class Files:
         file = self._open.get(gone.ino)
         if file is not None and self._cache.node(gone.ino) is None:
             file.gone = gone
-            if file.fd < 0 and file.download is None:
-                file.fd = -1 if (fd := self._bodies.pin(gone.ino)) is None else fd
+            if file.fd < 0 and file.download is None and gone.crc is not None:
+                if gone.pack is not None:
+                    file.data = self._bodies.load(gone)
+                else:
+                    file.fd = -1 if (fd := self._bodies.pin(gone)) is None else fd
 
     def deleted(self, draft: Draft) -> None:
         """A draft is about to be deleted: who has it open keeps it."""

@@ -474,10 +474,11 @@ class Uploader:
                 self._finish(draft, altered=True)
             return
         message = new_message(data)
-        if self._cache.node(draft.ino) is not None:
+        old = self._cache.node(draft.ino)
+        if old is not None:
             # The inode goes over to the new version: the old one needs another until it is removed.
             self._cache.displace(draft.ino)
-            self._bodies.drop_file(draft.ino)
+            self._bodies.drop([old])
         gone = self._cache.adopt(draft.ino, box.ino, draft.name, message)
         self._sync.publish(Changes(box.ino, gone=gone, added=[(draft.ino, draft.name)]))
         if fit is None or not current:
@@ -490,7 +491,7 @@ class Uploader:
         if same:
             if fit.converted:
                 replace_file(draft.file, fit.data)
-            self._bodies.take(draft.file, draft.ino)
+            self._bodies.take(draft.file, draft.ino, message.uid)
         self._keep_local(draft, message.date)
         self._spool.forget(draft)
         self._finish(draft, altered=fit.converted or not same)
@@ -575,4 +576,6 @@ class Uploader:
 
 
 def _gone(draft: Draft) -> Gone:
-    return Gone(draft.parent, draft.name, draft.ino, draft.size, draft.mtime, draft.ctime, draft.mode, False)
+    return Gone(
+        draft.parent, draft.name, draft.ino, draft.size, draft.mtime, draft.ctime, draft.mode, None, None, 0
+    )

@@ -221,7 +221,7 @@ class Filesystem:
         if waiting:
             log.warning("%d files are not on the server yet: the next mount sends them", len(waiting))
         self.files.close()
-        self._bodies.flush_use()
+        self._bodies.close()
 
     def _changed(self, changes: Changes) -> None:
         for gone in changes.gone:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imapfs.bodies import BodyStore
-from imapfs.cache import Cache, Directory, NewMessage
+from imapfs.cache import Body, Cache, Directory, NewMessage
 from imapfs.errors import MailboxGone
 from imapfs.imap.grammar import ListEntry
 from imapfs.model import ROOT, Ino, ModSeq, Uid
@@ -273,9 +273,9 @@ async def test_body_of_a_message_that_goes_leaves_the_disk(user: Account, tmp_pa
     async with mirror(user, tmp_path) as made:
         await made.refresh()
         inos = {uid: ino for uid, (ino, *_) in made.messages().items()}
-        for ino in inos.values():
+        for uid, ino in inos.items():
             made.bodies.path(ino).write_bytes(b"x" * 10)
-            made.cache.add_bodies([(ino, 10, 0)])
+            made.bodies.add([Body(ino, Uid(uid), 10, 0, None, 0)])
         with user.client() as client:
             client.select()
             client.uid("STORE", "1", "+FLAGS", "(\\Deleted)")
