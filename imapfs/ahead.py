@@ -20,9 +20,10 @@ _NOTICE: Final = 3
 """Uncached bodies opened in a row that make a scan."""
 _IDLE: Final = 2.0
 """Seconds without an open after which a scan is over."""
-_BATCH_MESSAGES: Final = 200
-_BATCH_BYTES: Final = 1 << 20
-_WINDOW_FIRST: Final = 1 << 20
+_BATCH_MESSAGES: Final = 500
+_BATCHES: Final = 4
+"""Batches that a window is made of: one each for as many connections as there are by default."""
+_WINDOW_FIRST: Final = 2 << 20
 _WINDOW_MOST: Final = 16 << 20
 _DAY: Final = 86400.0
 
@@ -95,7 +96,7 @@ class FetchAhead:
             batch: list[Node] = []
             size = 0
             for node in found:
-                if size + node.size > min(left, _BATCH_BYTES) and (batch or node.size > left):
+                if size + node.size > min(left, scan.window // _BATCHES) and (batch or node.size > left):
                     break
                 batch.append(node)
                 size += node.size

@@ -8,7 +8,7 @@ A descriptor belongs to the inode, not to the handle: whoever has a file open se
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from imapfs.ahead import FetchAhead
 from imapfs.bodies import SMALL, BodyStore
@@ -17,6 +17,9 @@ from imapfs.errors import CacheError, MessageGone
 from imapfs.fetch import Download, Fetcher
 from imapfs.model import Ino
 from imapfs.spool import Draft, Spool
+
+Opening = bytes | None | Awaitable[bytes | None]
+"""All bytes of a small message, if they are wanted; or what has to be awaited for them."""
 
 
 class OpenFile:
@@ -78,10 +81,11 @@ class Files:
 
     # -- opening and closing -------------------------------------------------------------------------------
 
-    async def open(self, node: Node, *, writing: bool, wanted: bool) -> bytes | None:
-        """Begin to use a message; its exact size is known when this returns.
+    def open(self, node: Node, *, writing: bool, wanted: bool) -> Opening:
+        """Begin to use a message; its exact size is known when this returns, or what it returns was awaited.
 
-        ``wanted``: the whole body is of use to the caller, and is returned if it is small.
+        ``wanted``: the whole body is of use to the caller, and is returned if it is small. Who gives up the
+        waiting calls `release`.
         """
         file = self._use(node.ino, writing)
         if wanted:
@@ -89,13 +93,15 @@ class Files:
                 # Before what is fetched ahead of it.
                 file.download = file.download or self._fetcher.start(node).acquire()
             self._ahead.opened(node)
-        try:
-            if self._spool.get(node.ino) is None and (not node.exact or (wanted and node.size <= SMALL)):
-                return await self._whole(node, file)
-        except BaseException:
-            self.release(node.ino, writing=writing)
-            raise
-        return None
+        if node.exact and not (wanted and node.size <= SMALL):
+            return None
+        if node.crc is not None and node.pack is not None and (data := self._bodies.load(node)) is not None:
+            return data
+        return self._whole(node, file)
+
+    def open_known(self, ino: Ino) -> None:
+        """Begin to read a file that the caller has all bytes of."""
+        self._use(ino, writing=False)
 
     def open_draft(self, draft: Draft, *, writing: bool) -> None:
         """Begin to use a draft."""
@@ -118,10 +124,6 @@ class Files:
         return writing and not file.writers
 
     async def _whole(self, node: Node, file: OpenFile) -> bytes | None:
-        if node.crc is not None and node.size <= SMALL:
-            data = self._bodies.load(node)
-            if data is not None:
-                return data
         if file.download is None and file.fd < 0:
             file.download = self._fetcher.start(node).acquire()
         if file.download is None:

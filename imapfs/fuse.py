@@ -16,7 +16,7 @@ import logging
 import os
 import signal
 import stat
-from collections.abc import AsyncIterable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
@@ -35,6 +35,7 @@ from pyfuse3 import (
 
 from imapfs.cache import Cache
 from imapfs.errors import ImapfsError, UsageError
+from imapfs.files import Opening
 from imapfs.imap.pool import SessionPool
 from imapfs.model import Ino, MountConfig, Secret
 from imapfs.sync import Changes
@@ -60,15 +61,14 @@ _DOT, _DOTDOT = 1, 2
 Method = Callable[Concatenate["Adapter", P], Coroutine[Any, Any, T]]
 
 
-def handler(method: Method[P, T]) -> Method[P, T]:
-    """Around every FUSE handler: bounded in time, and only FUSEError gets out."""
+def prompt_handler(method: Method[P, T]) -> Method[P, T]:
+    """Around every FUSE handler: only FUSEError gets out. Alone where waiting is bounded within."""
     name = method.__name__
 
     @functools.wraps(method)
     async def wrapper(self: "Adapter", /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            with trio.fail_after(self.timeout):
-                return await method(self, *args, **kwargs)
+            return await method(self, *args, **kwargs)
         except FUSEError:
             raise
         except trio.TooSlowError:
@@ -85,6 +85,17 @@ def handler(method: Method[P, T]) -> Method[P, T]:
             raise FUSEError(errno.EIO) from None
 
     return wrapper
+
+
+def handler(method: Method[P, T]) -> Method[P, T]:
+    """Around every FUSE handler that may wait: bounded in time as well."""
+
+    @functools.wraps(method)
+    async def bounded(self: "Adapter", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with trio.fail_after(self.timeout):
+            return await method(self, *args, **kwargs)
+
+    return prompt_handler(bounded)
 
 
 @dataclass(slots=True)
@@ -219,7 +230,7 @@ class Adapter(pyfuse3.Operations):
                 self._pushed.discard(ino)
                 self._resized.discard(Ino(ino))
 
-    @handler
+    @prompt_handler
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
         return self._entry(self.fs.getattr(Ino(inode)))
 
@@ -278,7 +289,7 @@ class Adapter(pyfuse3.Operations):
         before = listing.page[listing.index - 1][1].ino if listing.index else position
         return before == position and listing.page[listing.index][1].ino > position
 
-    @handler
+    @prompt_handler
     async def releasedir(self, fh: FileHandleT) -> None:
         del self._listings[fh]
 
@@ -292,23 +303,37 @@ class Adapter(pyfuse3.Operations):
         # What the kernel has of a file stays good until it is told otherwise.
         return FileInfo(fh=FileHandleT(handle), keep_cache=True)
 
-    @handler
+    @prompt_handler
     async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> FileInfo:
         ino, writing = Ino(inode), flags & os.O_ACCMODE != os.O_RDONLY
-        data = await self.fs.open(ino, writing=writing, wanted=inode not in self._pushed and not writing)
+        if inode in self._pushed and flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
+            # The kernel has all of it: what is read twice comes here the second time.
+            self.fs.files.open_known(ino)
+            return self._file_info(ino, flags)
+        opening = self.fs.open(ino, writing=writing, wanted=inode not in self._pushed and not writing)
         try:
-            if ino in self._resized:
-                # Before the first read: the kernel would cut off or pad at the size that it knows.
-                await trio.to_thread.run_sync(_invalidate, _Invalid(attributes={ino}))
-                self._resized.discard(ino)
+            if isinstance(opening, bytes) and ino not in self._resized and not flags & os.O_TRUNC:
+                data: bytes | None = opening
+            else:
+                with trio.fail_after(self.timeout):
+                    data = await self._opened(ino, opening, flags)
             if data is not None and inode not in self._pushed:
                 self._push(inode, data)
-            if flags & os.O_TRUNC:
-                await self.fs.files.truncate(ino, 0)
         except BaseException:
             self.fs.release(ino, writing=writing)
             raise
         return self._file_info(ino, flags)
+
+    async def _opened(self, ino: Ino, opening: Opening, flags: int) -> bytes | None:
+        data = await opening if isinstance(opening, Awaitable) else opening
+        if ino in self._resized:
+            # Before the first read: the kernel would cut off or pad at the size that it knows.
+            await trio.to_thread.run_sync(_invalidate, _Invalid(attributes={ino}))
+            self._resized.discard(ino)
+        if flags & os.O_TRUNC:
+            await self.fs.files.truncate(ino, 0)
+            return None
+        return data
 
     def _push(self, inode: InodeT, data: bytes) -> None:
         """Give the kernel the bytes before it asks.
@@ -342,12 +367,13 @@ class Adapter(pyfuse3.Operations):
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         return await self.fs.files.write(self._handles[fh], off, buf)
 
-    @handler
+    @prompt_handler
     async def flush(self, fh: FileHandleT) -> None:
         if self._read_only:
             raise FUSEError(errno.ENOSYS)  # for good: then the kernel does not ask at each close
         if fh & 1:
-            await self.fs.files.flush(self._handles[fh])
+            with trio.fail_after(self.timeout):
+                await self.fs.files.flush(self._handles[fh])
 
     @handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
@@ -357,7 +383,7 @@ class Adapter(pyfuse3.Operations):
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
         await self.fs.fsync_directory()
 
-    @handler
+    @prompt_handler
     async def release(self, fh: FileHandleT) -> None:
         self.fs.release(self._handles.pop(fh), writing=bool(fh & 1))
 
@@ -423,19 +449,19 @@ class Adapter(pyfuse3.Operations):
     async def rmdir(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
         await self.fs.rmdir(Ino(parent_inode), name)
 
-    @handler
+    @prompt_handler
     async def link(
         self, inode: InodeT, new_parent_inode: InodeT, new_name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
         raise FUSEError(errno.EPERM)
 
-    @handler
+    @prompt_handler
     async def symlink(
         self, parent_inode: InodeT, name: bytes, target: bytes, ctx: RequestContext
     ) -> EntryAttributes:
         raise FUSEError(errno.EPERM)
 
-    @handler
+    @prompt_handler
     async def mknod(
         self, parent_inode: InodeT, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
@@ -447,7 +473,7 @@ class Adapter(pyfuse3.Operations):
     async def getxattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> bytes:
         return await self.xattrs.get(Ino(inode), name)
 
-    @handler
+    @prompt_handler
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[bytes]:
         return self.xattrs.names(Ino(inode))
 

@@ -48,7 +48,7 @@ from imapfs.errors import (
     report,
 )
 from imapfs.fetch import Fetcher
-from imapfs.files import Files
+from imapfs.files import Files, Opening
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Quota, Session
 from imapfs.model import ROOT, Ino, MountConfig
@@ -392,8 +392,8 @@ class Filesystem:
 
     # -- reading and writing -------------------------------------------------------------------------------
 
-    async def open(self, ino: Ino, *, writing: bool, wanted: bool) -> bytes | None:
-        """Begin to use a file; its exact size is known when this returns.
+    def open(self, ino: Ino, *, writing: bool, wanted: bool) -> Opening:
+        """Begin to use a file; its exact size is known when this returns, or what it returns was awaited.
 
         ``wanted``: all the bytes are of use to the caller, and are returned if they are few.
         """
@@ -404,7 +404,7 @@ class Filesystem:
         node = self.node(ino)
         if node.is_dir:
             raise IsADirectory("it is a directory")
-        return await self.files.open(node, writing=writing, wanted=wanted)
+        return self.files.open(node, writing=writing, wanted=wanted)
 
     async def create(self, parent: Ino, name: bytes, mode: int) -> Attributes:
         """A new, empty file, open for writing."""
