@@ -234,6 +234,25 @@ class Bench:
             self.ls(mount.mailbox, self.settings.messages)
             yield mount.mailbox
 
+    @contextlib.contextmanager
+    def bare(self, mode: str) -> Iterator[Path]:
+        """The files of `maildir` in a bare pyfuse3 file system, ``rw`` or ``ro``, read once."""
+        path = self._fresh("bare")
+        path.mkdir()
+        command = (sys.executable, "-m", "scripts.benchmark.bare", path, self.maildir / "cur", mode)
+        with subprocess.Popen(command, cwd=ROOT, env=self._environment) as process:
+            try:
+                deadline = time.monotonic() + _DEADLINE
+                while not path.is_mount():
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        raise RowFailed("the bare file system did not mount")
+                    time.sleep(0.01)
+                self.grep(path, self.settings.messages)
+                yield path
+            finally:
+                subprocess.run(["fusermount3", "-uz", path], capture_output=True)
+                process.terminate()
+
     def wait_until_sent(self, mount: Mounted) -> float:
         """Seconds until everything that was put into the mount is on the server."""
         return self.time(sys.executable, "-m", "imapfs", "sync", mount.path)

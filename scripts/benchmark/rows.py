@@ -109,6 +109,25 @@ def grep_again_read_only(bench: Bench) -> Iterator[Sample]:
     yield from _grep_again(bench, "--read-only")
 
 
+@row("grep-bare", "the limit of these: second grep -r, bare pyfuse3", peer="grep -r in the Maildir", goal=5.0)
+def grep_bare(bench: Bench) -> Iterator[Sample]:
+    """The same files from a pyfuse3 whose handlers do nothing: what imapfs cannot go below."""
+    yield from _grep_bare(bench, "rw")
+
+
+@row("grep-bare-ro", "the same, read-only", peer="grep -r in the Maildir", goal=1.5)
+def grep_bare_read_only(bench: Bench) -> Iterator[Sample]:
+    """Without flush. pyfuse3 cannot go without open: its read is not told the inode, only the handle."""
+    yield from _grep_bare(bench, "ro")
+
+
+def _grep_bare(bench: Bench, mode: str) -> Iterator[Sample]:
+    messages = bench.settings.messages
+    with bench.bare(mode) as directory:
+        for _ in bench.repetitions():
+            yield Sample(bench.grep(directory, messages), bench.grep(bench.maildir, messages))
+
+
 def _grep_again(bench: Bench, *options: str) -> Iterator[Sample]:
     messages = bench.settings.messages
     with bench.warm(*options) as mailbox:
