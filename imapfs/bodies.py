@@ -44,8 +44,10 @@ _ROOM: Final = 64 << 20
 _PUNCH_HOLE: Final = 0x03
 """FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE of linux/falloc.h."""
 
-_libc: Final = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_libc: Final = ctypes.CDLL(None)
+# Where there are two, the other one takes offsets of 32 bits.
+_fallocate: Final = getattr(_libc, "fallocate64", _libc.fallocate)
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class Stored(Protocol):
@@ -93,7 +95,7 @@ class Pack:
 
     def punch(self, offset: int, size: int) -> None:
         """Give the blocks of a body back to the disk; where that cannot be they stay until the pack goes."""
-        _libc.fallocate(self.fd, _PUNCH_HOLE, offset, -(-size // _BLOCK) * _BLOCK)
+        _fallocate(self.fd, _PUNCH_HOLE, offset, -(-size // _BLOCK) * _BLOCK)
 
     def close(self) -> None:
         if self._fd >= 0:
