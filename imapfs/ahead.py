@@ -91,7 +91,12 @@ class FetchAhead:
         self._top_up(scan)
 
     def _top_up(self, scan: _Scan) -> None:
-        while scan.ahead_bytes < scan.window and scan.cursor is not None and (left := self._left()) > 0:
+        while (
+            scan.ahead_bytes < scan.window
+            and len(scan.ahead) < _BATCHES * _BATCH_MESSAGES
+            and scan.cursor is not None
+            and (left := self._left()) > 0
+        ):
             found = self._cache.uncached_after(scan.cursor, scan.by_name, _BATCH_MESSAGES)
             batch: list[Node] = []
             size = 0

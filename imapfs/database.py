@@ -210,7 +210,7 @@ def _connect(path: Path) -> Connection:
         db.execute("PRAGMA synchronous = NORMAL")
         # `Database.write` sees to it.
         db.execute("PRAGMA wal_autocheckpoint = 0")
-        db.execute("PRAGMA cache_size = -16384")
+        db.execute("PRAGMA cache_size = -8192")
         if version == 0 and tables == 0:
             # A million for each second since the epoch, so that one rebuilt in the same second goes on above.
             first_ino = (time.time_ns() << 20) // 10**9
