@@ -9,15 +9,18 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 
 import click
 
 from imapfs import __version__
 from imapfs.errors import ImapfsError
+from imapfs.model import AuthMethod
 
 if TYPE_CHECKING:
     from imapfs.mounts import Mount
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 _DIRECTORY = click.Path(path_type=Path)
 _FILE = click.Path(path_type=Path)
@@ -29,16 +32,60 @@ def commands() -> None:
     """Mount an IMAP account as a directory: mailboxes are directories, messages are .eml files."""
 
 
+_CONNECTION = (
+    click.option(
+        "--password-command", metavar="CMD", help="Run CMD with sh; the first line it prints is the password."
+    ),
+    click.option(
+        "--password-file", metavar="FILE", type=_FILE, help="The first line of FILE is the password."
+    ),
+    click.option(
+        "--token-command",
+        metavar="CMD",
+        help="Run CMD with sh; the first line it prints is an OAuth 2.0 access token.",
+    ),
+    click.option(
+        "--ca-file", metavar="FILE", type=_FILE, help="Trust the PEM certificates in FILE, not the system's."
+    ),
+    click.option(
+        "--tls-fingerprint",
+        metavar="HEX",
+        help="Trust the one certificate with this SHA-256 fingerprint, whatever it says.",
+    ),
+    click.option(
+        "--client-cert", metavar="FILE", type=_FILE, help="Show the server the PEM certificate in FILE."
+    ),
+    click.option(
+        "--client-key", metavar="FILE", type=_FILE, help="Its private key.  [default: in the same file]"
+    ),
+    click.option(
+        "--auth",
+        type=click.Choice(get_args(AuthMethod)),
+        help="How to log in.  [default: auto, the strongest that the server has]",
+    ),
+    click.option(
+        "--insecure-plaintext",
+        is_flag=True,
+        default=None,
+        help="With imap://: send password and mail unencrypted if there is no STARTTLS.",
+    ),
+    click.option(
+        "--timeout", metavar="SECONDS", type=float, help="Longest wait for the server.  [default: 30]"
+    ),
+)
+
+
+def connection_options(command: Command) -> Command:
+    """Add the options that say how to reach an account; they arrive under their names in ``settings``."""
+    for option in reversed(_CONNECTION):
+        command = option(command)
+    return command
+
+
 @commands.command()
 @click.argument("source")
 @click.argument("mountpoint", type=_DIRECTORY)
-@click.option(
-    "--password-command", metavar="CMD", help="Run CMD with sh; the first line it prints is the password."
-)
-@click.option("--password-file", metavar="FILE", type=_FILE, help="The first line of FILE is the password.")
-@click.option(
-    "--ca-file", metavar="FILE", type=_FILE, help="Trust the PEM certificates in FILE, not the system's."
-)
+@connection_options
 @click.option(
     "--cache-dir", metavar="DIR", type=_DIRECTORY, help="Cache in DIR.  [default: the XDG cache directory]"
 )
@@ -60,7 +107,6 @@ def commands() -> None:
     "--names", type=click.Choice(["subject", "uid"]), help="How files are named.  [default: subject]"
 )
 @click.option("--connections", metavar="N", type=int, help="Most connections to the server.  [default: 4]")
-@click.option("--timeout", metavar="SECONDS", type=float, help="Longest wait for the server.  [default: 30]")
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground; Ctrl-C unmounts.")
 @click.option("--log-file", metavar="FILE", type=_FILE, help="Log to FILE.  [default: the XDG log directory]")
 @click.option("-v", "--verbose", count=True, help="Log details.")
@@ -77,9 +123,9 @@ def mount(
 ) -> None:
     """Mount SOURCE on the empty directory MOUNTPOINT.
 
-    SOURCE is imaps://user@host[:port][/Mailbox] or the name of an account in the configuration file. Returns
-    when the mount is live. The password comes from --password-command, --password-file, the keyring, or a
-    prompt on the terminal.
+    SOURCE is imaps://user@host[:port][/Mailbox], imap:// for STARTTLS, or the name of an account in the
+    configuration file. Returns when the mount is live. The password comes from --password-command,
+    --password-file, the keyring, or a prompt on the terminal.
     """
     import platformdirs
 

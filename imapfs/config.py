@@ -11,13 +11,21 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, NoReturn, TypedDict, cast
+from typing import NamedTuple, NoReturn, TypedDict, cast, get_args
 from urllib.parse import unquote
 
 from imapfs import mounts
 from imapfs.credentials import FOUR_WAYS, CredentialSources
 from imapfs.errors import UsageError
-from imapfs.model import Account, DeletePolicy, MountConfig, NameScheme
+from imapfs.model import (
+    DEFAULT_PORTS,
+    Account,
+    AuthMethod,
+    DeletePolicy,
+    MountConfig,
+    NameScheme,
+    Security,
+)
 
 MAX_CONNECTIONS = 50
 MAX_TIMEOUT = 3600
@@ -32,8 +40,14 @@ Options = TypedDict(
         "host": str,
         "user": str,
         "port": int,
+        "security": Security,
+        "insecure-plaintext": bool,
         "mailbox": str | None,
         "ca-file": Path,
+        "tls-fingerprint": str,
+        "client-cert": Path,
+        "client-key": Path,
+        "auth": AuthMethod,
         "cache-dir": Path,
         "cache-size": int,
         "read-only": bool,
@@ -44,12 +58,26 @@ Options = TypedDict(
         "timeout": float,
         "password-command": str,
         "password-file": Path,
+        "token-command": str,
         "log-file": Path,
         "options": list[str],
     },
     total=False,
 )
 """Settings by the name they have in the configuration file: checked and converted, paths absolute."""
+
+
+class Located(NamedTuple):
+    """What a SOURCE names, with everything that it takes to connect to it."""
+
+    account: Account
+    credentials: CredentialSources
+    options: Options
+    """All that was set, the command line's over the entry's."""
+    entry: Options
+    """The account's entry in the configuration file alone; empty for a URL."""
+    given: Options
+    """The command line's alone."""
 
 
 class Resolved(NamedTuple):
@@ -65,16 +93,17 @@ class Resolved(NamedTuple):
 def parse_source(source: str) -> Account:
     """The account that ``imaps://user@host[:port][/Mailbox]`` names (after RFC 5092, much reduced).
 
-    User and mailbox are percent-decoded; the last "@" ends the user, so that an address can be typed as it
-    is. Raises UsageError.
+    ``imap://`` is for STARTTLS. User and mailbox are percent-decoded; the last "@" ends the user, so that an
+    address can be typed as it is. Raises UsageError.
     """
     scheme, separator, rest = source.partition("://")
     if not separator:
         raise UsageError("the source is no URL: write imaps://user@host[:port][/Mailbox]")
-    if scheme.lower() == "imap":
-        raise UsageError("imap:// is not supported, only TLS from the first byte: write imaps:// (port 993)")
-    if scheme.lower() != "imaps":
-        raise UsageError("the source has an unknown scheme: write imaps://user@host[:port][/Mailbox]")
+    security = _SCHEMES.get(scheme.lower())
+    if security is None:
+        raise UsageError(
+            "the source has an unknown scheme: write imaps://user@host[:port][/Mailbox], or imap://"
+        )
     authority, _, path = rest.partition("/")
     userinfo, _, hostport = authority.rpartition("@")
     if ":" in userinfo:
@@ -84,16 +113,19 @@ def parse_source(source: str) -> Account:
         )
     try:
         user = _user(unquote(userinfo, errors="strict"))
-        host, port = _host_and_port(hostport)
+        host, port = _host_and_port(hostport, DEFAULT_PORTS[security])
         mailbox = _mailbox(unquote(path, errors="strict"))
     except UnicodeDecodeError:
         raise UsageError("the source has percent escapes that are not UTF-8") from None
     except ValueError as error:
         raise UsageError(f"the source {error}: write imaps://user@host[:port][/Mailbox]") from None
-    return Account(host=host, user=user, port=port, mailbox=mailbox)
+    return Account(host=host, user=user, port=port, mailbox=mailbox, security=security)
 
 
-def _host_and_port(text: str) -> tuple[str, int]:
+_SCHEMES: Mapping[str, Security] = {"imaps": "tls", "imap": "starttls"}
+
+
+def _host_and_port(text: str, usual: int) -> tuple[str, int]:
     match = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::(.*))?", text, re.DOTALL)
     if match is None:
         raise ValueError("has no valid host name (an IPv6 address goes in brackets)")
@@ -103,7 +135,7 @@ def _host_and_port(text: str) -> tuple[str, int]:
         if ":" not in host:
             raise ValueError("has no valid IPv6 address in its brackets")
     if port is None:
-        return _host(host), 993
+        return _host(host), usual
     # int() takes signs, spaces and underscores as well; a port is digits.
     if not re.fullmatch(r"[0-9]{1,5}", port):
         raise ValueError("has no valid port, a number from 1 to 65535")
@@ -187,20 +219,24 @@ def _boolean(value: object) -> bool:
     return value
 
 
-def _names(value: object) -> NameScheme:
-    if value == "subject":
-        return "subject"
-    if value == "uid":
-        return "uid"
-    raise ValueError('must be "subject" or "uid"')
+def _one_of(choices: object) -> Callable[[object], str]:
+    """For a Literal type."""
+    values: tuple[str, ...] = get_args(choices)
+
+    def convert(value: object) -> str:
+        if value not in values:
+            named = ", ".join(f'"{one}"' for one in values[:-1])
+            raise ValueError(f'must be {named} or "{values[-1]}"')
+        return str(value)
+
+    return convert
 
 
-def _delete(value: object) -> DeletePolicy:
-    if value == "trash":
-        return "trash"
-    if value == "expunge":
-        return "expunge"
-    raise ValueError('must be "trash" or "expunge"')
+def _fingerprint(value: object) -> str:
+    digits = _text(value).replace(":", "").lower()
+    if not re.fullmatch("[0-9a-f]{64}", digits):
+        raise ValueError("must be a SHA-256 fingerprint: 64 hexadecimal digits, with or without colons")
+    return digits
 
 
 def _size(value: object) -> int:
@@ -226,22 +262,31 @@ _CONVERT: Mapping[str, Callable[[object], object]] = {
     "host": _host,
     "user": _user,
     "port": _port,
+    "security": _one_of(Security),
+    "insecure-plaintext": _boolean,
     "mailbox": _mailbox,
     "ca-file": _text,
+    "tls-fingerprint": _fingerprint,
+    "client-cert": _text,
+    "client-key": _text,
+    "auth": _one_of(AuthMethod),
     "cache-dir": _text,
     "cache-size": _size,
     "read-only": _boolean,
     "fetch-ahead": _size_or_none,
-    "names": _names,
-    "delete": _delete,
+    "names": _one_of(NameScheme),
+    "delete": _one_of(DeletePolicy),
     "connections": _integer(1, MAX_CONNECTIONS),
     "timeout": _timeout,
     "password-command": _text,
     "password-file": _text,
+    "token-command": _text,
     "log-file": _text,
     "options": _fuse_options,
 }
-_PATHS = frozenset({"ca-file", "cache-dir", "password-file", "log-file"})
+_PATHS = frozenset({"ca-file", "client-cert", "client-key", "cache-dir", "password-file", "log-file"})
+_SECRETS = ("password-command", "password-file", "token-command")
+"""The keys of which each alone says where the secret comes from."""
 
 
 def _checked(table: Mapping[str, object], base: Path, where: Callable[[str], str]) -> Options:
@@ -376,27 +421,69 @@ def _account_options(name: str, path: Path) -> Options:
 # ---- Everything together
 
 
-def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config_path: Path) -> Resolved:
-    """What to mount, from the command line's ``options`` over the account's entry over the defaults.
+def locate(source: str, options: Mapping[str, object], config_path: Path) -> Located:
+    """Which account ``source`` names, from the command line's ``options`` over the account's entry.
 
-    ``options`` holds only what was given, under the names of the configuration file; -o adds to the entry's
-    options. Raises UsageError.
+    ``options`` holds only what was given, under the names of the configuration file. Raises UsageError.
     """
     given = _checked(options, Path.cwd(), lambda key: "-o" if key == "options" else f"--{key}")
     if "://" in source:
         entry, account = Options(), parse_source(source)
     else:
         entry = _account_options(source, config_path)
+        security = entry.get("security", "tls")
         account = Account(
             host=entry["host"],
             user=entry["user"],
-            port=entry.get("port", 993),
+            port=entry.get("port", DEFAULT_PORTS[security]),
             mailbox=entry.get("mailbox"),
+            security=security,
         )
     merged: Options = {**entry, **given}
-    read_only, fuse_options = _read_only(entry, given)
+    account = dataclasses.replace(
+        account,
+        insecure_plaintext=merged.get("insecure-plaintext", False),
+        ca_file=merged.get("ca-file"),
+        tls_fingerprint=merged.get("tls-fingerprint"),
+        client_cert=merged.get("client-cert"),
+        client_key=merged.get("client-key"),
+        auth=merged.get("auth", "auto"),
+    )
+    _check_account(account)
+    # A source of secrets on the command line replaces the entry's, whichever kind either is.
+    named = given if any(key in given for key in _SECRETS) else entry
+    credentials = CredentialSources(
+        command=named.get("password-command"),
+        file=named.get("password-file"),
+        token_command=named.get("token-command"),
+        name=None if "://" in source else source,
+    )
+    return Located(account, credentials, merged, entry, given)
+
+
+def _check_account(account: Account) -> None:
+    if account.insecure_plaintext and account.security == "tls":
+        raise UsageError(
+            'insecure-plaintext contradicts TLS: leave it out, or write imap:// (security = "starttls")'
+        )
+    if account.client_cert is None:
+        if account.client_key is not None:
+            raise UsageError("client-key is of no use alone: name the certificate with client-cert")
+        if account.auth == "external":
+            raise UsageError("auth external is a login by certificate: name it with client-cert")
+
+
+def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config_path: Path) -> Resolved:
+    """What to mount, from the command line's ``options`` over the account's entry over the defaults.
+
+    ``options`` holds only what was given, under the names of the configuration file; -o adds to the entry's
+    options. Raises UsageError.
+    """
+    located = locate(source, options, config_path)
+    merged = located.options
+    read_only, fuse_options = _read_only(located.entry, located.given)
     mount = MountConfig(
-        account=dataclasses.replace(account, ca_file=merged.get("ca-file")),
+        account=located.account,
         mountpoint=mounts.real_path(mountpoint),
         cache_dir=merged.get("cache-dir") or _default_cache_dir(),
         cache_size=merged.get("cache-size", DEFAULT_CACHE_SIZE),
@@ -408,10 +495,7 @@ def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config
         read_only=read_only,
         fuse_options=fuse_options,
     )
-    # A source of passwords on the command line replaces the entry's, whichever kind either is.
-    named = given if "password-command" in given or "password-file" in given else entry
-    credentials = CredentialSources(command=named.get("password-command"), file=named.get("password-file"))
-    return Resolved(mount, credentials, merged.get("log-file"))
+    return Resolved(mount, located.credentials, merged.get("log-file"))
 
 
 def _read_only(entry: Options, given: Options) -> tuple[bool, frozenset[str]]:

@@ -1,6 +1,6 @@
-"""Where the password comes from: a command, a file, the keyring, or a person at a terminal.
+"""Where the password or token comes from; `resolve` has the order, the README explains it.
 
-The password is never part of an exception: wherever one could hold it, the cause is cut with ``from None``.
+The secret is never part of an exception: wherever one could hold it, the cause is cut with ``from None``.
 """
 
 import getpass
@@ -9,16 +9,22 @@ import os
 import stat
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from imapfs.errors import CredentialError
-from imapfs.model import Account, Secret
+from imapfs.errors import CredentialError, CredentialUnavailable
+from imapfs.model import AccessToken, Account, CredentialProvider, Secret
 
 KEYRING_SERVICE = "imapfs"
+SYSTEMD_NAME = "imapfs"
 FOUR_WAYS = "--password-command CMD, --password-file FILE, the keyring, or the prompt on a terminal"
 
 _COMMAND_TIMEOUT = 60.0
+_TOKEN_AGE = 300.0
+"""Seconds for which the output of a token command is used again: it knows when a token ends, we do not."""
 _MAX_LINE = 64 * 1024
 
 _log = logging.getLogger(__name__)
@@ -26,24 +32,75 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CredentialSources:
-    """What the person named; without either, keyring and terminal are asked."""
+    """What the person named; without any of these, other places are asked."""
 
     command: str | None = None
     """For ``sh -c``; the first line that it prints is the password."""
     file: Path | None = None
     """Its first line is the password."""
+    token_command: str | None = None
+    """For ``sh -c``; the first line that it prints is an OAuth 2.0 access token."""
+    name: str | None = None
+    """The account's in the configuration file, which a systemd credential may have too."""
 
 
-def resolve(account: Account, sources: CredentialSources) -> Secret:
-    """The password of ``account``; raises CredentialError.
+class _Certificate:
+    """A login by the TLS client certificate alone."""
+
+    def get(self, refused: Secret | None = None) -> None:
+        """There is nothing else to log in with."""
+
+
+class Tokens:
+    """Access tokens from ``fetch``, each used until it has to be replaced.
+
+    ``fetch`` gives a token and for how many seconds it can be used; it raises CredentialError.
+    """
+
+    def __init__(self, fetch: Callable[[], tuple[str, float]]) -> None:
+        self._fetch = fetch
+        self._token: AccessToken | None = None
+        self._until = 0.0
+        # Held while a token is fetched, so that several connections that come up together ask for one only.
+        self._lock = threading.Lock()
+
+    def first(self) -> "Tokens":
+        """Fetch a token now, so that what is wrong shows at the start. Raises CredentialError."""
+        self._renew()
+        return self
+
+    def get(self, refused: Secret | None = None) -> AccessToken:
+        with self._lock:
+            if self._token is None or self._token is refused or time.monotonic() >= self._until:
+                try:
+                    return self._renew()
+                except CredentialError as error:
+                    raise CredentialUnavailable(str(error)) from None
+            return self._token
+
+    def _renew(self) -> AccessToken:
+        text, lifetime = self._fetch()
+        self._token, self._until = AccessToken(text), time.monotonic() + lifetime
+        return self._token
+
+
+def resolve(account: Account, sources: CredentialSources) -> CredentialProvider:
+    """What proves who the user of ``account`` is; raises CredentialError.
 
     A source that was named and fails is an error; it does not fall through to the next one.
     """
     if sources.command is not None:
-        return _from_command(sources.command)
+        return _from_command(sources.command, "the password command")
     if sources.file is not None:
-        return _from_file(sources.file)
-    found = _from_keyring(account) or _from_terminal(account)
+        return _from_file(sources.file, "password file")
+    if sources.token_command is not None:
+        return _token_command(sources.token_command).first()
+    if account.auth == "external":
+        return _Certificate()
+    found = _from_systemd(sources.name) or _from_keyring(account)
+    if found is None and account.client_cert is not None:
+        return _Certificate()
+    found = found or _from_terminal(account)
     if found is None:
         raise CredentialError(
             f"no password for {account.url}: use {FOUR_WAYS} "
@@ -52,7 +109,11 @@ def resolve(account: Account, sources: CredentialSources) -> Secret:
     return found
 
 
-def _from_command(command: str) -> Secret:
+def _token_command(command: str) -> Tokens:
+    return Tokens(lambda: (_from_command(command, "the token command").reveal(), _TOKEN_AGE))
+
+
+def _from_command(command: str, what: str) -> Secret:
     # stdin, and with it the terminal, stays the person's: pinentry and the like ask there. For the same
     # reason the command gets no session or process group of its own.
     with subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -61,7 +122,7 @@ def _from_command(command: str) -> Secret:
         except subprocess.TimeoutExpired:
             process.kill()
             raise CredentialError(
-                f"the password command did not end within {_COMMAND_TIMEOUT:g} s: run it by hand to see why"
+                f"{what} did not end within {_COMMAND_TIMEOUT:g} s: run it by hand to see why"
             ) from None
     if process.returncode != 0:
         lines = errors.decode(errors="replace").split("\n")
@@ -71,23 +132,36 @@ def _from_command(command: str) -> Secret:
             if process.returncode > 0
             else f"was ended by signal {-process.returncode}"
         )
-        raise CredentialError(f"the password command {how}: {said}")
-    return _first_line(output, "the password command")
+        raise CredentialError(f"{what} {how}: {said}")
+    return _first_line(output, what)
 
 
-def _from_file(path: Path) -> Secret:
+def _from_systemd(name: str | None) -> Secret | None:
+    """The credential that has the account's name, or else the program's (systemd.exec(5), "Credentials")."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    if not directory:
+        return None
+    for one in (name, SYSTEMD_NAME):
+        # A name with a slash would lead out of the directory; no credential has one.
+        path = Path(directory, one) if one and "/" not in one else None
+        if path is not None and path.is_file():
+            return _from_file(path, "systemd credential")
+    return None
+
+
+def _from_file(path: Path, what: str) -> Secret:
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             # A pipe, such as the shell's <(...), is nobody else's to open whatever its mode says.
             if stat.S_ISREG(mode) and mode & 0o077:
                 raise CredentialError(
-                    f"password file {path}: others may access it (mode {stat.S_IMODE(mode):04o}): "
+                    f"{what} {path}: others may access it (mode {stat.S_IMODE(mode):04o}): "
                     f"chmod 600 it, and consider the password known"
                 )
-            return _first_line(file.readline(_MAX_LINE), f"password file {path}")
+            return _first_line(file.readline(_MAX_LINE), f"{what} {path}")
     except OSError as error:
-        raise CredentialError(f"password file {path}: cannot be read: {error.strerror}") from None
+        raise CredentialError(f"{what} {path}: cannot be read: {error.strerror}") from None
 
 
 def _first_line(data: bytes, where: str) -> Secret:

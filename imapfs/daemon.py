@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from imapfs import mounts
 from imapfs.errors import ImapfsError, UsageError
-from imapfs.model import MountConfig, Secret
+from imapfs.model import CredentialProvider, MountConfig
 
 _LOG_BYTES = 5 * 2**20
 _LOG_BACKUPS = 2
@@ -31,7 +31,12 @@ _log = logging.getLogger(__name__)
 
 
 def run(
-    config: MountConfig, password: Secret, *, foreground: bool, log_file: Path | None, verbosity: int
+    config: MountConfig,
+    credentials: CredentialProvider,
+    *,
+    foreground: bool,
+    log_file: Path | None,
+    verbosity: int,
 ) -> None:
     """Serve the mount: in the foreground until it is unmounted, else return once it is live.
 
@@ -45,7 +50,7 @@ def run(
     if foreground:
         os.umask(0o077)
         _start_log(log_file, verbosity)
-        _serve(config, password, _nobody_waits, log_file)
+        _serve(config, credentials, _nobody_waits, log_file)
         return
     log_file = log_file or default_log_file(config)
     sys.stdout.flush()
@@ -53,7 +58,7 @@ def run(
     receiver, sender = os.pipe()
     child = os.fork()
     if child == 0:
-        _be_child(config, password, sender, log_file, verbosity)
+        _be_child(config, credentials, sender, log_file, verbosity)
     os.close(sender)
     _wait_for_report(child, receiver, log_file)
 
@@ -151,14 +156,14 @@ def _nobody_waits() -> None:
 
 
 def _serve(
-    config: MountConfig, password: Secret, on_ready: Callable[[], None], log_file: Path | None
+    config: MountConfig, credentials: CredentialProvider, on_ready: Callable[[], None], log_file: Path | None
 ) -> None:
     """Returns after the unmount; any failure comes out as ImapfsError, the unexpected ones logged in full."""
     try:
         # pyfuse3 and trio, which must not be there yet when the process forks.
         from imapfs.fuse import serve
 
-        serve(config, password, on_ready)
+        serve(config, credentials, on_ready)
     except ImapfsError:
         raise
     except Exception as error:
@@ -167,13 +172,15 @@ def _serve(
         raise ImapfsError(f"internal error: {type(error).__name__}: {error}; {where}") from None
 
 
-def _be_child(config: MountConfig, password: Secret, sender: int, log_file: Path, verbosity: int) -> NoReturn:
+def _be_child(
+    config: MountConfig, credentials: CredentialProvider, sender: int, log_file: Path, verbosity: int
+) -> NoReturn:
     report = _Report(sender)
     code = 1
     try:
         _detach(sender)
         _start_log(log_file, verbosity)
-        _serve(config, password, report.live, log_file)
+        _serve(config, credentials, report.live, log_file)
         code = 0
     except ImapfsError as error:
         _log.error("%s", error)

@@ -81,6 +81,12 @@ class TimedOut(ConnectionLost):
     errno = errno.ETIMEDOUT
 
 
+class CredentialUnavailable(ConnectionLost):
+    """There is no access token to log in with at the moment: it was not tried, and may work later."""
+
+    errno = errno.EACCES
+
+
 class ProtocolError(ConnectionLost):
     """The server sent what is not IMAP: the connection is of no further use."""
 

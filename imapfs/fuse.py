@@ -37,7 +37,7 @@ from imapfs.cache import Cache
 from imapfs.errors import ImapfsError, UsageError
 from imapfs.files import Opening
 from imapfs.imap.pool import SessionPool
-from imapfs.model import Ino, MountConfig, Secret
+from imapfs.model import CredentialProvider, Ino, MountConfig
 from imapfs.sync import Changes
 from imapfs.vfs import Attributes as FileAttributes
 from imapfs.vfs import Filesystem
@@ -502,16 +502,16 @@ def _invalidate(batch: _Invalid) -> None:
                 log.debug("the kernel did not drop the attributes of inode %d: %s", ino, error)
 
 
-def serve(config: MountConfig, password: Secret, on_ready: Callable[[], None]) -> None:
+def serve(config: MountConfig, credentials: CredentialProvider, on_ready: Callable[[], None]) -> None:
     """Mount and serve until the mount ends: by umount, SIGINT or SIGTERM.
 
     ``on_ready`` is called once, when the mount answers. Raises ImapfsError if there can be no mount.
     """
-    trio.run(_serve, config, password, on_ready)
+    trio.run(_serve, config, credentials, on_ready)
 
 
-async def _serve(config: MountConfig, password: Secret, on_ready: Callable[[], None]) -> None:
-    pool = SessionPool(config.account, password, config.connections, config.timeout)
+async def _serve(config: MountConfig, credentials: CredentialProvider, on_ready: Callable[[], None]) -> None:
+    pool = SessionPool(config.account, credentials, config.connections, config.timeout)
     cache = Cache.open(config.cache_dir / _cache_name(config), config.names)
     failure: ImapfsError | None = None
     try:

@@ -1,8 +1,9 @@
 """Plain data types shared by all layers: no I/O and no behaviour beyond their own invariants."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NewType
+from typing import Literal, NewType, Protocol
 
 Ino = NewType("Ino", int)
 """Inode number: of a message, a mailbox's directory, or the root. Never used again for anything else."""
@@ -17,12 +18,17 @@ ModSeq = NewType("ModSeq", int)
 NameScheme = Literal["subject", "uid"]
 DeletePolicy = Literal["trash", "expunge"]
 """What rm does with a message that is not in Trash: move it there, or delete it for good."""
+Security = Literal["tls", "starttls"]
+"""How a connection becomes TLS: from its first byte, or by STARTTLS (RFC 9051 section 6.2.1)."""
+AuthMethod = Literal["auto", "plain", "login", "scram-sha-256", "xoauth2", "oauthbearer", "external"]
+"""How to log in: ``login`` is the LOGIN command, ``auto`` the strongest way, the others are of SASL."""
+DEFAULT_PORTS: Mapping[Security, int] = {"tls": 993, "starttls": 143}
 
 ROOT = Ino(1)
 
 
 class Secret:
-    """A password that cannot reach a log, a traceback or a repr by accident."""
+    """A password that cannot reach a log, a traceback or a repr by accident; its own `CredentialProvider`."""
 
     __slots__ = ("_value",)
 
@@ -32,28 +38,60 @@ class Secret:
     def reveal(self) -> str:
         return self._value
 
+    def get(self, refused: "Secret | None" = None) -> "Secret":  # noqa: ARG002 - there is no other
+        return self
+
     def __repr__(self) -> str:
         return "Secret(...)"
 
 
+class AccessToken(Secret):
+    """An OAuth 2.0 access token (RFC 6749 section 1.4), which only XOAUTH2 and OAUTHBEARER take."""
+
+    __slots__ = ()
+
+
+class CredentialProvider(Protocol):
+    """Where each login gets what it proves itself with. Asked in any thread; may wait for the network."""
+
+    def get(self, refused: Secret | None = None) -> Secret | None:
+        """What to log in with: a password or an `AccessToken`; None for the TLS client certificate alone.
+
+        With ``refused``, which the server did not take: another one, or the same object where there is none.
+        Raises ConnectionLost where a new token cannot be had now.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Where the mail is: one user on one server, reached by implicit TLS."""
+    """Where the mail is: one user on one server, how its identity is checked, and how ours is proven."""
 
     host: str
     user: str
     port: int = 993
     mailbox: str | None = None
     """The subtree to mount, as the path that the full mount would show it under; None for everything."""
+    security: Security = "tls"
+    insecure_plaintext: bool = False
+    """Whether to do without TLS where STARTTLS is not offered; on this machine that is so anyway."""
     ca_file: Path | None = None
     """PEM certificates to trust instead of the system's; None for the system's."""
+    tls_fingerprint: str | None = None
+    """SHA-256 of the server's certificate in DER, 64 lower-case hex digits. Trusted are it and nothing else,
+    whatever name, issuer and dates it has."""
+    client_cert: Path | None = None
+    """PEM certificate, with its chain, that proves who we are (RFC 8446 section 4.4.2)."""
+    client_key: Path | None = None
+    """Its private key in PEM, unencrypted; None where ``client_cert`` holds it too."""
+    auth: AuthMethod = "auto"
 
     @property
     def url(self) -> str:
-        """For people: ``imaps://user@host[:port]``, never with a password."""
-        port = "" if self.port == 993 else f":{self.port}"
+        """For people: ``imaps://user@host[:port]``, never with a password; ``imap://`` for STARTTLS."""
+        scheme = "imaps" if self.security == "tls" else "imap"
+        port = "" if self.port == DEFAULT_PORTS[self.security] else f":{self.port}"
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"imaps://{self.user}@{host}{port}"
+        return f"{scheme}://{self.user}@{host}{port}"
 
 
 @dataclass(frozen=True, slots=True)

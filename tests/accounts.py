@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import pytest
 import trio
 
+from imapfs.imap.connect import tls_context
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
-from imapfs.imap.wire import Wire, tls_context
+from imapfs.imap.wire import Wire
 from imapfs.model import Account, Secret
 from tests.mounting import MailAccount
 

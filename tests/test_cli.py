@@ -244,7 +244,9 @@ def test_mount_has_exactly_these_options() -> None:
     from imapfs.cli import mount
 
     assert {name for option in mount.params for name in option.opts if name.startswith("-")} == {
-        *("--password-command", "--password-file", "--ca-file", "--cache-dir", "--cache-size", "--read-only"),
+        *("--password-command", "--password-file", "--token-command", "--auth"),
+        *("--ca-file", "--tls-fingerprint", "--client-cert", "--client-key", "--insecure-plaintext"),
+        *("--cache-dir", "--cache-size", "--read-only"),
         *(
             "--names",
             "--delete",
@@ -286,7 +288,10 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["imap://alice@h"], "imaps://"),
+        (["imaps://alice@h", "--insecure-plaintext"], "write imap://"),
+        ([SOURCE, "--tls-fingerprint", "ab:cd"], "--tls-fingerprint: must be a SHA-256"),
+        ([SOURCE, "--client-key", "key.pem"], "client-cert"),
+        ([SOURCE, "--auth", "external"], "client-cert"),
         ([f"imaps://alice:{SECRET}@h"], "--password-command"),
         (["work"], ".config/imapfs/config.toml"),
         ([SOURCE, "--cache-size", "huge"], "--cache-size: not a size"),

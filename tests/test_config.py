@@ -18,6 +18,8 @@ from imapfs.model import Account
         ("imaps://alice%40example.org@h", Account("h", "alice@example.org")),
         ("imaps://alice@example.org@h", Account("h", "alice@example.org")),
         ("imaps://a%3Ab@h", Account("h", "a:b")),
+        ("imap://alice@h", Account("h", "alice", 143, security="starttls")),
+        ("imap://alice@h:1143", Account("h", "alice", 1143, security="starttls")),
         ("imaps://alice@[::1]:993", Account("::1", "alice")),
         ("imaps://alice@[2001:DB8::1]", Account("2001:db8::1", "alice")),
         ("imaps://alice@h/Archive/2026%20Q1/", Account("h", "alice", mailbox="Archive/2026 Q1")),
@@ -33,7 +35,8 @@ def test_source_names_an_account(source: str, account: Account) -> None:
     [
         ("imaps://alice:hunter2@h", "password"),
         ("imaps://alice:hun@ter2@h", "password"),
-        ("imap://alice:hunter2@h", "imap://"),
+        ("imap://alice:hunter2@h", "password"),
+        ("pop3://alice:hunter2@h", "imap://"),
         ("https://alice:hunter2@h", "scheme"),
         ("alice:hunter2", "URL"),
         ("imaps://alice:hun/ter2@h", "no user"),

@@ -24,8 +24,9 @@ LAYERS = (
     {"database"},
     {"imap.pool"},
     {"imap.session"},
+    {"imap.login"},
     {"imap.wire"},
-    {"imap.grammar"},
+    {"imap.grammar", "imap.connect", "imap.sasl"},
     {"names", "headers"},
     {"errors"},
     {"model"},
@@ -35,7 +36,7 @@ LAYERS = (
 DOORS = {
     "pyfuse3": {"fuse"},
     "imapclient": {"imap.wire"},
-    "imaplib": set(),
+    "imaplib": {"imap.wire"},
     "sqlite3": {"database"},
 }
 

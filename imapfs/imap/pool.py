@@ -21,9 +21,9 @@ from typing import Final, NoReturn, TypeVar
 import trio
 
 from imapfs.errors import AuthenticationFailed, ConnectionLost
+from imapfs.imap.connect import tls_context
 from imapfs.imap.session import Session
-from imapfs.imap.wire import tls_context
-from imapfs.model import Account, Secret
+from imapfs.model import Account, CredentialProvider
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +45,9 @@ class SessionPool:
     is given up after several refusals in a row, as servers also refuse a login when they are busy.
     """
 
-    def __init__(self, account: Account, password: Secret, limit: int, timeout: float) -> None:
+    def __init__(self, account: Account, credentials: CredentialProvider, limit: int, timeout: float) -> None:
         self._account = account
-        self._password = password
+        self._credentials = credentials
         self._timeout = timeout
         self._context: ssl.SSLContext = tls_context(account)
         self._idle: list[Session] = []
@@ -207,7 +207,7 @@ class SessionPool:
         abandoned = False
 
         def connect() -> Session:
-            session = Session.connect(self._account, self._password, self._context, self._timeout)
+            session = Session.connect(self._account, self._credentials, self._context, self._timeout)
             if abandoned:
                 session.close()
             return session

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from imapfs import __version__
-from imapfs.errors import ConnectionLost, MailboxGone, ProtocolError, Refused
+from imapfs.errors import AuthenticationFailed, ConnectionLost, MailboxGone, ProtocolError, Refused
 from imapfs.imap.grammar import (
     FetchData,
     ListEntry,
@@ -30,8 +30,9 @@ from imapfs.imap.grammar import (
     sequence_sets,
     values,
 )
+from imapfs.imap.login import log_in
 from imapfs.imap.wire import Buffer, Command, Completion, Literal, Response, Sink, Wire, astring
-from imapfs.model import Account, ModSeq, Secret, UidValidity
+from imapfs.model import Account, CredentialProvider, ModSeq, Secret, UidValidity
 
 log = logging.getLogger(__name__)
 
@@ -158,16 +159,30 @@ class Session:
 
     @classmethod
     def connect(
-        cls, account: Account, password: Secret, context: ssl.SSLContext, timeout: float
+        cls, account: Account, credentials: CredentialProvider, context: ssl.SSLContext, timeout: float
     ) -> "Session":
         """Connect, log in, and enable what makes synchronising cheap.
 
-        Raises TlsError, AuthenticationFailed, ConnectionLost.
+        What the server refuses is replaced by something newer once, where ``credentials`` have it: an access
+        token may end before its time. Raises TlsError, AuthenticationFailed, ConnectionLost.
         """
-        wire = Wire.connect(account, password, context, timeout)
-        capabilities = wire.greeting_capabilities
-        session = cls(wire, capabilities)
+        secret = credentials.get()
         try:
+            return cls._log_in(account, secret, context, timeout)
+        except AuthenticationFailed:
+            newer = credentials.get(refused=secret) if secret is not None else None
+            if newer is secret:
+                raise
+        return cls._log_in(account, newer, context, timeout)
+
+    @classmethod
+    def _log_in(
+        cls, account: Account, secret: Secret | None, context: ssl.SSLContext, timeout: float
+    ) -> "Session":
+        wire = Wire.open(account, context, timeout)
+        try:
+            log_in(wire, account, secret)
+            session = cls(wire, wire.greeting_capabilities)
             session._introduce()
         except BaseException:
             wire.close()

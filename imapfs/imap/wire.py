@@ -1,9 +1,9 @@
 """One IMAP connection: bytes out, responses in, every wait bounded.
 
-IMAPClient makes the connection and reads the greeting; from then on this module uses the socket itself. A
-generic parser takes most of a listing's time, buffers whole responses, files FETCH data without a UID under
-the sequence number, bounds each ``recv`` but not a command, and reports a connection that ends during the
-login as a wrong password. The only module that knows IMAPClient.
+IMAPClient reads the greeting; from then on this module uses the socket itself. A generic parser takes most
+of a listing's time, buffers whole responses, files FETCH data without a UID under the sequence number, bounds
+each ``recv`` but not a command, and reports a connection that ends during the login as a wrong password. The
+only module that knows IMAPClient.
 
 Theory of operation. A command is sent, possibly several at once (pipelining, RFC 9051 section 5.5), then
 responses are read until each has its tagged completion. A response is a list of parts that alternate between
@@ -14,7 +14,9 @@ called from another.
 """
 
 import base64
+import binascii
 import contextlib
+import imaplib
 import mmap
 import re
 import socket
@@ -22,21 +24,15 @@ import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn, Protocol
+from typing import Final, NoReturn, Protocol
 
 import imapclient
-from imapclient import tls
 
-from imapfs.errors import (
-    AuthenticationFailed,
-    ConnectionLost,
-    ProtocolError,
-    Refused,
-    TimedOut,
-    TlsError,
-)
+from imapfs.errors import ConnectionLost, ProtocolError, Refused, TimedOut, TlsError
+from imapfs.imap import connect
 from imapfs.imap.grammar import number
-from imapfs.model import Account, Secret
+from imapfs.imap.sasl import Mechanism
+from imapfs.model import Account
 
 MAX_LINE: Final = 8 << 20
 """Longest accepted run of bytes without a line end."""
@@ -46,11 +42,10 @@ _RECV: Final = 256 << 10
 _PROGRESS: Final = 64 << 10
 """Bytes of a literal that count as progress and renew the deadline, so that a trickle does not."""
 
-_DEAD_AFTER: Final = 10
-"""Seconds without an acknowledgement after which what was sent counts as lost: a network that forgot the
-connection says nothing, and the program that asked should not wait for the whole timeout to learn it."""
-_IDLE_PROBE: Final = 60
-"""Seconds after which an idle connection is probed, so that address translators do not forget it."""
+_GREETING: Final = 256 << 10
+"""Most bytes that a server may say before the login."""
+_CHALLENGES: Final = 10
+"""Most challenges of one login."""
 _SPARE_FETCHES: Final = 1000
 """Unsolicited FETCH responses that a command may meet, beyond the messages that there are."""
 
@@ -158,8 +153,18 @@ class _Stream:
             raise _Ended(EOFError())
         return data
 
-    def readline(self) -> bytes:
-        """One line with its end. Raises also ProtocolError."""
+    def has_more(self) -> bool:
+        """Whether there is something that came and was not read, as far as can be said without waiting."""
+        if self._at < len(self._buffer):
+            return True
+        self.sock.settimeout(0)
+        try:
+            return bool(self.sock.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
+
+    def readline(self, longest: int = MAX_LINE) -> bytes:
+        """One line with its end, of about ``longest`` bytes at most. Raises also ProtocolError."""
         end = self._buffer.find(b"\n", self._at)
         if end < 0:
             pieces = [self._buffer[self._at :]]
@@ -171,7 +176,7 @@ class _Stream:
                     break
                 pieces.append(data)
                 held += len(data)
-                if held > MAX_LINE:
+                if held > longest:
                     raise ProtocolError("the server sent a line without an end")
             pieces.append(data[: cut + 1])
             self._buffer, self._at = data, cut + 1
@@ -226,36 +231,40 @@ def _as_the_socket_said() -> Iterator[None]:
         raise ended.error from None
 
 
-class _Imap4(tls.IMAP4_TLS):  # type: ignore[misc]  # IMAPClient is not annotated
-    """imaplib's connection reading through `_Stream`, so that the greeting is bounded like what follows."""
+class _Imap4(imaplib.IMAP4):
+    """imaplib on a connection that is there, reading through `_Stream`, so that a greeting is bounded too."""
 
-    stream: _Stream
+    def __init__(self, stream: _Stream, host: str) -> None:
+        self.stream = stream
+        self._left = _GREETING
+        super().__init__(host)
 
-    def open(self, host: str = "", port: int = 993, timeout: float | None = None) -> None:  # noqa: ARG002
-        # imaplib calls this from its constructor, without the timeout that was given to ours.
+    def open(self, host: str = "", port: int = 143, timeout: float | None = None) -> None:  # noqa: ARG002
         self.host, self.port = host, port
-        self.sock = self._create_socket(self._timeout)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE_PROBE)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _DEAD_AFTER)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD_AFTER * 1000)
-        self.stream = _Stream(self.sock, self._timeout)
+        self.sock = self.stream.sock
+
+    def _count(self, size: int) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise ProtocolError(f"{self.host} sent a greeting without an end")
 
     # imaplib knows the socket's own exceptions.
 
     def read(self, size: int) -> bytes:
+        self._count(size)
         with _as_the_socket_said():
             return self.stream.read(size)
 
     def readline(self) -> bytes:
         try:
             with _as_the_socket_said():
-                return self.stream.readline()
+                line = self.stream.readline(_GREETING)
         except EOFError:
             return b""  # imaplib's own sign for the end of the connection
+        self._count(len(line))
+        return line
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:  # type: ignore[override]  # it sends nothing else
         with _as_the_socket_said():
             self.stream.write(data)
 
@@ -264,135 +273,192 @@ class _Imap4(tls.IMAP4_TLS):  # type: ignore[misc]  # IMAPClient is not annotate
 
 
 class _Client(imapclient.IMAPClient):  # type: ignore[misc]  # IMAPClient is not annotated
+    def __init__(self, stream: _Stream, host: str) -> None:
+        self._stream = stream
+        super().__init__(host, ssl=False)
+
     def _create_IMAP4(self) -> _Imap4:  # noqa: N802  # IMAPClient's name
-        return _Imap4(self.host, self.port, self.ssl_context, self._timeout.read)
+        return _Imap4(self._stream, self.host)
 
     def _set_read_timeout(self) -> None:
         """The stream bounds every read itself."""
 
 
-def tls_context(account: Account) -> ssl.SSLContext:
-    """TLS 1.2 or newer, full verification against the system's store or the account's CA file."""
-    try:
-        context = ssl.create_default_context(cafile=str(account.ca_file) if account.ca_file else None)
-    except (OSError, ssl.SSLError) as error:
-        reason = getattr(error, "strerror", None) or "it holds no certificate in PEM form"
-        raise TlsError(f"cannot use the CA file {account.ca_file}: {reason}") from None
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
-
-
-_NOT_NOW: Final = frozenset({"INUSE", "LIMIT", "SERVERBUG", "THROTTLED", "UNAVAILABLE"})
-_HIDDEN: Final = "(its answer repeats the password and is not shown)"
-
-
 class Wire:
-    """A logged-in connection. Every method raises ConnectionLost (or a subclass) when it is no more."""
+    """A connection. Every method raises ConnectionLost (or a subclass) when it is no more.
 
-    def __init__(self, client: Any, account: Account) -> None:
-        self._client = client
-        self._stream: _Stream = client._imap.stream
+    `open` gives one that is safe to log in on (`imapfs.imap.login`); it consists of `connect.open_tcp`,
+    `connect.secure`, `greet` and `protect`, which can be called one by one.
+    """
+
+    def __init__(self, stream: _Stream, account: Account) -> None:
+        self._stream = stream
         self._account = account
         self._tag = 0
         self._bye = ""
+        self._challenge = b""
+        """What the last continuation request said."""
         self._exists = 0
         """Messages in the selected mailbox, by the server's word."""
         self._renewals = _SPARE_FETCHES
         self.alive = True
+        self.greeting = ""
+        """The server's first line, without what marks it as a greeting."""
+        self.preauthenticated = False
+        """Whether the greeting was PREAUTH: the server knows who we are, and no login is to be made."""
         self.greeting_capabilities: frozenset[str] = frozenset()
+        """Upper case; before the login what is offered then, afterwards what there is afterwards."""
 
     @classmethod
-    def connect(cls, account: Account, password: Secret, context: ssl.SSLContext, timeout: float) -> "Wire":
-        """Connect, verify, log in. ``timeout`` in seconds bounds each step.
+    def open(cls, account: Account, context: ssl.SSLContext, timeout: float) -> "Wire":
+        """Connect, verify the server, read its greeting. ``timeout`` in seconds bounds each step.
 
-        Raises TlsError, AuthenticationFailed, TimedOut, ConnectionLost.
+        ``context`` is the account's `connect.tls_context`. Raises TlsError, TimedOut, ConnectionLost.
         """
-        where = f"{account.host}:{account.port}"
+        sock: socket.socket = connect.open_tcp(account, timeout)
+        if account.security == "tls":
+            sock = connect.secure(sock, account, context, timeout)
+        wire = cls.greet(sock, account, timeout)
         try:
-            client = _Client(account.host, account.port, ssl=True, ssl_context=context, timeout=timeout)
-        except Exception as error:
-            raise _connect_error(error, where, account.host, timeout) from None
-        wire = cls(client, account)
-        try:
-            wire._login(password)
+            wire.protect(context)
         except BaseException:
             wire.close()
             raise
         return wire
 
-    def _login(self, password: Secret) -> None:
-        """Log in and learn the capabilities. Raises AuthenticationFailed, ConnectionLost."""
-        host, user = self._account.host, self._account.user
+    @classmethod
+    def greet(cls, sock: socket.socket, account: Account, timeout: float) -> "Wire":
+        """Read the greeting and ask for the capabilities; takes ``sock`` over. Raises ConnectionLost."""
+        stream = _Stream(sock, timeout)
         try:
-            completion = self._offer(password)
-        except ProtocolError:
-            # What it sent is not shown: it may be a part of the command, with the password.
-            raise ProtocolError(f"{host} answered the login with what is not IMAP") from None
-        except ConnectionLost as error:
-            if _repeats(str(error), user, password):
-                raise ConnectionLost(f"{host} closed the connection: {_HIDDEN}") from None
-            raise
-        words = completion.text or completion.status
-        if _repeats(words, user, password):
-            words = _HIDDEN
-        # RFC 5530: these codes say that the credentials were not even looked at; nor were they for BAD.
-        if completion.status == "BAD" or completion.code in _NOT_NOW:
-            raise ConnectionLost(f"{host} does not let {user} in now: {words}")
-        if completion.status != "OK":
-            code = f"[{completion.code}] " if completion.code else ""
-            raise AuthenticationFailed(f"{host} refused the password of {user}: {code}{words}")
+            client = _Client(stream, account.host)
+        except Exception as error:
+            sock.close()
+            if isinstance(error, TimeoutError) and account.security == "starttls":
+                raise TimedOut(
+                    f"{account.host}:{account.port} is connected but did not greet within {timeout:g} s:"
+                    " if that is its port for TLS (usually 993), write imaps://"
+                ) from None
+            raise connect.explain(error, account, timeout) from None
+        wire = cls(stream, account)
+        kind, _, wire.greeting = client.welcome.decode("utf-8", "replace").strip()[2:].partition(" ")
+        wire.preauthenticated = kind.upper() == "PREAUTH"
+        wire.greeting_capabilities = frozenset(name.upper() for name in client._imap.capabilities)
+        return wire
 
-    def _offer(self, password: Secret) -> Completion:
-        """The answer to a login by the best way that the server offers; also learn its capabilities."""
-        host, user = self._account.host, self._account.user
-        self._stream.renew()
-        announced = b""
+    @property
+    def encrypted(self) -> bool:
+        return isinstance(self._stream.sock, ssl.SSLSocket)
+
+    @property
+    def sock(self) -> socket.socket:
+        """For those who want to know more about the connection; not to be read from."""
+        return self._stream.sock
+
+    def protect(self, context: ssl.SSLContext) -> None:
+        """Have TLS from here on, or a connection that may do without: nothing secret goes out before.
+
+        TLS is used wherever it is offered. Raises TlsError.
+        """
+        if self.encrypted:
+            return
+        account = self._account
+        may_do_without = account.insecure_plaintext or connect.is_this_machine(account, self._stream.sock)
+        if self.preauthenticated and not may_do_without:
+            # What is logged in already cannot turn to TLS any more (RFC 9051 section 6.2.1).
+            raise TlsError(
+                f"{account.host} lets us in before there is TLS (PREAUTH), which is an attack or a mistake:"
+                " not used; write imaps:// if it has a port for TLS (usually 993)"
+            )
+        if "STARTTLS" in self.greeting_capabilities and not self.preauthenticated:
+            self.start_tls(context)
+        elif not may_do_without:
+            raise TlsError(
+                f"{account.host} does not offer STARTTLS, and without it the password would go in the clear:"
+                " write imaps:// if it has a port for TLS (usually 993)"
+            )
+
+    def start_tls(self, context: ssl.SSLContext) -> None:
+        """STARTTLS (RFC 9051 section 6.2.1): nothing that was said before it counts any more.
+
+        Raises TlsError, ConnectionLost.
+        """
+        account = self._account
+        (completion,) = self.execute_all([(b"STARTTLS",)])
+        if completion.status != "OK":
+            said = completion.text or completion.status
+            raise TlsError(
+                f"{account.host} refused STARTTLS: {said}: write imaps:// if it has a TLS port (usually 993)"
+            )
+        if self._stream.has_more():
+            self.abort()
+            raise TlsError(
+                f"{account.host} went on in plaintext after it had agreed to TLS, as somebody would who puts"
+                " words in its mouth: not used; check the network, or write imaps:// (usually port 993)"
+            )
+        secured = connect.secure(self._stream.sock, account, context, self._stream.timeout)
+        self._stream = _Stream(secured, self._stream.timeout)
+        self._bye, self._exists = "", 0
+        self._learn_capabilities(b"")
+
+    def _learn_capabilities(self, announced: bytes) -> None:
+        """Note the capabilities, as ``announced`` or as asked for now where nothing was."""
 
         def take(response: Response) -> None:
             nonlocal announced
             if response[0][:13].upper() == b"* CAPABILITY ":
                 announced = response[0][13:]
-            elif response[0][:16].upper() == b"* OK [CAPABILITY":
-                announced = response[0][16:].partition(b"]")[0]
 
-        offered = {_upper(c) for c in self._client.capabilities()}
-        # LOGIN takes ASCII only; SASL PLAIN carries any UTF-8 (RFC 4616).
-        if "AUTH=PLAIN" in offered:
-            plain = base64.b64encode(f"\0{user}\0{password.reveal()}".encode())
-            completion = self._authenticate(b"PLAIN", plain, take)
-        elif "LOGINDISABLED" in offered:
-            raise AuthenticationFailed(
-                f"{host} offers no login with a password; it may want OAuth or an app password"
-            )
-        elif not (user + password.reveal()).isascii():
-            raise AuthenticationFailed(
-                f"{host} takes only ASCII names and passwords (no AUTH=PLAIN): change the password there"
-            )
-        else:
-            command = (b"LOGIN ", astring(user.encode()), b" ", astring(password.reveal().encode()))
-            (completion,) = self.execute_all([command], on_response=take)
-        if completion.status == "OK":
-            if completion.code == "CAPABILITY":
-                announced = completion.argument
-            elif not announced:
-                self.execute_all([(b"CAPABILITY",)], on_response=take)
-            self.greeting_capabilities = frozenset(_upper(c) for c in announced.split())
+        if not announced:
+            self.execute_all([(b"CAPABILITY",)], on_response=take)
+        self.greeting_capabilities = frozenset(_upper(c) for c in announced.split())
+
+    def login(self, user: Part, password: Part) -> Completion:
+        """The LOGIN command (RFC 9051 section 6.2.3); with OK the capabilities are those afterwards."""
+        announced = _Announced()
+        (completion,) = self.execute_all([(b"LOGIN ", user, b" ", password)], on_response=announced.take)
+        self._logged_in(completion, announced)
         return completion
 
-    def _authenticate(
-        self, mechanism: bytes, answer: bytes, handle: Callable[[Response], None]
-    ) -> Completion:
-        """AUTHENTICATE with the one ``answer`` that a simple mechanism has (RFC 9051 section 6.2.2)."""
+    def authenticate(self, mechanism: Mechanism, sent: list[bytes]) -> Completion:
+        """AUTHENTICATE (RFC 9051 section 6.2.2); with OK the capabilities are those afterwards.
+
+        ``sent`` gets what went out, in base64: for the caller to keep out of errors. Raises what
+        ``mechanism`` raises.
+        """
+        announced = _Announced()
         tag = self._next_tag()
         done: dict[bytes, Completion] = {}
+        command = tag + b" AUTHENTICATE " + mechanism.name.encode()
+        first = base64.b64encode(mechanism.initial())
+        sent.append(first)
         with self._breaking():
-            self._stream.write(tag + b" AUTHENTICATE " + mechanism + b"\r\n")
-            answers = iter((answer,))
-            while tag not in done:
-                if self._read_response(handle, None, done):
+            self._stream.renew()
+            # With an initial response a round trip is saved (RFC 4959).
+            at_once = "SASL-IR" in self.greeting_capabilities
+            self._stream.write(command + (b" " + (first or b"=") if at_once else b"") + b"\r\n")
+            answer: bytes | None = None if at_once else first
+            for _ in range(_CHALLENGES):
+                while tag not in done and not self._read_response(announced.take, None, done):
+                    pass
+                if tag in done:
+                    break
+                if answer is None:
+                    response = mechanism.respond(_challenge(self._challenge))
                     # Whatever else the server wants to know, it is told that there is no more.
-                    self._stream.write(next(answers, b"*") + b"\r\n")
+                    answer = b"*" if response is None else base64.b64encode(response)
+                    sent.append(answer)
+                self._stream.write(answer + b"\r\n")
+                answer = None
+            else:
+                raise ProtocolError(f"{self._account.host} does not come to an end with the login")
+        self._logged_in(done[tag], announced)
         return done[tag]
+
+    def _logged_in(self, completion: Completion, announced: "_Announced") -> None:
+        if completion.status == "OK":
+            in_code = completion.argument if completion.code == "CAPABILITY" else b""
+            self._learn_capabilities(in_code or announced.capabilities)
 
     def execute(
         self,
@@ -488,6 +554,7 @@ class Wire:
         stream = self._stream
         line = stream.readline()
         if line[:1] == b"+":
+            self._challenge = line[1:].strip()
             return True
         if line[:2] != b"* ":
             tag, _, rest = line.partition(b" ")
@@ -544,7 +611,7 @@ class Wire:
         if self._bye:
             raise ConnectionLost(f"{host} closed the connection: {self._bye}") from None
         if isinstance(error, ssl.SSLError) and error.reason:
-            raise ConnectionLost(f"TLS to {host} broke: {_words(error.reason)}") from None
+            raise ConnectionLost(f"TLS to {host} broke: {connect.words(error.reason)}") from None
         detail = getattr(error, "strerror", None) or "the connection ended without a word"
         raise ConnectionLost(f"lost the connection to {host}: {detail}") from None
 
@@ -562,64 +629,26 @@ class Wire:
             self._stream.sock.close()
 
 
-def _connect_error(error: Exception, where: str, host: str, timeout: float) -> ConnectionLost:
-    match error:
-        case ConnectionLost():
-            return error
-        case TimeoutError():
-            return TimedOut(
-                f"{where} did not answer within {timeout:g} s: check host, port and firewall"
-                " (IMAP over TLS is usually port 993)"
-            )
-        case ssl.SSLCertVerificationError():
-            return TlsError(
-                f"the certificate of {host} does not verify: {error.verify_message};"
-                " if you trust its issuer, name it with --ca-file"
-            )
-        case ssl.SSLError(reason=reason) if reason in {
-            "WRONG_VERSION_NUMBER",
-            "PACKET_LENGTH_TOO_LONG",
-            "RECORD_LAYER_FAILURE",
-            "HTTP_REQUEST",
-        }:
-            return TlsError(f"{where} does not speak TLS: use the server's IMAPS port, usually 993")
-        case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
-            return ConnectionLost(f"{where} hung up before there was a TLS connection: it may be too busy")
-        case ssl.SSLError(reason=reason) if "ALERT" in (reason or ""):
-            return ConnectionLost(f"{where} refuses a TLS connection: {_words(reason)}")
-        case ssl.SSLError():
-            return TlsError(f"no TLS connection to {where}: {_words(error.reason or str(error))}")
-        case socket.gaierror():
-            return ConnectionLost(f"the name {host} cannot be resolved: check its spelling and your network")
-        case ConnectionRefusedError():
-            return ConnectionLost(
-                f"{where} refuses connections: check the port (IMAP over TLS is usually 993)"
-            )
-        case OSError():
-            return ConnectionLost(f"cannot reach {where}: {error.strerror or error}")
-        case _:
-            # imaplib: the greeting was BYE, or no IMAP greeting at all.
-            words = " ".join(str(error).split())[:200]
-            return ConnectionLost(f"{where} did not greet as an IMAP server: {words or 'it hung up'}")
+class _Announced:
+    """Takes the responses to a login: what the server says of its capabilities (RFC 9051 section 7.2.2)."""
+
+    def __init__(self) -> None:
+        self.capabilities = b""
+
+    def take(self, response: Response) -> None:
+        if response[0][:13].upper() == b"* CAPABILITY ":
+            self.capabilities = response[0][13:]
+        elif response[0][:16].upper() == b"* OK [CAPABILITY":
+            self.capabilities = response[0][16:].partition(b"]")[0]
 
 
-def _words(reason: str) -> str:
-    """OpenSSL's name of an error, more readable."""
-    return reason.replace("_", " ").lower()
+def _challenge(text: bytes) -> bytes:
+    """A challenge decoded; one that is not base64 says nothing."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error:
+        return b""
 
 
 def _upper(capability: bytes) -> str:
     return capability.decode("ascii", "replace").upper()
-
-
-def _repeats(words: str, user: str, password: Secret) -> bool:
-    """Whether ``words`` hold the password, in one of the forms in which it may have been sent."""
-    secret = password.reveal()
-    forms = {
-        secret,
-        secret.replace("\\", "\\\\").replace('"', '\\"'),
-        base64.b64encode(f"\0{user}\0{secret}".encode()).decode(),
-        base64.b64encode(secret.encode()).decode(),
-    }
-    # As a word of its own: a short password may well be a part of some other word.
-    return any(form and re.search(rf"(?<!\w){re.escape(form)}(?!\w)", words) for form in forms)

@@ -1,0 +1,186 @@
+"""From an account to a socket that its server, and nobody else, is at the other end of.
+
+Each step can be had alone: `open_tcp`, then `secure`. What goes wrong in one is an error of ours, one line
+with cause and remedy; `explain` makes it.
+"""
+
+import hashlib
+import ipaddress
+import socket
+import ssl
+from typing import Final
+
+from imapfs.errors import ConnectionLost, TimedOut, TlsError
+from imapfs.model import Account
+
+_DEAD_AFTER: Final = 10
+"""Seconds without an acknowledgement after which what was sent counts as lost: a network that forgot the
+connection says nothing, and the program that asked should not wait for the whole timeout to learn it."""
+_IDLE_PROBE: Final = 60
+"""Seconds after which an idle connection is probed, so that address translators do not forget it."""
+
+
+def tls_context(account: Account) -> ssl.SSLContext:
+    """TLS 1.2 or newer; the server is verified by `secure`, in full or against the account's fingerprint.
+
+    Raises TlsError where a file that the account names is not usable.
+    """
+    try:
+        context = ssl.create_default_context(cafile=str(account.ca_file) if account.ca_file else None)
+    except (OSError, ssl.SSLError) as error:
+        reason = getattr(error, "strerror", None) or "it holds no certificate in PEM form"
+        raise TlsError(f"cannot use the CA file {account.ca_file}: {reason}") from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if account.tls_fingerprint is not None:
+        # The one certificate is the trust anchor: who issued it, for which name and until when is no matter.
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if account.client_cert is not None:
+        _load_client_certificate(context, account)
+    return context
+
+
+def _load_client_certificate(context: ssl.SSLContext, account: Account) -> None:
+    encrypted = False
+
+    def no_passphrase() -> str:
+        # Without this OpenSSL would ask at the terminal, and wait there.
+        nonlocal encrypted
+        encrypted = True
+        return ""
+
+    certificate, key = account.client_cert, account.client_key or account.client_cert
+    assert certificate is not None
+    try:
+        context.load_cert_chain(certificate, key, no_passphrase)
+    except ssl.SSLError as error:
+        if encrypted:
+            why = "the key has a passphrase: write it without one, readable by you only ('openssl pkey')"
+        elif error.reason == "KEY_VALUES_MISMATCH":
+            why = "the key is not that of the certificate: check --client-cert and --client-key"
+        else:
+            why = "certificate and key must be in PEM form: check --client-cert and --client-key"
+        raise TlsError(f"cannot use the client certificate {certificate} with key {key}: {why}") from None
+    except OSError as error:
+        reason = f"{error.strerror}: check --client-cert and --client-key"
+        raise TlsError(f"cannot use the client certificate {certificate} with key {key}: {reason}") from None
+
+
+def open_tcp(account: Account, timeout: float) -> socket.socket:
+    """A TCP connection; each address of the host is tried for ``timeout`` seconds. Raises ConnectionLost."""
+    try:
+        sock = socket.create_connection((account.host, account.port), timeout)
+    except OSError as error:
+        raise explain(error, account, timeout) from None
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE_PROBE)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _DEAD_AFTER)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD_AFTER * 1000)
+    return sock
+
+
+def secure(sock: socket.socket, account: Account, context: ssl.SSLContext, timeout: float) -> ssl.SSLSocket:
+    """The TLS handshake, on ``account``'s `tls_context`: returns with the server verified.
+
+    Takes ``sock`` over, and closes it on failure. Raises TlsError, ConnectionLost.
+    """
+    try:
+        sock.settimeout(timeout)
+        secured = context.wrap_socket(sock, server_hostname=account.host)
+    except (OSError, ValueError) as error:
+        sock.close()
+        raise explain(error, account, timeout) from None
+    found = fingerprint(secured)
+    if account.tls_fingerprint not in (None, found):
+        secured.close()
+        raise TlsError(
+            f"the certificate of {account.host} is not the pinned one: if it was renewed, and only then, give"
+            f" its new fingerprint to --tls-fingerprint ('imapfs check' shows it)"
+        )
+    return secured
+
+
+def fingerprint(secured: ssl.SSLSocket) -> str:
+    """SHA-256 of the certificate that the server showed, in DER, as `Account.tls_fingerprint` has it."""
+    certificate = secured.getpeercert(binary_form=True)
+    assert certificate is not None, "a client always asks for one"
+    return hashlib.sha256(certificate).hexdigest()
+
+
+def is_this_machine(account: Account, sock: socket.socket) -> bool:
+    """Whether what is sent never leaves this machine: by the host's name and by where it led to.
+
+    A name that merely resolves to a loopback address is somebody else's word for it.
+    """
+    try:
+        named = account.host == "localhost" or ipaddress.ip_address(account.host).is_loopback
+        return named and ipaddress.ip_address(sock.getpeername()[0]).is_loopback
+    except (ValueError, OSError):
+        return False
+
+
+def explain(error: Exception, account: Account, timeout: float) -> ConnectionLost:
+    """What a failure before the login means, in one line."""
+    host = account.host
+    where = f"{host}:{account.port}"
+    usual = (
+        "IMAP over TLS is usually port 993" if account.security == "tls" else "STARTTLS is usually port 143"
+    )
+    match error:
+        case ConnectionLost():
+            return error
+        case TimeoutError():
+            return TimedOut(
+                f"{where} did not answer within {timeout:g} s: check host, port and firewall ({usual})"
+            )
+        case ssl.SSLCertVerificationError():
+            return TlsError(
+                f"the certificate of {host} does not verify: {error.verify_message};"
+                " if you trust its issuer, name it with --ca-file; if you know the certificate itself,"
+                " --tls-fingerprint pins it ('imapfs check' shows the fingerprint)"
+            )
+        case ssl.SSLError(reason=reason) if reason in {
+            "WRONG_VERSION_NUMBER",
+            "PACKET_LENGTH_TOO_LONG",
+            "RECORD_LAYER_FAILURE",
+            "HTTP_REQUEST",
+        }:
+            return TlsError(
+                f"{where} does not speak TLS: use the server's IMAPS port, usually 993, or imap://"
+                if account.security == "tls"
+                else f"{where} agreed to STARTTLS and then did not speak TLS: use imaps://, usually port 993"
+            )
+        case ssl.SSLError(reason="UNSUPPORTED_PROTOCOL" | "TLSV1_ALERT_PROTOCOL_VERSION"):
+            return TlsError(
+                f"{where} offers only TLS older than 1.2, which is not safe: its owner must update it"
+            )
+        case ssl.SSLError(reason="TLSV13_ALERT_CERTIFICATE_REQUIRED" | "SSLV3_ALERT_HANDSHAKE_FAILURE") if (
+            account.client_cert is None
+        ):
+            return TlsError(
+                f"{where} refuses the TLS handshake: it may want a certificate of yours, --client-cert"
+            )
+        case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
+            return ConnectionLost(f"{where} hung up before there was a TLS connection: it may be too busy")
+        case ssl.SSLError(reason=reason) if "ALERT" in (reason or ""):
+            return ConnectionLost(f"{where} refuses a TLS connection: {words(reason)}")
+        case ssl.SSLError():
+            return TlsError(f"no TLS connection to {where}: {words(error.reason or str(error))}")
+        case socket.gaierror():
+            return ConnectionLost(f"the name {host} cannot be resolved: check its spelling and your network")
+        case UnicodeError():
+            return ConnectionLost(f"the name {host} cannot be a host's: check its spelling")
+        case ConnectionRefusedError():
+            return ConnectionLost(f"{where} refuses connections: check the port ({usual})")
+        case OSError():
+            return ConnectionLost(f"cannot reach {where}: {error.strerror or error}")
+        case _:
+            # imaplib: the greeting was BYE, or no IMAP greeting at all.
+            said = " ".join(str(error).split())[:200]
+            return ConnectionLost(f"{where} did not greet as an IMAP server: {said or 'it hung up'}")
+
+
+def words(reason: str) -> str:
+    """OpenSSL's name of an error, more readable."""
+    return reason.replace("_", " ").lower()

@@ -1,0 +1,88 @@
+"""Proving who we are, on a connection that is open and safe; and telling a refusal from a server's bad day.
+
+Nothing that was sent here is ever repeated in an error: a server may echo it.
+"""
+
+import base64
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from imapfs.errors import AuthenticationFailed, ConnectionLost, ProtocolError
+from imapfs.imap import sasl
+from imapfs.imap.wire import Completion, Wire, astring
+from imapfs.model import AccessToken, Account, Secret
+
+_NOT_NOW: Final = frozenset({"INUSE", "LIMIT", "SERVERBUG", "THROTTLED", "UNAVAILABLE"})
+_HIDDEN: Final = "(its answer repeats the password and is not shown)"
+
+
+def log_in(wire: Wire, account: Account, secret: Secret | None) -> None:
+    """Authenticate by the strongest way that both sides have, and learn the capabilities that there are then.
+
+    ``secret`` None is for the client certificate alone. A connection that greeted with PREAUTH is logged in
+    already. Raises AuthenticationFailed, ConnectionLost; the wire is of no further use then.
+    """
+    if wire.preauthenticated:
+        return
+    host, user = account.host, account.user
+    mechanism = sasl.choose(account, secret, wire.greeting_capabilities)
+    sent = list(_forms(secret))
+    completion, complaint = _offer(wire, account, secret, mechanism, sent)
+    words = " ".join(dict.fromkeys(filter(None, (completion.text or completion.status, complaint))))
+    if _repeats(words, sent):
+        words = _HIDDEN
+    # RFC 5530: these codes say that the credentials were not even looked at; nor were they for BAD.
+    if completion.status == "BAD" or completion.code in _NOT_NOW:
+        raise ConnectionLost(f"{host} does not let {user} in now: {words}")
+    if completion.status != "OK":
+        code = f"[{completion.code}] " if completion.code else ""
+        raise AuthenticationFailed(f"{host} refused the {_what(secret)} of {user}: {code}{words}")
+    if mechanism is not None:
+        mechanism.finish()
+
+
+def _offer(
+    wire: Wire, account: Account, secret: Secret | None, mechanism: sasl.Mechanism | None, sent: list[bytes]
+) -> tuple[Completion, str]:
+    """The answer to the login, and what the server said before of it; ``sent`` gets what may not be shown."""
+    with _nothing_shown(account.host, sent):
+        if mechanism is not None:
+            return wire.authenticate(mechanism, sent), mechanism.complaint()
+        assert secret is not None
+        return wire.login(astring(account.user.encode()), astring(secret.reveal().encode())), ""
+
+
+@contextlib.contextmanager
+def _nothing_shown(host: str, sent: list[bytes]) -> Iterator[None]:
+    try:
+        yield
+    except ProtocolError:
+        # What it sent is not shown: it may be a part of the command, with the password.
+        raise ProtocolError(f"{host} answered the login with what is not IMAP") from None
+    except ConnectionLost as error:
+        if _repeats(str(error), sent):
+            raise ConnectionLost(f"{host} closed the connection: {_HIDDEN}") from None
+        raise
+
+
+def _what(secret: Secret | None) -> str:
+    if secret is None:
+        return "client certificate"
+    return "access token" if isinstance(secret, AccessToken) else "password"
+
+
+def _forms(secret: Secret | None) -> Iterable[bytes]:
+    """The forms in which a server may repeat a secret."""
+    if secret is not None:
+        text = secret.reveal()
+        yield text.encode()
+        yield text.replace("\\", "\\\\").replace('"', '\\"').encode()
+        yield base64.b64encode(text.encode())
+
+
+def _repeats(words: str, sent: Iterable[bytes]) -> bool:
+    # As a word of its own: a short password may well be a part of some other word.
+    forms = {form.decode("utf-8", "replace") for form in sent if form}
+    return any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", words) for form in forms)
