@@ -17,6 +17,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -33,10 +34,13 @@ _LINE_FEED = re.compile(rb"(?<!\r)\n")
 class Dovecot:
     """A running server while the ``with`` block lasts; any user name is accepted with ``password``.
 
-    ``plain`` opens a second listener at ``plain_port``, on which a connection starts as cleartext. ``prefix``
-    is that of the personal namespace, such as ``INBOX.`` with ``separator="."``. ``quota`` is the limit of
-    each account in Dovecot's notation (``10M``). ``certificate`` (with its key) replaces the valid one for
-    localhost and 127.0.0.1.
+    ``plain`` opens a second listener at ``plain_port``, on which a connection starts as cleartext; without
+    ``tls`` it stays cleartext, and there is no other. ``mechanisms`` are those of SASL that it offers, in
+    Dovecot's spelling; ``client_certificates`` makes it ask for one, whose common name is then the user.
+    ``tokens`` is the URL of an introspection endpoint (RFC 7662), which is asked about access tokens; without
+    one the password is the token. ``prefix`` is that of the personal namespace, such as ``INBOX.`` with
+    ``separator="."``. ``quota`` is the limit of each account in Dovecot's notation (``10M``). ``certificate``
+    (with its key) replaces the valid one for localhost and 127.0.0.1.
 
     Raises RuntimeError with the end of the server's log where it does not start.
     """
@@ -50,6 +54,10 @@ class Dovecot:
         certificate: tuple[Path, Path] | None = None,
         password: str = "secret",
         plain: bool = False,
+        tls: bool = True,
+        mechanisms: Sequence[str] = ("plain", "login"),
+        client_certificates: bool = False,
+        tokens: str | None = None,
         separator: str = "/",
         prefix: str = "",
         quota: str | None = None,
@@ -62,7 +70,11 @@ class Dovecot:
         self.port = 0
         self.plain_port: int | None = None
         self._certificate = certificate or authority.issue()
-        self._plain = plain
+        self._plain = plain or not tls
+        self._tls = tls
+        self._mechanisms = mechanisms
+        self._client_certificates = client_certificates
+        self._tokens = tokens
         self._quota = quota
         self._max_userip_connections = max_userip_connections
         user = pwd.getpwnam("nobody") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
@@ -123,7 +135,8 @@ class Dovecot:
         for path in (self.directory, *(self.directory / name for name in ("run", "state", "mail", "trace"))):
             path.mkdir(mode=0o755, exist_ok=True)
             self.own(path)
-        for source, name in zip(self._certificate, ("server.pem", "server.key"), strict=True):
+        files = {"server.pem": self._certificate[0], "server.key": self._certificate[1]}
+        for name, source in {**files, "ca.pem": self.authority.certificate}.items():
             copy = self.directory / name
             copy.touch(mode=0o600)
             copy.write_bytes(source.read_bytes())
@@ -131,8 +144,9 @@ class Dovecot:
 
     def _start(self) -> None:
         for _ in range(10):
-            self.port, plain_port = _free_ports(2)
+            port, plain_port = _free_ports(2)
             self.plain_port = plain_port if self._plain else None
+            self.port = port if self._tls else plain_port
             configuration = self.directory / "dovecot.conf"
             configuration.write_text(self._configuration())
             self.own(configuration)
@@ -224,10 +238,11 @@ state_dir = {self.directory}/state
 log_path = {self.directory}/log
 protocols = imap
 listen = 127.0.0.1
-ssl = yes
+ssl = {"yes" if self._tls else "no"}
 mail_fsync = never
 mailbox_list_index = yes
-auth_mechanisms = plain login
+auth_mechanisms = {" ".join(self._mechanisms)}
+{"auth_ssl_username_from_cert = yes" if self._client_certificates else ""}
 auth_failure_delay = 0
 default_internal_user = {self._user}
 default_internal_group = {self._group}
@@ -257,7 +272,7 @@ service imap-login {{
     port = {self.plain_port or 0}
   }}
   inet_listener imaps {{
-    port = {self.port}
+    port = {self.port if self._tls else 0}
     ssl = yes
   }}
 }}
@@ -286,8 +301,21 @@ plugin {{
   quota_rule = *:storage={self._quota}
 }}
 """
+        certificates = passdbs = ""
+        if self._client_certificates:
+            certificates = (
+                f"ssl_ca = <{self.directory}/ca.pem\nssl_verify_client_cert = yes\nssl_require_crl = no\n"
+            )
+            passdbs = "passdb {\n  driver = static\n  mechanisms = external\n  args = nopassword\n}\n"
+        if self._tokens is not None:
+            settings = self.directory / "oauth2.conf"
+            settings.write_text(f"introspection_url = {self._tokens}\nintrospection_mode = post\n")
+            self.own(settings)
+            passdbs += (
+                f"passdb {{\n  driver = oauth2\n  mechanisms = xoauth2 oauthbearer\n  args = {settings}\n}}\n"
+            )
         return f"""\
-ssl_cert = <{self.directory}/server.pem
+{certificates}ssl_cert = <{self.directory}/server.pem
 ssl_key = <{self.directory}/server.key
 disable_plaintext_auth = no
 mail_location = maildir:~/Maildir:LAYOUT=fs
@@ -295,7 +323,7 @@ rawlog_dir = {self.directory}/trace/%u
 service imap-login {{
   service_count = 0
 }}
-passdb {{
+{passdbs}passdb {{
   driver = static
   args = password={password}
 }}
@@ -322,10 +350,23 @@ quota "User quota" {{
   quota_storage_size = {self._quota}
 }}
 """
+        certificates = passdbs = ""
+        if self._client_certificates:
+            certificates = (
+                f"ssl_server_ca_file = {self.directory}/ca.pem\nssl_server_request_client_cert = yes\n"
+                "ssl_server_require_crl = no\n"
+            )
+            passdbs = (
+                "passdb external {\n  driver = static\n  mechanisms = external\n"
+                "  fields {\n    nopassword = yes\n  }\n}\n"
+            )
+        if self._tokens is not None:
+            certificates += f"oauth2_introspection_url = {self._tokens}\noauth2_introspection_mode = post\n"
+            passdbs += "passdb oauth2 {\n  mechanisms = xoauth2 oauthbearer\n}\n"
         return f"""\
 dovecot_config_version = 2.4.0
 dovecot_storage_version = 2.4.0
-ssl_server_cert_file = {self.directory}/server.pem
+{certificates}ssl_server_cert_file = {self.directory}/server.pem
 ssl_server_key_file = {self.directory}/server.key
 auth_allow_cleartext = yes
 mail_driver = maildir
@@ -335,7 +376,7 @@ rawlog_dir = {self.directory}/trace/%{{user}}
 service imap-login {{
   restart_request_count = unlimited
 }}
-passdb static {{
+{passdbs}passdb static {{
   password = "{password}"
 }}
 userdb static {{

@@ -30,7 +30,8 @@ class Scripted:
     ``messages`` have the UIDs 1, 2, ... and the sizes that ``claim`` makes of them. ``script`` sees each
     command first and may be replaced at any time; what it answers to AUTHENTICATE is the whole answer.
     ``greeting`` is the first line, without its end; ``capabilities`` is what CAPABILITY says. ``before_tls``
-    is called with each connection and its number, from 1, and may close it.
+    is called with each connection and its number, from 1, and may close it. ``plain`` starts in cleartext,
+    until a client says STARTTLS and is not answered with NO or BAD.
     """
 
     host = "localhost"
@@ -45,6 +46,7 @@ class Scripted:
         greeting: bytes = b"* OK [CAPABILITY IMAP4rev1 AUTH=PLAIN] ready",
         capabilities: bytes = b"IMAP4rev1 AUTH=PLAIN",
         before_tls: Callable[[socket.socket, int], object] = lambda connection, number: None,
+        plain: bool = False,
     ) -> None:
         self.authority = authority
         self.messages = list(messages)
@@ -53,6 +55,7 @@ class Scripted:
         self.greeting = greeting
         self.capabilities = capabilities
         self.before_tls = before_tls
+        self.plain = plain
         self.accepted = 0
         """Connections so far."""
         self.commands: list[bytes] = []
@@ -125,27 +128,42 @@ class Scripted:
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
             self.before_tls(plain, number)
-            # Returns with the socket inside detached: the TLS socket is the one to close from now on.
-            connection = self._context.wrap_socket(plain, server_side=True)
+            connection = plain if self.plain else self._secured(plain)
         except OSError:
             return
-        self._connections.append(connection)
         # HangUp, and whatever the client does to the connection.
-        with contextlib.suppress(HangUp, OSError), connection.makefile("rb") as lines:
+        with contextlib.suppress(HangUp, OSError):
             connection.sendall(self.greeting + b"\r\n")
+            if self._converse(connection):
+                connection = self._secured(connection)
+                self._converse(connection)
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        connection.close()
+
+    def _secured(self, plain: socket.socket) -> ssl.SSLSocket:
+        # Returns with the socket inside detached: the TLS socket is the one to close from now on.
+        connection = self._context.wrap_socket(plain, server_side=True)
+        self._connections.append(connection)
+        return connection
+
+    def _converse(self, connection: socket.socket) -> bool:
+        """Answer commands until the client goes, or until it is to become TLS: then true."""
+        with connection.makefile("rb") as lines:
             for line in lines:
                 tag, _, command = line.rstrip(b"\r\n").partition(b" ")
                 self.commands.append(command)
                 answer = self.script(tag, command)
                 usual = answer is None
+                piece = b""
                 for piece in self.answer(tag, command) if answer is None else answer:
                     connection.sendall(piece)
+                if command.upper() == b"STARTTLS" and tag + b" OK" in piece:
+                    return True
                 if usual and command.upper().startswith(b"AUTHENTICATE"):
                     lines.readline()
                     connection.sendall(tag + b" OK logged in\r\n")
-        with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)
-        connection.close()
+        return False
 
     def answer(self, tag: bytes, command: bytes) -> Iterator[bytes]:
         """Answer as a well-behaved server does."""
@@ -167,7 +185,7 @@ class Scripted:
             _, _, uid_set, items = verb.split(b" ", 3)
             for uid in self._uids(uid_set):
                 yield self.fetch(uid, items)
-        elif not verb.startswith((b"NOOP", b"LOGIN", b"LOGOUT", b"CLOSE", b"ENABLE")):
+        elif not verb.startswith((b"NOOP", b"LOGIN", b"LOGOUT", b"CLOSE", b"ENABLE", b"STARTTLS")):
             yield tag + b" BAD unknown\r\n"
             return
         yield tag + b" OK done\r\n"

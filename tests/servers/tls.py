@@ -28,6 +28,7 @@ class CertificateAuthority:
             .sign(self._key, hashes.SHA256())
         )
         self.certificate = directory / "ca.pem"
+        """What to trust."""
         self.certificate.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
     def issue(
@@ -36,24 +37,33 @@ class CertificateAuthority:
         addresses: Iterable[str] = ("127.0.0.1",),
         *,
         expired: bool = False,
+        self_signed: bool = False,
+        client: str | None = None,
     ) -> tuple[Path, Path]:
         """Return the paths of a new server certificate and its key, valid for these hosts until tomorrow.
 
-        ``expired`` makes a certificate whose last day was yesterday.
+        ``expired`` makes a certificate whose last day was yesterday, ``self_signed`` one that is its own
+        authority, ``client`` one for the user of that name instead of a server.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         hosts: list[x509.GeneralName] = [x509.DNSName(name) for name in names]
         hosts += [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
-        authority = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(self._key_identifier)
+        purpose = ExtendedKeyUsageOID.CLIENT_AUTH if client else ExtendedKeyUsageOID.SERVER_AUTH
+        subject = _name(client or "imapfs test server")
+        issuer = subject if self_signed else self._name
+        identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+        authority = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(
+            identifier if self_signed else self._key_identifier
+        )
         certificate = (
-            _builder(_name("imapfs test server"), self._name, key.public_key(), days=-1 if expired else 1)
+            _builder(subject, issuer, key.public_key(), days=-1 if expired else 1)
             .add_extension(x509.SubjectAlternativeName(hosts), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_key_usage(signs_certificates=False), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+            .add_extension(identifier, critical=False)
             .add_extension(authority, critical=False)
-            .sign(self._key, hashes.SHA256())
+            .sign(key if self_signed else self._key, hashes.SHA256())
         )
         self._issued += 1
         certificate_path = self._directory / f"server-{self._issued}.pem"
