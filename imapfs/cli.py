@@ -147,6 +147,33 @@ def mount(
 
 
 @commands.command()
+@click.argument("account")
+@click.option("--device", is_flag=True, help="By a code that is entered in a browser on any machine.")
+def login(account: str, device: bool) -> None:
+    """Consent to the use of ACCOUNT by OAuth 2.0, in a browser.
+
+    ACCOUNT is the name of one in the configuration file that has an "oauth" table. What the provider gives is
+    kept in the keyring, and mounts use it from then on.
+    """
+    import platformdirs
+
+    from imapfs import config, consent, credentials
+    from imapfs.imap.connect import tls_context
+    from imapfs.imap.session import Session
+
+    path = platformdirs.user_config_path("imapfs") / "config.toml"
+    located = config.locate(account, {}, path)
+    if located.credentials.oauth is None:
+        raise ImapfsError(f'{account} has no [accounts.{account}.oauth] in {path}: see the README, "OAuth"')
+    consent.ask(located.credentials.oauth, located.account, click.echo, device=device)
+    provider = credentials.resolve(located.account, located.credentials)
+    timeout = located.options.get("timeout", config.DEFAULT_TIMEOUT)
+    # Whoever consented as somebody else, or has no IMAP there, learns it now.
+    Session.connect(located.account, provider, tls_context(located.account), timeout).close()
+    click.echo(f"logged in as {located.account.user}")
+
+
+@commands.command()
 @click.argument("mountpoint", type=_DIRECTORY)
 def umount(mountpoint: Path) -> None:
     """Send what is waiting, unmount MOUNTPOINT and wait until its daemon has ended."""

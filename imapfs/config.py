@@ -24,8 +24,10 @@ from imapfs.model import (
     DeletePolicy,
     MountConfig,
     NameScheme,
+    Secret,
     Security,
 )
+from imapfs.oauth import PROVIDERS, OAuthClient
 
 MAX_CONNECTIONS = 50
 MAX_TIMEOUT = 3600
@@ -59,6 +61,7 @@ Options = TypedDict(
         "password-command": str,
         "password-file": Path,
         "token-command": str,
+        "oauth": OAuthClient,
         "log-file": Path,
         "options": list[str],
     },
@@ -258,6 +261,58 @@ def _fuse_options(value: object) -> list[str]:
     return names
 
 
+def _https(value: object) -> str:
+    url = _without_controls(value)
+    # What goes there is as good as a password.
+    if not re.fullmatch(r"https://[^/?#@\s]+(/[^\s#]*)?", url):
+        raise ValueError("must be an https:// address")
+    return url
+
+
+_OAUTH: Mapping[str, Callable[[object], str]] = {
+    "client-id": _without_controls,
+    "client-secret": _without_controls,
+    "authorize-url": _https,
+    "token-url": _https,
+    "device-url": _https,
+    "scope": _without_controls,
+}
+
+
+def _oauth(value: object) -> OAuthClient:
+    """A table: keys of ``_OAUTH`` over those that ``provider`` stands for."""
+    if not isinstance(value, dict):
+        raise ValueError("must be a table, [accounts.NAME.oauth]")
+    table = dict(value)
+    provider = table.pop("provider", None)
+    if provider is not None and provider not in PROVIDERS:
+        raise ValueError(
+            f"provider must be one of {', '.join(PROVIDERS)}, or left out for one's own addresses"
+        )
+    found: dict[str, str] = dict(PROVIDERS.get(provider, {}))
+    for key, raw in table.items():
+        if key not in _OAUTH:
+            raise ValueError(f"unknown key {key!r}; known are provider, {', '.join(_OAUTH)}")
+        try:
+            found[key] = _OAUTH[key](raw)
+        except ValueError as error:
+            raise ValueError(f"{key} {error}") from None
+    missing = [key for key in ("client-id", "token-url", "scope") if key not in found]
+    if missing:
+        raise ValueError(f"has no {missing[0]!r}")
+    if "authorize-url" not in found and "device-url" not in found:
+        raise ValueError("has neither 'authorize-url' nor 'device-url'")
+    secret = found.get("client-secret")
+    return OAuthClient(
+        client_id=found["client-id"],
+        token_url=found["token-url"],
+        scope=found["scope"],
+        authorize_url=found.get("authorize-url"),
+        device_url=found.get("device-url"),
+        client_secret=Secret(secret) if secret is not None else None,
+    )
+
+
 _CONVERT: Mapping[str, Callable[[object], object]] = {
     "host": _host,
     "user": _user,
@@ -281,11 +336,12 @@ _CONVERT: Mapping[str, Callable[[object], object]] = {
     "password-command": _text,
     "password-file": _text,
     "token-command": _text,
+    "oauth": _oauth,
     "log-file": _text,
     "options": _fuse_options,
 }
 _PATHS = frozenset({"ca-file", "client-cert", "client-key", "cache-dir", "password-file", "log-file"})
-_SECRETS = ("password-command", "password-file", "token-command")
+_SECRETS = ("password-command", "password-file", "token-command", "oauth")
 """The keys of which each alone says where the secret comes from."""
 
 
@@ -456,6 +512,7 @@ def locate(source: str, options: Mapping[str, object], config_path: Path) -> Loc
         command=named.get("password-command"),
         file=named.get("password-file"),
         token_command=named.get("token-command"),
+        oauth=named.get("oauth"),
         name=None if "://" in source else source,
     )
     return Located(account, credentials, merged, entry, given)

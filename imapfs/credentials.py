@@ -4,7 +4,6 @@ The secret is never part of an exception: wherever one could hold it, the cause 
 """
 
 import getpass
-import logging
 import os
 import stat
 import subprocess
@@ -15,10 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from imapfs import keystore
 from imapfs.errors import CredentialError, CredentialUnavailable
 from imapfs.model import AccessToken, Account, CredentialProvider, Secret
+from imapfs.oauth import OAuthClient, Refresher
 
-KEYRING_SERVICE = "imapfs"
 SYSTEMD_NAME = "imapfs"
 FOUR_WAYS = "--password-command CMD, --password-file FILE, the keyring, or the prompt on a terminal"
 
@@ -26,8 +26,6 @@ _COMMAND_TIMEOUT = 60.0
 _TOKEN_AGE = 300.0
 """Seconds for which the output of a token command is used again: it knows when a token ends, we do not."""
 _MAX_LINE = 64 * 1024
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +38,8 @@ class CredentialSources:
     """Its first line is the password."""
     token_command: str | None = None
     """For ``sh -c``; the first line that it prints is an OAuth 2.0 access token."""
+    oauth: OAuthClient | None = None
+    """What gives access tokens for the refresh token in the keyring."""
     name: str | None = None
     """The account's in the configuration file, which a systemd credential may have too."""
 
@@ -95,16 +95,20 @@ def resolve(account: Account, sources: CredentialSources) -> CredentialProvider:
         return _from_file(sources.file, "password file")
     if sources.token_command is not None:
         return _token_command(sources.token_command).first()
+    if sources.oauth is not None:
+        refresher = Refresher(sources.oauth, account, f"imapfs login {sources.name}")
+        refresher.check()
+        return Tokens(refresher)
     if account.auth == "external":
         return _Certificate()
-    found = _from_systemd(sources.name) or _from_keyring(account)
+    found = _from_systemd(sources.name) or keystore.load(keystore.PASSWORDS, account.url)
     if found is None and account.client_cert is not None:
         return _Certificate()
     found = found or _from_terminal(account)
     if found is None:
         raise CredentialError(
             f"no password for {account.url}: use {FOUR_WAYS} "
-            f"(to fill the keyring: keyring set {KEYRING_SERVICE} {account.url})"
+            f"(to fill the keyring: keyring set {keystore.PASSWORDS} {account.url})"
         )
     return found
 
@@ -172,18 +176,6 @@ def _first_line(data: bytes, where: str) -> Secret:
     if not line:
         raise CredentialError(f"{where}: the first line, which should be the password, is empty")
     return Secret(line)
-
-
-def _from_keyring(account: Account) -> Secret | None:
-    try:
-        import keyring
-
-        found = keyring.get_password(KEYRING_SERVICE, account.url)
-    except Exception as error:
-        # No backend, no D-Bus, a locked collection ... each backend has exceptions of its own.
-        _log.debug("keyring not usable: %s: %s", type(error).__name__, error)
-        return None
-    return Secret(found) if found else None
 
 
 def _from_terminal(account: Account) -> Secret | None:

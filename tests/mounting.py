@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -65,8 +65,10 @@ class Mount:
 
     ``directory`` is for everything that belongs to the mount; ``arguments`` are further ones of the command
     line. ``mailbox`` mounts that subtree only. ``cache`` is another mount's `cache`, to go on with what it
-    cached; else it begins empty. Each of ``expected_log``, regular expressions, allows and demands a warning
-    or an error in the log; any other there fails the test when the block ends.
+    cached; else it begins empty. ``source`` is what to mount in place of the account's URL, which has
+    a password file and a CA file with it; ``environment`` is for the command. Each of ``expected_log``, regular
+    expressions, allows and demands a warning or an error in the log; any other there fails the test when the
+    block ends.
 
     Raises MountFailed where there is no mount; its log is not looked at then.
     """
@@ -78,6 +80,8 @@ class Mount:
         *arguments: str,
         mailbox: str | None = None,
         cache: Path | None = None,
+        source: str | None = None,
+        environment: Mapping[str, str] | None = None,
         expected_log: Sequence[str] = (),
     ) -> None:
         self.path = directory / "mnt"
@@ -85,14 +89,17 @@ class Mount:
         """The value of --cache-dir."""
         self.log = directory / "log"
         self.path.mkdir(parents=True)
-        password_file = directory / "password"
-        password_file.touch(mode=0o600)
-        password_file.write_text(account.password)
         server = account.server
-        source = f"imaps://{account.name}@{server.host}:{server.port}" + (f"/{mailbox}" if mailbox else "")
+        usual: list[str] = []
+        if source is None:
+            password_file = directory / "password"
+            password_file.touch(mode=0o600)
+            password_file.write_text(account.password)
+            source = f"imaps://{account.name}@{server.host}:{server.port}"
+            source += f"/{mailbox}" if mailbox else ""
+            usual = ["--ca-file", str(server.authority.certificate), "--password-file", str(password_file)]
         self.command = [
-            sys.executable, "-m", "imapfs", "mount", source, str(self.path),
-            "--ca-file", str(server.authority.certificate), "--password-file", str(password_file),
+            sys.executable, "-m", "imapfs", "mount", source, str(self.path), *usual,
             "--cache-dir", str(self.cache), "--log-file", str(self.log), *arguments,
         ]  # fmt: skip
         """What the ``with`` block runs; a test of the foreground mode may run it by itself."""
@@ -101,6 +108,7 @@ class Mount:
             "PYTHONPATH": str(ROOT),
             "HOME": str(directory),
             "XDG_CONFIG_HOME": str(directory / "config"),
+            **(environment or {}),
         }
         self.pid = 0
         """The daemon's process id."""
@@ -213,10 +221,20 @@ class Mounter:
         *arguments: str,
         mailbox: str | None = None,
         cache: Path | None = None,
+        source: str | None = None,
+        environment: Mapping[str, str] | None = None,
         expected_log: Sequence[str] = (),
     ) -> Mount:
         """Mount; unmounted at the end of the test, if not before. Raises MountFailed."""
-        made = self.prepare(account, *arguments, mailbox=mailbox, cache=cache, expected_log=expected_log)
+        made = self.prepare(
+            account,
+            *arguments,
+            mailbox=mailbox,
+            cache=cache,
+            source=source,
+            environment=environment,
+            expected_log=expected_log,
+        )
         return self._stack.enter_context(made)
 
     def prepare(
@@ -225,6 +243,8 @@ class Mounter:
         *arguments: str,
         mailbox: str | None = None,
         cache: Path | None = None,
+        source: str | None = None,
+        environment: Mapping[str, str] | None = None,
         expected_log: Sequence[str] = (),
     ) -> Mount:
         """Return a mount that has not begun."""
@@ -235,6 +255,8 @@ class Mounter:
             *arguments,
             mailbox=mailbox,
             cache=cache,
+            source=source,
+            environment=environment,
             expected_log=expected_log,
         )
 

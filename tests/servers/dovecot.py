@@ -309,7 +309,10 @@ plugin {{
             passdbs = "passdb {\n  driver = static\n  mechanisms = external\n  args = nopassword\n}\n"
         if self._tokens is not None:
             settings = self.directory / "oauth2.conf"
-            settings.write_text(f"introspection_url = {self._tokens}\nintrospection_mode = post\n")
+            settings.write_text(
+                f"introspection_url = {self._tokens}\nintrospection_mode = post\n"
+                "username_attribute = username\n"
+            )
             self.own(settings)
             passdbs += (
                 f"passdb {{\n  driver = oauth2\n  mechanisms = xoauth2 oauthbearer\n  args = {settings}\n}}\n"
@@ -361,7 +364,10 @@ quota "User quota" {{
                 "  fields {\n    nopassword = yes\n  }\n}\n"
             )
         if self._tokens is not None:
-            certificates += f"oauth2_introspection_url = {self._tokens}\noauth2_introspection_mode = post\n"
+            certificates += (
+                f"oauth2_introspection_url = {self._tokens}\noauth2_introspection_mode = post\n"
+                "oauth2_username_attribute = username\n"
+            )
             passdbs += "passdb oauth2 {\n  mechanisms = xoauth2 oauthbearer\n}\n"
         return f"""\
 dovecot_config_version = 2.4.0

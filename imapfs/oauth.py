@@ -1,0 +1,226 @@
+"""OAuth 2.0 (RFC 6749): access tokens for the refresh token that `imapfs.consent` has put into the keyring.
+
+What is sent, and how answers are read, is oauthlib's business. No token or secret is part of an exception.
+"""
+
+import contextlib
+import http.client
+import json
+import logging
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+from urllib.parse import urlsplit
+
+from imapfs import keystore
+from imapfs.errors import CredentialError
+from imapfs.model import Account, Secret
+
+_HTTP_TIMEOUT: Final = 30.0
+"""Seconds that one answer may take."""
+_LONGEST: Final = 1 << 20
+"""Most bytes of an answer."""
+_LIFETIME: Final = 300.0
+"""Seconds for which a token is used whose end the server does not tell (RFC 6749 section 5.1)."""
+_SPARE: Final = 60.0
+"""Seconds before its end at which a token is replaced."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OAuthClient:
+    """A client registered with an authorisation server, and where that is. All addresses are ``https://``."""
+
+    client_id: str
+    token_url: str
+    scope: str
+    """Space-separated."""
+    authorize_url: str | None = None
+    device_url: str | None = None
+    client_secret: Secret | None = None
+    """For servers that want one even of programs that cannot keep it, as Google does."""
+
+
+PROVIDERS: Final[Mapping[str, Mapping[str, str]]] = {
+    # developers.google.com/identity/protocols/oauth2/native-app. A device code is not enough for this scope.
+    "google": {
+        "authorize-url": "https://accounts.google.com/o/oauth2/v2/auth",
+        "token-url": "https://oauth2.googleapis.com/token",
+        "scope": "https://mail.google.com/",
+    },
+    # learn.microsoft.com/exchange/client-developer/legacy-protocols, "Authenticate an IMAP ... using OAuth".
+    "microsoft": {
+        "authorize-url": "https://login.microsoftonline.com/common/oauth2/v2.0/authorize",
+        "token-url": "https://login.microsoftonline.com/common/oauth2/v2.0/token",
+        "device-url": "https://login.microsoftonline.com/common/oauth2/v2.0/devicecode",
+        "scope": "https://outlook.office.com/IMAP.AccessAsUser.All offline_access",
+    },
+}
+"""What ``provider`` stands for in the configuration file."""
+
+
+class Refresher:
+    """Gets access tokens for ``account`` by the refresh token in the keyring; called with a lock held.
+
+    A refresh token that was refused is not offered again: only a new one in the keyring helps.
+    """
+
+    def __init__(self, client: OAuthClient, account: Account, login: str) -> None:
+        self._client = client
+        self._account = account
+        self._login = login
+        """The command that brings a new refresh token."""
+        self._latest: Secret | None = None
+        """What the server gave last, should the keyring be away."""
+        self._refused: Secret | None = None
+        self._why = ""
+
+    def check(self) -> None:
+        """Raises CredentialError where there was no consent yet."""
+        self._refresh_token()
+
+    def __call__(self) -> tuple[str, float]:
+        """An access token, and for how many seconds it can be used. Raises CredentialError."""
+        token = self._refresh_token()
+        if self._refused is not None and token.reveal() == self._refused.reveal():
+            raise CredentialError(self._why)
+        from oauthlib.oauth2 import WebApplicationClient
+
+        body = WebApplicationClient(self._client.client_id).prepare_refresh_body(
+            refresh_token=token.reveal(), client_id=self._client.client_id, **secret_of(self._client)
+        )
+        try:
+            answer = granted(post(self._client.token_url, body), self._client)
+        except Denied as denied:
+            if denied.error not in ("invalid_grant", "invalid_client", "unauthorized_client"):
+                raise CredentialError(f"no new access token: {denied}") from None
+            self._refused = token
+            self._why = f"the consent for {self._account.url} has ended: {denied}: run '{self._login}'"
+            raise CredentialError(self._why) from None
+        self._keep(token, answer)
+        lifetime = answer.get("expires_in")
+        seconds = float(lifetime) if isinstance(lifetime, int | float) else _LIFETIME
+        return str(answer["access_token"]), max(seconds - _SPARE, seconds / 2)
+
+    def _refresh_token(self) -> Secret:
+        # Read each time: another mount may have had it replaced, or the person have consented anew.
+        token = keystore.load(keystore.REFRESH_TOKENS, self._account.url) or self._latest
+        if token is None:
+            raise CredentialError(f"no consent for {self._account.url} in the keyring: run '{self._login}'")
+        return token
+
+    def _keep(self, used: Secret, answer: Mapping[str, Any]) -> None:
+        """A server may replace the refresh token with each use (RFC 6749 section 6)."""
+        newer = answer.get("refresh_token")
+        self._latest = Secret(newer) if isinstance(newer, str) and newer else used
+        if self._latest.reveal() != used.reveal():
+            try:
+                keystore.save(keystore.REFRESH_TOKENS, self._account.url, self._latest)
+            except CredentialError as error:
+                _log.warning("the next mount will need '%s': %s", self._login, error)
+
+
+# ---- Requests
+
+
+class Denied(Exception):
+    """The authorisation server's refusal (RFC 6749 section 5.2); its text is fit to be shown."""
+
+    def __init__(self, error: str, text: str) -> None:
+        super().__init__(text)
+        self.error = error
+
+
+def secret_of(client: OAuthClient) -> dict[str, Any]:
+    """The client secret as a parameter, where there is one."""
+    return {"client_secret": client.client_secret.reveal()} if client.client_secret else {}
+
+
+def granted(reply: bytes, client: OAuthClient) -> Mapping[str, Any]:
+    """The answer of a token endpoint. Raises Denied."""
+    from oauthlib.oauth2 import OAuth2Error, WebApplicationClient
+
+    try:
+        answer: Mapping[str, Any] = WebApplicationClient(client.client_id).parse_request_body_response(
+            reply.decode("utf-8", "replace")
+        )
+    except (OAuth2Error, ValueError, TypeError, AttributeError) as error:
+        # The latter ones for JSON of another shape, which oauthlib does not expect.
+        code = getattr(error, "error", "") or ""
+        said = described(parse_json(reply), (client,))
+        raise Denied(code, f"{host(client.token_url)} says {said}") from None
+    return answer
+
+
+def parse_json(reply: bytes) -> dict[str, Any]:
+    """An object in JSON; nothing else says anything."""
+    try:
+        found = json.loads(reply)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def described(answer: Mapping[str, Any], clients: tuple[OAuthClient, ...]) -> str:
+    """The error in an answer, on one short line; what else there is may be secret."""
+    parts = (answer.get("error"), answer.get("error_description"))
+    text = ": ".join(" ".join(part.split())[:200] for part in parts if isinstance(part, str) and part)
+    for client in clients:
+        if client.client_secret is not None and client.client_secret.reveal() in text:
+            return "(its answer repeats the client secret and is not shown)"
+    return text or "what is no answer of OAuth 2.0"
+
+
+def host(url: str) -> str:
+    """Whom to name in an error."""
+    return urlsplit(url).netloc
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """What is posted is for the one address that was configured."""
+
+    def redirect_request(self, *_: object, **__: object) -> None:
+        return None
+
+
+def post(url: str, body: str) -> bytes:
+    """POST a form and return the answer, of success or not. Raises CredentialError."""
+    opener = urllib.request.build_opener(
+        urllib.request.HTTPSHandler(context=ssl.create_default_context()), _NoRedirects
+    )
+    headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
+    request = urllib.request.Request(url, body.encode(), headers)  # noqa: S310 - the configuration takes https only
+    deadline = time.monotonic() + _HTTP_TIMEOUT
+    try:
+        with opener.open(request, timeout=_HTTP_TIMEOUT) as response:
+            return _read(response, deadline)
+    except urllib.error.HTTPError as error:
+        with error, contextlib.suppress(OSError, http.client.HTTPException):
+            if error.code < 500 and (reply := _read(error, deadline)):
+                return reply
+        raise CredentialError(
+            f"{host(url)} answered with HTTP status {error.code}: try again later"
+        ) from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        _refuse(url, error)
+
+
+def _read(response: Any, deadline: float) -> bytes:
+    """The body of a response, or of an HTTPError, which is one too."""
+    pieces: list[bytes] = []
+    while piece := response.read1(65536):
+        pieces.append(piece)
+        if sum(map(len, pieces)) >= _LONGEST or time.monotonic() > deadline:
+            raise TimeoutError("the answer does not end")
+    return b"".join(pieces)
+
+
+def _refuse(url: str, error: Exception) -> NoReturn:
+    reason = getattr(error, "reason", error)
+    words = getattr(reason, "verify_message", None) or getattr(reason, "strerror", None) or str(reason)
+    raise CredentialError(f"{host(url)}, which gives the tokens, cannot be asked: {words}: check the network")

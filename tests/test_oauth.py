@@ -1,0 +1,313 @@
+"""OAuth 2.0: consent, refreshing, and the way from `imapfs login` to a mount that outlives its tokens."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import keyring
+import pytest
+
+from imapfs import credentials, keystore, oauth
+from imapfs.errors import CredentialError, CredentialUnavailable
+from imapfs.model import AccessToken, Account, Secret
+from tests.keyrings import FileKeyring
+from tests.mounting import DEADLINE, ROOT, Mounter
+from tests.servers.dovecot import Dovecot
+from tests.servers.tls import CertificateAuthority
+from tests.servers.tokens import TokenServer
+
+ACCOUNT = Account("mail.example.org", "alice")
+ExpectedLog = Callable[[str], None]
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca: CertificateAuthority) -> Path:
+    """Have a keyring of this test's own, here and in what is started; and trust in our authority."""
+    path = tmp_path / "keyring"
+    path.write_text("{}")
+    monkeypatch.setenv("IMAPFS_TEST_KEYRING", str(path))
+    monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "tests.keyrings.FileKeyring")
+    monkeypatch.setattr(keyring.core, "_keyring_backend", FileKeyring())  # type: ignore[no-untyped-call]
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca.certificate))
+    return path
+
+
+@pytest.fixture
+def server(ca: CertificateAuthority) -> Iterator[TokenServer]:
+    with TokenServer(ca, "alice") as made:
+        yield made
+
+
+def client(server: TokenServer) -> oauth.OAuthClient:
+    return oauth.OAuthClient("our-id", f"{server.url}/token", "mail", client_secret=Secret("not-so-secret"))
+
+
+def tokens(server: TokenServer) -> credentials.Tokens:
+    """Return what a mount has after `imapfs login`."""
+    server.refresh_token = "refresh-0"
+    keystore.save(keystore.REFRESH_TOKENS, ACCOUNT.url, Secret("refresh-0"))
+    sources = credentials.CredentialSources(oauth=client(server), name="work")
+    made = credentials.resolve(ACCOUNT, sources)
+    assert isinstance(made, credentials.Tokens)
+    return made
+
+
+# -- tokens
+
+
+@pytest.mark.usefixtures("kept")
+def test_access_token_is_used_until_it_is_about_to_end(
+    server: TokenServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tokens(server)
+    first = made.get()
+    assert isinstance(first, AccessToken)
+    assert made.get() is first
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + server.lifetime - 70)
+    assert made.get() is first
+    monkeypatch.setattr(time, "monotonic", lambda: now + server.lifetime - 50)
+    second = made.get()
+    assert second.reveal() == server.access_tokens[1] != first.reveal()
+    assert [one["grant_type"] for one in server.requests] == ["refresh_token"] * 2
+    assert all(one["client_secret"] == "not-so-secret" for one in server.requests)
+
+
+@pytest.mark.usefixtures("kept")
+def test_refused_access_token_is_replaced_by_whoever_notices_first(server: TokenServer) -> None:
+    made = tokens(server)
+    old = made.get()
+    new = made.get(refused=old)
+    assert new is not old
+    # Another connection that was refused with the old one gets what there is by now.
+    assert made.get(refused=old) is new
+    assert len(server.requests) == 2
+
+
+@pytest.mark.usefixtures("kept")
+def test_replaced_refresh_token_goes_into_the_keyring(server: TokenServer) -> None:
+    tokens(server).get()
+    found = keystore.load(keystore.REFRESH_TOKENS, ACCOUNT.url)
+    assert found is not None
+    assert found.reveal() == server.refresh_token != "refresh-0"
+
+
+def test_keyring_that_locks_meanwhile_does_not_end_the_mount(
+    server: TokenServer, kept: Path, expected_log: ExpectedLog
+) -> None:
+    made = tokens(server)
+    first = made.get()
+    kept.unlink()
+    expected_log("the next mount will need 'imapfs login work': the keyring does not take the secret")
+    assert made.get(refused=first).reveal() == server.access_tokens[-1]
+
+
+@pytest.mark.usefixtures("kept")
+def test_revoked_consent_is_asked_about_once_and_heals_with_a_new_one(server: TokenServer) -> None:
+    made = tokens(server)
+    first = made.get()
+    server.revoke()
+    for _ in range(3):
+        with pytest.raises(CredentialUnavailable, match=r"revoked\.: run 'imapfs login work'") as caught:
+            made.get(refused=first)
+        assert "\n" not in str(caught.value)
+    assert len(server.requests) == 2
+    server.refresh_token = "refresh-new"
+    keystore.save(keystore.REFRESH_TOKENS, ACCOUNT.url, Secret("refresh-new"))
+    assert made.get(refused=first).reveal() == server.access_tokens[-1]
+
+
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize(
+    ("refusal", "says"),
+    [
+        ((503, {}), "HTTP status 503: try again later"),
+        ((429, {"error": "slow"}), "says slow"),
+        ((400, {"error": "invalid_scope", "error_description": "two\nlines"}), "invalid_scope: two lines"),
+        ((400, {"error": "x", "error_description": "not-so-secret is wrong"}), "not shown"),
+        ((302, {}), "what is no answer of OAuth"),
+        (b"<html>", "what is no answer of OAuth"),
+        (b"[1]", "what is no answer of OAuth"),
+        (b'{"access_token": 5, "expires_in": "soon"}', "no answer of OAuth"),
+        (b"x" * (1 << 20), "does not end"),
+    ],
+)
+def test_failing_token_server_is_told_in_one_line(
+    server: TokenServer, refusal: tuple[int, dict[str, object]] | bytes, says: str
+) -> None:
+    made = tokens(server)
+    server.refusal = refusal
+    with pytest.raises(CredentialUnavailable, match=says) as caught:
+        made.get()
+    assert "\n" not in str(caught.value)
+    assert "refresh-0" not in str(caught.value)
+    assert "not-so-secret" not in str(caught.value)
+    server.refusal = None
+    assert made.get().reveal() == server.access_tokens[-1]
+
+
+@pytest.mark.usefixtures("kept")
+def test_token_server_is_verified_like_any_other(
+    server: TokenServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tokens(server)
+    monkeypatch.delenv("SSL_CERT_FILE")
+    with pytest.raises(CredentialUnavailable, match="unable to get local issuer certificate: check the net"):
+        made.get()
+    assert not server.requests
+
+
+@pytest.mark.usefixtures("kept")
+def test_without_consent_there_is_no_mount(server: TokenServer) -> None:
+    sources = credentials.CredentialSources(oauth=client(server), name="work")
+    with pytest.raises(CredentialError, match=r"no consent for imaps://alice@.*: run 'imapfs login work'"):
+        credentials.resolve(ACCOUNT, sources)
+
+
+def test_token_command_is_asked_again_when_its_token_is_refused(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    command = f"echo x >> {count}; echo token-$(wc -l < {count})"
+    made = credentials.resolve(ACCOUNT, credentials.CredentialSources(token_command=command))
+    first = made.get()
+    assert first is not None
+    assert made.get() is first
+    second = made.get(refused=first)
+    assert (first.reveal(), second and second.reveal()) == ("token-1", "token-2")
+    assert isinstance(second, AccessToken)
+
+
+def test_token_command_that_fails_later_is_no_reason_to_give_up(tmp_path: Path) -> None:
+    flag = tmp_path / "works"
+    flag.touch()
+    command = f"test -e {flag} && echo token || {{ echo no network >&2; exit 1; }}"
+    made = credentials.resolve(ACCOUNT, credentials.CredentialSources(token_command=command))
+    first = made.get()
+    flag.unlink()
+    with pytest.raises(CredentialUnavailable, match="the token command failed with exit code 1: no network"):
+        made.get(refused=first)
+
+
+# -- the whole way
+
+
+@dataclasses.dataclass
+class Home:
+    """A person's, with an account called "work" in the configuration file."""
+
+    directory: Path
+    environment: dict[str, str]
+
+    def login(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "imapfs", "login", "work", *arguments],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+
+
+@pytest.fixture
+def imap(ca: CertificateAuthority, server: TokenServer) -> Iterator[Dovecot]:
+    mechanisms = ("plain", "xoauth2", "oauthbearer")
+    with Dovecot(ca, mechanisms=mechanisms, tokens=server.introspection) as made:
+        yield made
+
+
+@pytest.fixture
+def home(tmp_path: Path, kept: Path, server: TokenServer, imap: Dovecot) -> Home:
+    config = tmp_path / "config" / "imapfs"
+    config.mkdir(parents=True)
+    (config / "config.toml").write_text(f"""
+        [accounts.work]
+        host = "{imap.host}"
+        port = {imap.port}
+        user = "{server.user}"
+        ca-file = "{imap.authority.certificate}"
+        [accounts.work.oauth]
+        client-id = "our-id"
+        authorize-url = "{server.url}/authorize"
+        token-url = "{server.url}/token"
+        device-url = "{server.url}/device"
+        scope = "mail offline_access"
+    """)
+    browser = tmp_path / "browser"
+    browser.write_text(
+        f"#!{sys.executable}\n"
+        "import sys, urllib.request\n"
+        "with urllib.request.urlopen(sys.argv[1]) as page:\n"
+        "    open(__file__ + '.saw', 'wb').write(page.read())\n"
+    )
+    browser.chmod(0o700)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(tmp_path),
+        "XDG_CONFIG_HOME": str(tmp_path / "config"),
+        "BROWSER": str(browser),
+    }
+    return Home(tmp_path, environment)
+
+
+def test_browser_brings_consent(home: Home, server: TokenServer) -> None:
+    done = home.login()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{server.url}/authorize?" in done.stdout
+    assert done.stdout.endswith("logged in as alice\n")
+    assert b"can be closed" in (home.directory / "browser.saw").read_bytes()
+    # The consent, and the first access token; nothing of it is shown.
+    assert [one["grant_type"] for one in server.requests] == ["authorization_code", "refresh_token"]
+    assert not [word for word in ("access-", "refresh-", "code-") if word in done.stdout]
+
+
+def test_code_brings_consent(home: Home, server: TokenServer) -> None:
+    server.pending = 1
+    done = home.login("--device")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "https://example.org/device" in done.stdout
+    assert "ABCD-EFGH" in done.stdout
+    assert len(server.requests) == 3
+
+
+def test_refused_consent_is_told_in_one_line(home: Home, server: TokenServer) -> None:
+    server.refusal = (400, {"error": "access_denied", "error_description": "The user said no."})
+    for arguments in ((), ("--device",)):
+        done = home.login(*arguments)
+        assert done.returncode == 1
+        assert done.stderr.startswith("imapfs: no consent: localhost:")
+        assert done.stderr.endswith("says access_denied: The user said no.\n")
+        assert done.stderr.count("\n") == 1
+
+
+def test_consent_of_somebody_else_is_noticed_at_once(home: Home, server: TokenServer) -> None:
+    server.user = "bob"
+    done = home.login()
+    assert done.returncode == 1
+    assert "localhost refused the access token of alice" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_a_keyring_consent_is_of_no_use(home: Home, kept: Path) -> None:
+    kept.unlink()
+    done = home.login()
+    assert done.returncode == 1
+    assert "the keyring does not take the secret (KeyringLocked): unlock it" in done.stderr
+
+
+def test_mount_outlives_its_tokens(home: Home, server: TokenServer, imap: Dovecot, mount: Mounter) -> None:
+    assert home.login().returncode == 0
+    account = imap.account("alice")
+    mounted = mount(account, "-v", source="work", environment=home.environment)
+    assert os.listdir(mounted.path / "INBOX") == []
+    account.deliver("Drafts", [(b"Subject: one\r\n\r\none\r\n", 1_700_000_000, "")])
+    server.end_tokens()
+    imap.doveadm("kick", "alice")
+    assert len(os.listdir(mounted.path / "Drafts")) == 1
+    mounted.unmount()
+    assert "access-" not in mounted.log_text()
+    assert "refresh-" not in mounted.log_text()
