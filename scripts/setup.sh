@@ -4,6 +4,7 @@
 BUILD_PACKAGES=(python3-venv python3-dev gcc pkg-config libfuse3-dev)
 SERVER_PACKAGES=(fuse3 dovecot-imapd)
 TOOL_PACKAGES=(rsync attr libglib2.0-bin vim nano ed emacs-nox)
+KEYRING_PACKAGES=(dbus-daemon gnome-keyring)
 PEER_PACKAGES=(isync)
 
 # The programs of a server are not in the PATH of an ordinary user.
@@ -30,6 +31,8 @@ have_package() {
         attr) command -v getfattr >/dev/null ;;
         libglib2.0-bin) command -v gio >/dev/null ;;
         emacs-nox) command -v emacs >/dev/null ;;
+        dbus-daemon) command -v dbus-daemon >/dev/null ;;
+        gnome-keyring) command -v gnome-keyring-daemon >/dev/null ;;
         isync) command -v mbsync >/dev/null ;;
     esac
 }

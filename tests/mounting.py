@@ -65,8 +65,8 @@ class Mount:
 
     ``directory`` is for everything that belongs to the mount; ``arguments`` are further ones of the command
     line. ``mailbox`` mounts that subtree only. ``cache`` is another mount's `cache`, to go on with what it
-    cached; else it begins empty. ``source`` is what to mount in place of the account's URL, which has
-    a password file and a CA file with it; ``environment`` is for the command. Each of ``expected_log``, regular
+    cached; else it begins empty. ``source`` is what to mount in place of the account's URL, which has a
+    password file and a CA file with it; ``environment`` is for the command. Each of ``expected_log``, regular
     expressions, allows and demands a warning or an error in the log; any other there fails the test when the
     block ends.
 
