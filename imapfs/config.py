@@ -285,7 +285,7 @@ def _oauth(value: object) -> OAuthClient:
         raise ValueError("must be a table, [accounts.NAME.oauth]")
     table = dict(value)
     provider = table.pop("provider", None)
-    if provider is not None and provider not in PROVIDERS:
+    if provider is not None and provider not in tuple(PROVIDERS):
         raise ValueError(
             f"provider must be one of {', '.join(PROVIDERS)}, or left out for one's own addresses"
         )

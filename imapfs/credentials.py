@@ -149,16 +149,18 @@ def _from_systemd(name: str | None) -> Secret | None:
         # A name with a slash would lead out of the directory; no credential has one.
         path = Path(directory, one) if one and "/" not in one else None
         if path is not None and path.is_file():
-            return _from_file(path, "systemd credential")
+            # Its mode may show an access list as a group's rights; the directory keeps others out.
+            return _from_file(path, "systemd credential", private=False)
     return None
 
 
-def _from_file(path: Path, what: str) -> Secret:
+def _from_file(path: Path, what: str, *, private: bool = True) -> Secret:
+    """The first line of a file, which with ``private`` nobody else may have access to."""
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             # A pipe, such as the shell's <(...), is nobody else's to open whatever its mode says.
-            if stat.S_ISREG(mode) and mode & 0o077:
+            if private and stat.S_ISREG(mode) and mode & 0o077:
                 raise CredentialError(
                     f"{what} {path}: others may access it (mode {stat.S_IMODE(mode):04o}): "
                     f"chmod 600 it, and consider the password known"

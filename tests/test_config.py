@@ -174,6 +174,47 @@ def test_accounts_are_loaded_with_paths_relative_to_the_file(tmp_path: Path) -> 
     }
 
 
+def located(directory: Path, lines: str, **given: object) -> config.Located:
+    """Return what an account called "a" with these ``lines`` is; ``given`` is from the command line."""
+    path = write(directory, f"[accounts.a]\nhost = 'h'\nuser = 'u'\n{lines}\n")
+    return config.locate("a", {key.replace("_", "-"): value for key, value in given.items()}, path)
+
+
+def test_entry_says_how_to_connect(tmp_path: Path) -> None:
+    digits = "0123456789ABCDEF" * 4
+    colons = ":".join(digits[i : i + 2] for i in range(0, 64, 2))
+    account = located(
+        tmp_path, f"security = 'starttls'\ntls-fingerprint = '{colons}'\nauth = 'plain'"
+    ).account
+    assert account == Account(
+        "h", "u", 143, security="starttls", tls_fingerprint=digits.lower(), auth="plain"
+    )
+    assert located(tmp_path, "security = 'starttls'\nport = 1143").account.port == 1143
+    assert located(tmp_path, "").account == Account("h", "u")
+    cert = located(tmp_path, "client-cert = 'me.pem'", auth="external").account
+    assert (cert.client_cert, cert.client_key) == (tmp_path / "me.pem", None)
+
+
+def test_provider_stands_for_addresses_that_can_be_replaced(tmp_path: Path) -> None:
+    client = located(
+        tmp_path, "oauth = {provider = 'microsoft', client-id = 'x', scope = 'y'}"
+    ).credentials.oauth
+    assert client is not None
+    assert client.token_url == "https://login.microsoftonline.com/common/oauth2/v2.0/token"
+    assert (client.client_id, client.scope, client.client_secret) == ("x", "y", None)
+    google = located(tmp_path, "oauth = {provider = 'google', client-id = 'x', client-secret = 'z'}")
+    assert google.credentials.oauth is not None
+    assert google.credentials.oauth.device_url is None
+    assert google.credentials.oauth.client_secret is not None
+    assert "'z'" not in repr(google)
+
+
+def test_secret_named_on_the_command_line_replaces_every_other(tmp_path: Path) -> None:
+    lines = "oauth = {provider = 'google', client-id = 'x'}\ntoken-command = 'one'"
+    sources = located(tmp_path, lines, password_command="two").credentials
+    assert (sources.command, sources.token_command, sources.oauth, sources.name) == ("two", None, None, "a")
+
+
 def test_no_file_means_no_accounts(tmp_path: Path) -> None:
     assert config.load_accounts(tmp_path / "none.toml") == {}
 
@@ -201,6 +242,23 @@ def test_no_file_means_no_accounts(tmp_path: Path) -> None:
         ("log-file = ''", "accounts.a.log-file: must not be empty"),
         ('log-file = "a\\u0000b"', "accounts.a.log-file: must not contain NUL"),
         ("password = 'hunter2'", "accounts.a.password"),
+        ("security = 'ssl'", 'accounts.a.security: must be "tls" or "starttls"'),
+        ("insecure-plaintext = 'no'", "accounts.a.insecure-plaintext: must be true or false"),
+        ("auth = 'PLAIN'", 'accounts.a.auth: must be "auto", "plain", '),
+        ("tls-fingerprint = 'ab:cd'", "accounts.a.tls-fingerprint: must be a SHA-256 fingerprint"),
+        (f"tls-fingerprint = '{'g' * 64}'", "accounts.a.tls-fingerprint: must be a SHA-256 fingerprint"),
+        ("oauth = 'google'", "accounts.a.oauth: must be a table"),
+        ("oauth = {provider = 'gmail'}", "accounts.a.oauth: provider must be one of google, microsoft"),
+        ("oauth = {provider = 'google'}", "accounts.a.oauth: has no 'client-id'"),
+        ("oauth = {provider = ['google']}", "accounts.a.oauth: provider must be one of"),
+        ("oauth = {client-id = 'x', scope = 'y'}", "accounts.a.oauth: has no 'token-url'"),
+        ("oauth = {token-url = 'http://h/t'}", "accounts.a.oauth: token-url must be an https:// address"),
+        ("oauth = {token-url = 'https://u@h/'}", "accounts.a.oauth: token-url must be an https:// address"),
+        ("oauth = {tenant = 'x'}", "accounts.a.oauth: unknown key 'tenant'"),
+        (
+            "oauth = {client-id = 'x', scope = 'y', token-url = 'https://h/t'}",
+            "accounts.a.oauth: has neither 'authorize-url' nor 'device-url'",
+        ),
     ],
 )
 def test_bad_entry_is_named_with_file_and_key(tmp_path: Path, line: str, says: str) -> None:

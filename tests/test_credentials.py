@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import logging
 import os
@@ -166,6 +167,43 @@ def test_bad_file_is_named(tmp_path: Path) -> None:
 def test_keyring_is_asked_for_the_url(empty_keyring: MemoryKeyring) -> None:
     empty_keyring.set_password("imapfs", "imaps://alice@mail.example.org", SECRET)
     assert found(CredentialSources()) == SECRET
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"), [("work", "one"), ("home", "two"), (None, "two"), ("a/b", "two")]
+)
+def test_systemd_credential_is_found_by_the_accounts_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None, secret: str
+) -> None:
+    (tmp_path / "work").write_text("one\n")
+    (tmp_path / "imapfs").write_text("two\n")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_text("three\n")
+    # As with an access list for the user of the service.
+    (tmp_path / "work").chmod(0o440)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert found(CredentialSources(name=name)) == secret
+
+
+def test_order_of_the_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_keyring: MemoryKeyring
+) -> None:
+    empty_keyring.set_password("imapfs", ACCOUNT.url, "keyring")
+    assert found(CredentialSources()) == "keyring"
+    (tmp_path / "imapfs").write_text("systemd")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert found(CredentialSources()) == "systemd"
+    assert found(CredentialSources(token_command="echo token")) == "token"
+    assert found(CredentialSources(file=password_file(tmp_path), token_command="echo token")) == SECRET
+
+
+@pytest.mark.usefixtures("no_terminal")
+def test_certificate_alone_will_do(empty_keyring: MemoryKeyring) -> None:
+    with_certificate = dataclasses.replace(ACCOUNT, client_cert=Path("me.pem"))
+    assert found(CredentialSources(), with_certificate) is None
+    empty_keyring.set_password("imapfs", ACCOUNT.url, SECRET)
+    assert found(CredentialSources(), with_certificate) == SECRET
+    assert found(CredentialSources(), dataclasses.replace(with_certificate, auth="external")) is None
 
 
 @pytest.mark.usefixtures("no_terminal")

@@ -1,5 +1,6 @@
 """OAuth 2.0: consent, refreshing, and the way from `imapfs login` to a mount that outlives its tokens."""
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -15,7 +16,7 @@ from imapfs import credentials, keystore, oauth
 from imapfs.errors import CredentialError, CredentialUnavailable
 from imapfs.model import AccessToken, Account, Secret
 from tests.keyrings import FileKeyring
-from tests.mounting import DEADLINE, ROOT, Mounter
+from tests.mounting import DEADLINE, ROOT, Mounter, wait_until
 from tests.servers.dovecot import Dovecot
 from tests.servers.tls import CertificateAuthority
 from tests.servers.tokens import TokenServer
@@ -302,12 +303,31 @@ def test_without_a_keyring_consent_is_of_no_use(home: Home, kept: Path) -> None:
 def test_mount_outlives_its_tokens(home: Home, server: TokenServer, imap: Dovecot, mount: Mounter) -> None:
     assert home.login().returncode == 0
     account = imap.account("alice")
-    mounted = mount(account, "-v", source="work", environment=home.environment)
+    mounted = mount(
+        account,
+        "-v",
+        source="work",
+        environment=home.environment,
+        expected_log=["offline: the consent for imaps://alice@localhost:[0-9]+ has ended"],
+    )
     assert os.listdir(mounted.path / "INBOX") == []
     account.deliver("Drafts", [(b"Subject: one\r\n\r\none\r\n", 1_700_000_000, "")])
     server.end_tokens()
     imap.doveadm("kick", "alice")
     assert len(os.listdir(mounted.path / "Drafts")) == 1
+    server.revoke()
+    imap.doveadm("kick", "alice")
+    assert not _listed(mounted.path / "Junk")
+    assert "run 'imapfs login work'" in mounted.status()["reason"]
+    assert home.login().returncode == 0
+    wait_until(lambda: _listed(mounted.path / "Junk"), "the mount is back after a new consent")
     mounted.unmount()
     assert "access-" not in mounted.log_text()
     assert "refresh-" not in mounted.log_text()
+
+
+def _listed(directory: Path) -> bool:
+    with contextlib.suppress(OSError):
+        os.listdir(directory)
+        return True
+    return False
