@@ -240,7 +240,13 @@ def home(tmp_path: Path, kept: Path, server: TokenServer, imap: Dovecot) -> Home
     browser = tmp_path / "browser"
     browser.write_text(
         f"#!{sys.executable}\n"
-        "import sys, urllib.request\n"
+        "import sys, urllib.error, urllib.parse, urllib.request\n"
+        # Some page in it knows the port, and no more.
+        "query = urllib.parse.parse_qs(urllib.parse.urlsplit(sys.argv[1]).query)\n"
+        "try:\n"
+        "    urllib.request.urlopen(query['redirect_uri'][0] + '?state=guess&code=evil')\n"
+        "except urllib.error.HTTPError as error:\n"
+        "    assert error.code == 400\n"
         "with urllib.request.urlopen(sys.argv[1]) as page:\n"
         "    open(__file__ + '.saw', 'wb').write(page.read())\n"
     )

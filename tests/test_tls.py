@@ -202,7 +202,13 @@ def test_offered_tls_is_used_whatever_is_allowed(both_ports: Dovecot, insecure: 
 
 @pytest.mark.parametrize(
     ("host", "is_local"),
-    [("localhost", True), ("127.0.0.1", True), ("127.1.2.3", True), ("mail.example.org", False)],
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.1.2.3", True),
+        ("mail.example.org", False),
+        ("192.0.2.1", False),
+    ],
 )
 def test_a_name_that_leads_to_this_machine_by_chance_is_not_this_machine(
     both_ports: Dovecot, host: str, is_local: bool
@@ -253,11 +259,24 @@ def test_words_put_in_before_the_handshake_end_the_connection(
 
 
 def test_what_was_said_before_tls_does_not_count(ca: CertificateAuthority) -> None:
-    injected = b"* CAPABILITY IMAP4rev1 AUTH=PLAIN LOGINDISABLED MOVE\r\n* BYE nonsense\r\nTAG OK begin\r\n"
-    with hostile(ca, injected) as server:
+    server = Scripted(ca, plain=True, greeting=OFFERS, capabilities=CAPABILITIES + b" AUTH=WEAK MOVE")
+
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        if command == b"NOOP":
+            return server.then_hang_up(b"")
+        if command != b"STARTTLS":
+            return None
+        server.capabilities = b"IMAP4rev1 AUTH=STRONG"
+        return [b"* CAPABILITY IMAP4rev1 AUTH=WEAK\r\n* BYE nonsense\r\n" + tag + b" OK begin\r\n"]
+
+    server.script = script
+    with server:
         where = by_starttls(server)
         wire = Wire.open(where, tls_context(where), TIMEOUT)
-        assert wire.greeting_capabilities == set(CAPABILITIES.decode().upper().split())
+        assert wire.greeting_capabilities == {"IMAP4REV1", "AUTH=STRONG"}
+        with pytest.raises(ConnectionLost) as caught:
+            wire.execute(b"NOOP")
+        assert "nonsense" not in str(caught.value)
         wire.close()
 
 

@@ -163,8 +163,8 @@ class _Stream:
         except OSError:
             return False
 
-    def readline(self, longest: int = MAX_LINE) -> bytes:
-        """One line with its end, of about ``longest`` bytes at most. Raises also ProtocolError."""
+    def readline(self) -> bytes:
+        """One line with its end. Raises also ProtocolError."""
         end = self._buffer.find(b"\n", self._at)
         if end < 0:
             pieces = [self._buffer[self._at :]]
@@ -176,7 +176,7 @@ class _Stream:
                     break
                 pieces.append(data)
                 held += len(data)
-                if held > longest:
+                if held > MAX_LINE:
                     raise ProtocolError("the server sent a line without an end")
             pieces.append(data[: cut + 1])
             self._buffer, self._at = data, cut + 1
@@ -258,7 +258,7 @@ class _Imap4(imaplib.IMAP4):
     def readline(self) -> bytes:
         try:
             with _as_the_socket_said():
-                line = self.stream.readline(_GREETING)
+                line = self.stream.readline()
         except EOFError:
             return b""  # imaplib's own sign for the end of the connection
         self._count(len(line))
