@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import ssl
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -97,8 +98,38 @@ def test_fingerprint_is_that_of_the_certificate(ca: CertificateAuthority) -> Non
 
 
 def test_tls_older_than_1_2_is_refused(ca: CertificateAuthority) -> None:
-    context = tls_context(Account("h", "u"))
-    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+    def age(context: ssl.SSLContext) -> None:
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            context.set_ciphers("ALL:@SECLEVEL=0")
+            context.minimum_version = ssl.TLSVersion.TLSv1
+            context.maximum_version = ssl.TLSVersion.TLSv1_1
+
+    with Scripted(ca, prepare=age) as server:
+        error = refusal(address(server))
+        assert isinstance(error, TlsError)
+        assert "offers only TLS older than 1.2" in str(error)
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_server_that_wants_a_certificate_says_so(
+    ca: CertificateAuthority, strangers: CertificateAuthority, version: ssl.TLSVersion
+) -> None:
+    def demand(context: ssl.SSLContext) -> None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(ca.certificate)
+        context.maximum_version = version
+
+    with Scripted(ca, prepare=demand) as server:
+        where = address(server)
+        error = refusal(where)
+        assert isinstance(error, TlsError)
+        assert "it may want a certificate of yours, --client-cert" in str(error)
+        certificate, key = ca.issue(client="alice")
+        connected(dataclasses.replace(where, client_cert=certificate, client_key=key)).close()
+        certificate, key = strangers.issue(client="alice")
+        error = refusal(dataclasses.replace(where, client_cert=certificate, client_key=key))
+        assert isinstance(error, TlsError)
+        assert f"does not accept the client certificate {certificate}" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,20 @@ _IDLE_PROBE: Final = 60
 """Seconds after which an idle connection is probed, so that address translators do not forget it."""
 
 
+_ABOUT_CERTIFICATES: Final = frozenset(
+    {
+        "SSLV3_ALERT_BAD_CERTIFICATE",
+        "SSLV3_ALERT_CERTIFICATE_EXPIRED",
+        "SSLV3_ALERT_CERTIFICATE_REVOKED",
+        "SSLV3_ALERT_CERTIFICATE_UNKNOWN",
+        "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE",
+        "TLSV1_ALERT_ACCESS_DENIED",
+        "TLSV1_ALERT_UNKNOWN_CA",
+    }
+)
+"""OpenSSL's names of the alerts with which a server refuses ours (RFC 8446 section 6.2)."""
+
+
 def tls_context(account: Account) -> ssl.SSLContext:
     """TLS 1.2 or newer; the server is verified by `secure`, in full or against the account's fingerprint.
 
@@ -160,6 +174,10 @@ def explain(error: Exception, account: Account, timeout: float) -> ConnectionLos
         ):
             return TlsError(
                 f"{where} refuses the TLS handshake: it may want a certificate of yours, --client-cert"
+            )
+        case ssl.SSLError(reason=reason) if account.client_cert is not None and reason in _ABOUT_CERTIFICATES:
+            return TlsError(
+                f"{where} does not accept the client certificate {account.client_cert}: {words(reason)}"
             )
         case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
             return ConnectionLost(f"{where} hung up before there was a TLS connection: it may be too busy")

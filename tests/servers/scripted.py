@@ -31,7 +31,8 @@ class Scripted:
     command first and may be replaced at any time; what it answers to AUTHENTICATE is the whole answer.
     ``greeting`` is the first line, without its end; ``capabilities`` is what CAPABILITY says. ``before_tls``
     is called with each connection and its number, from 1, and may close it. ``plain`` starts in cleartext,
-    until a client says STARTTLS and is not answered with NO or BAD.
+    until a client says STARTTLS and is not answered with NO or BAD. ``prepare`` may change the
+    server's settings of TLS.
     """
 
     host = "localhost"
@@ -47,6 +48,7 @@ class Scripted:
         capabilities: bytes = b"IMAP4rev1 AUTH=PLAIN",
         before_tls: Callable[[socket.socket, int], object] = lambda connection, number: None,
         plain: bool = False,
+        prepare: Callable[[ssl.SSLContext], object] = lambda context: None,
     ) -> None:
         self.authority = authority
         self.messages = list(messages)
@@ -56,6 +58,7 @@ class Scripted:
         self.capabilities = capabilities
         self.before_tls = before_tls
         self.plain = plain
+        self._prepare = prepare
         self.accepted = 0
         """Connections so far."""
         self.commands: list[bytes] = []
@@ -76,6 +79,7 @@ class Scripted:
     def __enter__(self) -> "Scripted":
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(*self.authority.issue())
+        self._prepare(self._context)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self._start(self._accept)
