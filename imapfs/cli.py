@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
 import click
 
 from imapfs import __version__
-from imapfs.errors import ImapfsError
+from imapfs.errors import ImapfsError, UsageError
 from imapfs.model import AuthMethod
 
 if TYPE_CHECKING:
@@ -164,7 +164,9 @@ def login(account: str, device: bool) -> None:
     path = platformdirs.user_config_path("imapfs") / "config.toml"
     located = config.locate(account, {}, path)
     if located.credentials.oauth is None:
-        raise ImapfsError(f'{account} has no [accounts.{account}.oauth] in {path}: see the README, "OAuth"')
+        raise UsageError(
+            f"this account has no table 'oauth' in {path}, which says whom to ask: see the README"
+        )
     consent.ask(located.credentials.oauth, located.account, click.echo, device=device)
     provider = credentials.resolve(located.account, located.credentials)
     timeout = located.options.get("timeout", config.DEFAULT_TIMEOUT)

@@ -18,7 +18,8 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 from imapfs import keystore
 from imapfs.errors import CredentialError
 from imapfs.model import Account, Secret
-from imapfs.oauth import Denied, OAuthClient, described, granted, host, parse_json, post, secret_of
+from imapfs.oauth import Denied, OAuthClient, described, granted, parse_json, secret_of
+from imapfs.webform import post
 
 TIMEOUT: Final = 600.0
 """Seconds that a person has."""
@@ -38,7 +39,7 @@ def ask(client: OAuthClient, account: Account, say: Callable[[str], None], *, de
     token = answer.get("refresh_token")
     if not isinstance(token, str) or not token:
         raise CredentialError(
-            f"{host(client.token_url)} gave no refresh token: the scope may have to hold offline_access"
+            f"{urlsplit(client.token_url).netloc} gave no refresh token: try offline_access in 'scope'"
         )
     keystore.save(keystore.REFRESH_TOKENS, account.url, Secret(token))
 
@@ -149,7 +150,7 @@ def _by_device(client: OAuthClient, say: Callable[[str], None]) -> Mapping[str, 
         deadline = time.monotonic() + min(TIMEOUT, float(answer.get("expires_in", TIMEOUT)))
     except (KeyError, ValueError, TypeError):
         why = described(answer, (client,))
-        raise CredentialError(f"{host(client.device_url)} gave no device code: {why}") from None
+        raise CredentialError(f"{urlsplit(client.device_url).netloc} gave no device code: {why}") from None
     say(f"Open {address} in any browser and enter the code {shown}")
     device = DeviceClient(client.client_id)
     body = device.prepare_request_body(code, include_client_id=True, **secret_of(client))

@@ -3,27 +3,17 @@
 What is sent, and how answers are read, is oauthlib's business. No token or secret is part of an exception.
 """
 
-import contextlib
-import http.client
 import json
 import logging
-import ssl
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from imapfs import keystore
 from imapfs.errors import CredentialError
 from imapfs.model import Account, Secret
 
-_HTTP_TIMEOUT: Final = 30.0
-"""Seconds that one answer may take."""
-_LONGEST: Final = 1 << 20
-"""Most bytes of an answer."""
 _LIFETIME: Final = 300.0
 """Seconds for which a token is used whose end the server does not tell (RFC 6749 section 5.1)."""
 _SPARE: Final = 60.0
@@ -89,7 +79,10 @@ class Refresher:
         token = self._refresh_token()
         if self._refused is not None and token.reveal() == self._refused.reveal():
             raise CredentialError(self._why)
+        # Heavy, and needed only by those who have such an account.
         from oauthlib.oauth2 import WebApplicationClient
+
+        from imapfs.webform import post
 
         body = WebApplicationClient(self._client.client_id).prepare_refresh_body(
             refresh_token=token.reveal(), client_id=self._client.client_id, **secret_of(self._client)
@@ -111,7 +104,9 @@ class Refresher:
         # Read each time: another mount may have had it replaced, or the person have consented anew.
         token = keystore.load(keystore.REFRESH_TOKENS, self._account.url) or self._latest
         if token is None:
-            raise CredentialError(f"no consent for {self._account.url} in the keyring: run '{self._login}'")
+            raise CredentialError(
+                f"no consent for {self._account.url} in the keyring, or it is locked: run '{self._login}'"
+            )
         return token
 
     def _keep(self, used: Secret, answer: Mapping[str, Any]) -> None:
@@ -125,7 +120,7 @@ class Refresher:
                 _log.warning("the next mount will need '%s': %s", self._login, error)
 
 
-# ---- Requests
+# ---- Answers
 
 
 class Denied(Exception):
@@ -153,7 +148,7 @@ def granted(reply: bytes, client: OAuthClient) -> Mapping[str, Any]:
         # The latter ones for JSON of another shape, which oauthlib does not expect.
         code = getattr(error, "error", "") or ""
         said = described(parse_json(reply), (client,))
-        raise Denied(code, f"{host(client.token_url)} says {said}") from None
+        raise Denied(code, f"{urlsplit(client.token_url).netloc} says {said}") from None
     return answer
 
 
@@ -174,53 +169,3 @@ def described(answer: Mapping[str, Any], clients: tuple[OAuthClient, ...]) -> st
         if client.client_secret is not None and client.client_secret.reveal() in text:
             return "(its answer repeats the client secret and is not shown)"
     return text or "what is no answer of OAuth 2.0"
-
-
-def host(url: str) -> str:
-    """Whom to name in an error."""
-    return urlsplit(url).netloc
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """What is posted is for the one address that was configured."""
-
-    def redirect_request(self, *_: object, **__: object) -> None:
-        return None
-
-
-def post(url: str, body: str) -> bytes:
-    """POST a form and return the answer, of success or not. Raises CredentialError."""
-    opener = urllib.request.build_opener(
-        urllib.request.HTTPSHandler(context=ssl.create_default_context()), _NoRedirects
-    )
-    headers = {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}
-    request = urllib.request.Request(url, body.encode(), headers)  # noqa: S310 - the configuration takes https only
-    deadline = time.monotonic() + _HTTP_TIMEOUT
-    try:
-        with opener.open(request, timeout=_HTTP_TIMEOUT) as response:
-            return _read(response, deadline)
-    except urllib.error.HTTPError as error:
-        with error, contextlib.suppress(OSError, http.client.HTTPException):
-            if error.code < 500 and (reply := _read(error, deadline)):
-                return reply
-        raise CredentialError(
-            f"{host(url)} answered with HTTP status {error.code}: try again later"
-        ) from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        _refuse(url, error)
-
-
-def _read(response: Any, deadline: float) -> bytes:
-    """The body of a response, or of an HTTPError, which is one too."""
-    pieces: list[bytes] = []
-    while piece := response.read1(65536):
-        pieces.append(piece)
-        if sum(map(len, pieces)) >= _LONGEST or time.monotonic() > deadline:
-            raise TimeoutError("the answer does not end")
-    return b"".join(pieces)
-
-
-def _refuse(url: str, error: Exception) -> NoReturn:
-    reason = getattr(error, "reason", error)
-    words = getattr(reason, "verify_message", None) or getattr(reason, "strerror", None) or str(reason)
-    raise CredentialError(f"{host(url)}, which gives the tokens, cannot be asked: {words}: check the network")

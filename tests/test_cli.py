@@ -240,6 +240,11 @@ def test_help_imports_nothing_heavy() -> None:
     assert heavy.isdisjoint(result.stdout.splitlines())
 
 
+def test_login_is_for_accounts_with_oauth(cli: Cli) -> None:
+    assert "no account 'work'" in cli.refusal("login", "work")
+    assert "no table 'oauth' in" in cli.refusal("login", "imaps://alice@h")
+
+
 def test_mount_has_exactly_these_options() -> None:
     from imapfs.cli import mount
 

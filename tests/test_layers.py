@@ -13,7 +13,7 @@ LAYERS = (
     {"daemon", "config", "download"},
     {"credentials", "consent"},
     {"oauth"},
-    {"keystore"},
+    {"keystore", "webform"},
     {"fuse", "mounts"},
     {"xattrs"},
     {"vfs"},
