@@ -148,6 +148,7 @@ def test_dovecot_lets_in_with_the_right_secret_only(every_mechanism: Dovecot, au
     ) as caught:
         log_in(account, Secret("wröng"))
     assert "wröng" not in str(caught.value)
+    assert ("try --auth plain" in str(caught.value)) is (auth in ("auto", "scram-sha-256"))
 
 
 def test_dovecot_takes_the_login_command(dovecot: Dovecot) -> None:

@@ -31,6 +31,9 @@ def log_in(wire: Wire, account: Account, secret: Secret | None) -> None:
     sent = list(_forms(secret))
     completion, complaint = _offer(wire, account, secret, mechanism, sent)
     words = " ".join(dict.fromkeys(filter(None, (completion.text or completion.status, complaint))))
+    if isinstance(mechanism, sasl.ScramSha256) and "AUTH=PLAIN" in wire.greeting_capabilities:
+        # A server may offer it for all and have what it takes for some.
+        words += " (by SCRAM-SHA-256: if the password is right, try --auth plain)"
     if _repeats(words, sent):
         words = _HIDDEN
     # RFC 5530: these codes say that the credentials were not even looked at; nor were they for BAD.
