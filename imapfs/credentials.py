@@ -3,6 +3,7 @@
 The secret is never part of an exception: wherever one could hold it, the cause is cut with ``from None``.
 """
 
+import contextlib
 import getpass
 import os
 import stat
@@ -51,6 +52,28 @@ class _Certificate:
         """There is nothing else to log in with."""
 
 
+class _Stored:
+    """A password that is looked up once, and again when the server refuses it: it may have been changed.
+
+    ``read`` raises CredentialError; it does so at the first time too.
+    """
+
+    def __init__(self, read: Callable[[], Secret]) -> None:
+        self._read = read
+        self._secret = read()
+        self._lock = threading.Lock()
+
+    def get(self, refused: Secret | None = None) -> Secret:
+        with self._lock:
+            if refused is self._secret:
+                # It may have been in a pipe, or the keyring be locked by now.
+                with contextlib.suppress(CredentialError):
+                    newer = self._read()
+                    if newer.reveal() != self._secret.reveal():
+                        self._secret = newer
+            return self._secret
+
+
 class Tokens:
     """Access tokens from ``fetch``, each used until it has to be replaced.
 
@@ -89,10 +112,10 @@ def resolve(account: Account, sources: CredentialSources) -> CredentialProvider:
 
     A source that was named and fails is an error; it does not fall through to the next one.
     """
-    if sources.command is not None:
-        return _from_command(sources.command, "the password command")
-    if sources.file is not None:
-        return _from_file(sources.file, "password file")
+    if (command := sources.command) is not None:
+        return _Stored(lambda: _from_command(command, "the password command"))
+    if (file := sources.file) is not None:
+        return _Stored(lambda: _from_file(file, "password file"))
     if sources.token_command is not None:
         return _token_command(sources.token_command).first()
     if sources.oauth is not None:
@@ -101,12 +124,25 @@ def resolve(account: Account, sources: CredentialSources) -> CredentialProvider:
         return Tokens(refresher)
     if account.auth == "external":
         return _Certificate()
+    try:
+        return _Stored(lambda: _found(account, sources))
+    except _NothingFound:
+        if account.client_cert is not None:
+            return _Certificate()
+        typed = _from_terminal(account)
+        if typed is None:
+            raise
+        return typed
+
+
+class _NothingFound(CredentialError):
+    """No place that is looked at without being named has a password."""
+
+
+def _found(account: Account, sources: CredentialSources) -> Secret:
     found = _from_systemd(sources.name) or keystore.load(keystore.PASSWORDS, account.url)
-    if found is None and account.client_cert is not None:
-        return _Certificate()
-    found = found or _from_terminal(account)
     if found is None:
-        raise CredentialError(
+        raise _NothingFound(
             f"no password for {account.url}: use {FOUR_WAYS} "
             f"(to fill the keyring: keyring set {keystore.PASSWORDS} {account.url})"
         )

@@ -127,6 +127,22 @@ def test_command_wins_over_the_file(tmp_path: Path) -> None:
     assert found(sources) == "one"
 
 
+def test_changed_password_is_found_when_the_old_one_is_refused(tmp_path: Path) -> None:
+    path = password_file(tmp_path)
+    provider = resolve(ACCOUNT, CredentialSources(file=path))
+    old = provider.get()
+    assert provider.get(refused=old) is old
+    path.write_text("battery staple")
+    assert provider.get() is old
+    new = provider.get(refused=old)
+    assert new is not None
+    assert new.reveal() == "battery staple"
+    # Another connection was refused with the old one too.
+    assert provider.get(refused=old) is new
+    path.unlink()
+    assert provider.get(refused=new) is new
+
+
 def test_failed_command_does_not_fall_through(empty_keyring: MemoryKeyring) -> None:
     empty_keyring.set_password("imapfs", ACCOUNT.url, SECRET)
     assert "exit code 1" in refusal(CredentialSources(command="exit 1"))
