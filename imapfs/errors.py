@@ -14,9 +14,17 @@ log = logging.getLogger(__name__)
 
 
 class ImapfsError(Exception):
-    """Base of all expected failures; ``str()`` is one line fit for a person."""
+    """Base of all expected failures; ``str()`` is one line fit for a person.
+
+    ``remedy`` is the part of it that says what to do, where that can be told apart, and ``problem`` the rest.
+    """
 
     errno: int = errno.EIO
+
+    def __init__(self, problem: str, *, remedy: str = "") -> None:
+        super().__init__(f"{problem}: {remedy}" if remedy else problem)
+        self.problem = problem
+        self.remedy = remedy
 
 
 class UsageError(ImapfsError):
@@ -63,8 +71,8 @@ class Refused(ImapfsError):
         "UNAVAILABLE": errno.EAGAIN,
     }
 
-    def __init__(self, message: str, code: str = "") -> None:
-        super().__init__(message)
+    def __init__(self, problem: str, code: str = "", *, remedy: str = "") -> None:
+        super().__init__(problem, remedy=remedy)
         self.code = code
         self.errno = self._ERRNO.get(code, errno.EIO)
 
@@ -97,6 +105,10 @@ class TlsError(ConnectionLost):
     """No trustworthy TLS connection: scope is the account, until somebody sets the server or us right."""
 
     errno = errno.EPROTO
+
+
+class CertificateRejected(TlsError):
+    """The server's certificate is none that the account trusts."""
 
 
 class AuthenticationFailed(ImapfsError):

@@ -221,7 +221,7 @@ def test_refused_token_is_explained_in_the_servers_words(
     server = LoginServer(ca, mechanism, *answers)
     error = refusal(server, AccessToken("ya29.token"))
     assert isinstance(error, AuthenticationFailed)
-    assert str(error) == (
+    assert error.problem == (
         "localhost refused the access token of alice: "
         "SASL authentication failed invalid_token, https://mail.example.org/"
     )

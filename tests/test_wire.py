@@ -79,7 +79,8 @@ def test_refused_password_is_one(ca: CertificateAuthority) -> None:
     script = answering({b"AUTHENTICATE": b"TAG NO [AUTHENTICATIONFAILED] wrong\r\n"})
     error = login_error(Scripted(ca, script=script))
     assert isinstance(error, AuthenticationFailed)
-    assert str(error) == "localhost refused the password of alice: [AUTHENTICATIONFAILED] wrong"
+    assert error.problem == "localhost refused the password of alice: [AUTHENTICATIONFAILED] wrong"
+    assert str(error).startswith(f"{error.problem}: check the password")
 
 
 @pytest.mark.parametrize("status", [b"NO", b"BAD"])

@@ -10,7 +10,7 @@ import socket
 import ssl
 from typing import Final
 
-from imapfs.errors import ConnectionLost, TimedOut, TlsError
+from imapfs.errors import CertificateRejected, ConnectionLost, TimedOut, TlsError
 from imapfs.model import Account
 
 _DEAD_AFTER: Final = 10
@@ -32,6 +32,10 @@ _ABOUT_CERTIFICATES: Final = frozenset(
     }
 )
 """OpenSSL's names of the alerts with which a server refuses ours (RFC 8446 section 6.2)."""
+NOT_TLS: Final = frozenset(
+    {"WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"}
+)
+"""OpenSSL's reasons when what answers does not speak TLS."""
 
 
 def tls_context(account: Account) -> ssl.SSLContext:
@@ -108,9 +112,10 @@ def secure(sock: socket.socket, account: Account, context: ssl.SSLContext, timeo
     found = fingerprint(secured)
     if account.tls_fingerprint not in (None, found):
         secured.close()
-        raise TlsError(
-            f"the certificate of {account.host} is not the pinned one: if it was renewed, and only then, give"
-            f" its new fingerprint to --tls-fingerprint ('imapfs check' shows it)"
+        raise CertificateRejected(
+            f"the certificate of {account.host} is not the pinned one",
+            remedy="if it was renewed, and only then, give its new fingerprint to --tls-fingerprint"
+            " ('imapfs check' shows it)",
         )
     return secured
 
@@ -146,34 +151,36 @@ def explain(error: Exception, account: Account, timeout: float) -> ConnectionLos
             return error
         case TimeoutError():
             return TimedOut(
-                f"{where} did not answer within {timeout:g} s: check host, port and firewall ({usual})"
+                f"{where} did not answer within {timeout:g} s",
+                remedy=f"check host, port and firewall ({usual})",
             )
         case ssl.SSLCertVerificationError():
-            return TlsError(
-                f"the certificate of {host} does not verify: {error.verify_message};"
-                " if you trust its issuer, name it with --ca-file; if you know the certificate itself,"
-                " --tls-fingerprint pins it ('imapfs check' shows the fingerprint)"
+            return CertificateRejected(
+                f"the certificate of {host} does not verify: {error.verify_message}",
+                remedy="if you trust its issuer, name it with --ca-file; if you know the certificate itself,"
+                " --tls-fingerprint pins it ('imapfs check' shows the fingerprint)",
             )
-        case ssl.SSLError(reason=reason) if reason in {
-            "WRONG_VERSION_NUMBER",
-            "PACKET_LENGTH_TOO_LONG",
-            "RECORD_LAYER_FAILURE",
-            "HTTP_REQUEST",
-        }:
+        case ssl.SSLError(reason=reason) if reason in NOT_TLS:
+            if account.security == "tls":
+                return TlsError(
+                    f"{where} does not speak TLS",
+                    remedy="use the server's IMAPS port, usually 993, or imap://",
+                )
             return TlsError(
-                f"{where} does not speak TLS: use the server's IMAPS port, usually 993, or imap://"
-                if account.security == "tls"
-                else f"{where} agreed to STARTTLS and then did not speak TLS: use imaps://, usually port 993"
+                f"{where} agreed to STARTTLS and then did not speak TLS",
+                remedy="use imaps://, usually port 993",
             )
         case ssl.SSLError(reason="UNSUPPORTED_PROTOCOL" | "TLSV1_ALERT_PROTOCOL_VERSION"):
             return TlsError(
-                f"{where} offers only TLS older than 1.2, which is not safe: its owner must update it"
+                f"{where} offers only TLS older than 1.2, which is not safe",
+                remedy="its owner must update it",
             )
         case ssl.SSLError(reason="TLSV13_ALERT_CERTIFICATE_REQUIRED" | "SSLV3_ALERT_HANDSHAKE_FAILURE") if (
             account.client_cert is None
         ):
             return TlsError(
-                f"{where} refuses the TLS handshake: it may want a certificate of yours, --client-cert"
+                f"{where} refuses the TLS handshake",
+                remedy="it may want a certificate of yours, --client-cert",
             )
         case ssl.SSLError(reason=reason) if account.client_cert is not None and reason in _ABOUT_CERTIFICATES:
             return TlsError(
@@ -186,11 +193,13 @@ def explain(error: Exception, account: Account, timeout: float) -> ConnectionLos
         case ssl.SSLError():
             return TlsError(f"no TLS connection to {where}: {words(error.reason or str(error))}")
         case socket.gaierror():
-            return ConnectionLost(f"the name {host} cannot be resolved: check its spelling and your network")
+            return ConnectionLost(
+                f"the name {host} cannot be resolved", remedy="check its spelling and your network"
+            )
         case UnicodeError():
-            return ConnectionLost(f"the name {host} cannot be a host's: check its spelling")
+            return ConnectionLost(f"the name {host} cannot be a host's", remedy="check its spelling")
         case ConnectionRefusedError():
-            return ConnectionLost(f"{where} refuses connections: check the port ({usual})")
+            return ConnectionLost(f"{where} refuses connections", remedy=f"check the port ({usual})")
         case OSError():
             return ConnectionLost(f"cannot reach {where}: {error.strerror or error}")
         case _:

@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from imapfs.errors import AuthenticationFailed, ConnectionLost, ProtocolError
-from imapfs.imap import sasl
+from imapfs.imap import refusals, sasl
 from imapfs.imap.wire import Completion, Wire, astring
 from imapfs.model import AccessToken, Account, Secret
 
-_NOT_NOW: Final = frozenset({"INUSE", "LIMIT", "SERVERBUG", "THROTTLED", "UNAVAILABLE"})
 _HIDDEN: Final = "(its answer repeats the password and is not shown)"
 
 
@@ -36,12 +35,17 @@ def log_in(wire: Wire, account: Account, secret: Secret | None) -> None:
         words += " (by SCRAM-SHA-256: if the password is right, try --auth plain)"
     if _repeats(words, sent):
         words = _HIDDEN
-    # RFC 5530: these codes say that the credentials were not even looked at; nor were they for BAD.
-    if completion.status == "BAD" or completion.code in _NOT_NOW:
-        raise ConnectionLost(f"{host} does not let {user} in now: {words}")
     if completion.status != "OK":
+        refusal = refusals.explain(host, completion.code, words, of_token=isinstance(secret, AccessToken))
         code = f"[{completion.code}] " if completion.code else ""
-        raise AuthenticationFailed(f"{host} refused the {_what(secret)} of {user}: {code}{words}")
+        if refusal.transient:
+            raise ConnectionLost(f"{host} does not let {user} in now: {code}{words}", remedy=refusal.remedy)
+        if completion.status == "BAD":
+            # The credentials were not looked at.
+            raise ConnectionLost(f"{host} does not understand the login of {user}: {code}{words}")
+        raise AuthenticationFailed(
+            f"{host} refused the {_what(secret)} of {user}: {code}{words}", remedy=refusal.remedy
+        )
     if mechanism is not None:
         mechanism.finish()
 

@@ -29,7 +29,7 @@ from typing import Final, NoReturn, Protocol
 import imapclient
 
 from imapfs.errors import ConnectionLost, ProtocolError, Refused, TimedOut, TlsError
-from imapfs.imap import connect
+from imapfs.imap import connect, refusals
 from imapfs.imap.grammar import number
 from imapfs.imap.sasl import Mechanism
 from imapfs.model import Account
@@ -374,8 +374,8 @@ class Wire:
             self.start_tls(context)
         elif not may_do_without:
             raise TlsError(
-                f"{account.host} does not offer STARTTLS, and without it the password would go in the clear:"
-                " write imaps:// if it has a port for TLS (usually 993)"
+                f"{account.host} does not offer STARTTLS, and without it the password would go in the clear",
+                remedy="write imaps:// if it has a port for TLS (usually 993)",
             )
 
     def start_tls(self, context: ssl.SSLContext) -> None:
@@ -599,7 +599,9 @@ class Wire:
         code = f" [{completion.code}]" if completion.code else ""
         words = completion.text or completion.status
         raise Refused(
-            f"{self._account.host} refused {verb.decode('ascii', 'replace')}:{code} {words}", completion.code
+            f"{self._account.host} refused {verb.decode('ascii', 'replace')}:{code} {words}",
+            completion.code,
+            remedy=refusals.explain_later(words),
         )
 
     def _fail(self, error: OSError | EOFError) -> NoReturn:
