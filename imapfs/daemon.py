@@ -5,12 +5,10 @@ line why not. The end of the pipe without a report means that the child has died
 """
 
 import contextlib
-import errno
 import hashlib
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import NoReturn
 
-from imapfs import mounts
+from imapfs import machine, mounts
 from imapfs.errors import ImapfsError, UsageError
 from imapfs.model import CredentialProvider, MountConfig
 
@@ -88,7 +86,9 @@ def preflight(config: MountConfig, log_file: Path | None) -> None:
     ca_file = config.account.ca_file
     if ca_file is not None and not (ca_file.is_file() and os.access(ca_file, os.R_OK)):
         raise UsageError(f"CA file {ca_file}: does not exist or cannot be read: check --ca-file")
-    _check_fuse(config.fuse_options)
+    machine.check_device()
+    machine.check_fusermount()
+    machine.check_options(config.fuse_options)
 
 
 def _check_mountpoint(path: Path) -> None:
@@ -117,35 +117,6 @@ def _check_mountpoint(path: Path) -> None:
         raise UsageError(
             f"{path} is not writable for you, which mounting requires: choose a directory of yours"
         )
-
-
-def _check_fuse(options: frozenset[str]) -> None:
-    try:
-        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
-    except FileNotFoundError:
-        raise ImapfsError(
-            "there is no /dev/fuse: run 'modprobe fuse' as root; a container must be given --device /dev/fuse"
-        ) from None
-    except OSError as error:
-        # The node may stay behind when the module is gone.
-        hint = (
-            "run 'modprobe fuse' as root"
-            if error.errno in (errno.ENODEV, errno.ENXIO)
-            else "ask root for access"
-        )
-        raise ImapfsError(f"/dev/fuse cannot be opened: {error.strerror}: {hint}") from None
-    if shutil.which("fusermount3") is None:
-        raise ImapfsError("fusermount3 is not installed: install the package fuse3")
-    if os.geteuid() != 0 and options & {"allow_other", "allow_root"} and not _user_allow_other():
-        raise UsageError("-o allow_other and allow_root need the line user_allow_other in /etc/fuse.conf")
-
-
-def _user_allow_other() -> bool:
-    try:
-        lines = Path("/etc/fuse.conf").read_text(errors="replace").splitlines()
-    except OSError:
-        return False
-    return any(line.strip() == "user_allow_other" for line in lines)
 
 
 # ---- Serving
