@@ -5,11 +5,12 @@ Exit codes: 0 done, 1 failed (one line on stderr), 2 wrong usage, 130 interrupte
 
 # Everything heavy (rich, keyring, platformdirs, and behind daemon trio, pyfuse3 and IMAPClient) is imported
 # inside the function that needs it: --help, completion and a mistyped command must answer at once.
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, get_args
 
 import click
 
@@ -18,6 +19,7 @@ from imapfs.errors import ImapfsError, UsageError
 from imapfs.model import AuthMethod
 
 if TYPE_CHECKING:
+    from imapfs.check import Finding
     from imapfs.mounts import Mount
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -131,12 +133,7 @@ def mount(
 
     from imapfs import config, credentials, daemon
 
-    given = {
-        name.replace("_", "-"): str(value) if isinstance(value, Path) else value
-        for name, value in settings.items()
-        if value is not None
-    }
-    given["options"] = list(options)
+    given = _given(settings, options)
     resolved = config.resolve(
         source, mountpoint, given, platformdirs.user_config_path("imapfs") / "config.toml"
     )
@@ -173,6 +170,98 @@ def login(account: str, device: bool) -> None:
     # Whoever consented as somebody else, or has no IMAP there, learns it now.
     Session.connect(located.account, provider, tls_context(located.account), timeout).close()
     click.echo(f"logged in as {located.account.user}")
+
+
+@commands.command()
+@click.argument("source")
+@connection_options
+@click.option("--cache-dir", metavar="DIR", type=_DIRECTORY, help="Where the cache would be.")
+@click.option("--cache-size", metavar="SIZE", help="How large its messages may grow.")
+@click.option("--connections", metavar="N", type=int, help="How many connections to try.  [default: 4]")
+@click.option("-o", "options", metavar="OPTIONS", multiple=True, help="Mount options to look at.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
+def check(source: str, as_json: bool, options: tuple[str, ...], **settings: object) -> None:
+    """Find out what is in the way of mounting SOURCE, step by step.
+
+    Changes nothing on the server. The output holds no password, but host, user and names of mailboxes. Exit
+    code 0 if a mount would work, even if not at its best.
+    """
+    import platformdirs
+
+    from imapfs import check as checking
+    from imapfs import config, credentials
+
+    given = _given(settings, options)
+    # There is no mountpoint, and nothing here looks at it.
+    resolved = config.resolve(
+        source, Path("/"), given, platformdirs.user_config_path("imapfs") / "config.toml"
+    )
+    account = resolved.mount.account
+    if not as_json:
+        click.echo(_printable(f"imapfs {__version__}, {account.url}"))
+    found: list[Finding] = []
+    printer = _Printer()
+    findings = checking.run(resolved.mount, lambda: credentials.resolve(account, resolved.credentials))
+    with contextlib.closing(findings):
+        for finding in findings:
+            found.append(finding)
+            if not as_json:
+                printer.show(finding)
+    usable = all(finding.status in ("ok", "warning") for finding in found)
+    if as_json:
+        steps = [finding._asdict() for finding in found]
+        shown = {"version": __version__, "source": account.url, "usable": usable, "steps": steps}
+        click.echo(json.dumps(shown, indent=2))
+    else:
+        printer.end()
+        click.echo("A mount would work." if usable else "A mount would not work.")
+    if not usable:
+        raise click.exceptions.Exit(1)
+
+
+class _Printer:
+    """Prints findings for people: steps that were skipped one after the other on one line."""
+
+    _SIGNS: ClassVar = {
+        "ok": ("\N{CHECK MARK}", "+", "green"),
+        "warning": ("!", "!", "yellow"),
+        "failed": ("\N{BALLOT X}", "x", "red"),
+    }
+
+    def __init__(self) -> None:
+        self._step = ""
+        self._skipped: list[str] = []
+        encoding = sys.stdout.encoding or "ascii"
+        self._ascii = "\N{CHECK MARK}".encode(encoding, "ignore") == b""
+
+    def show(self, finding: "Finding") -> None:
+        if finding.status == "skipped":
+            self._skipped.append(finding.step)
+            return
+        self.end()
+        sign, substitute, colour = self._SIGNS[finding.status]
+        mark = click.style(substitute if self._ascii else sign, fg=colour)
+        name = "" if finding.step == self._step else finding.step
+        click.echo(f"{mark} {name:<13} {_printable(finding.detail)}")
+        if finding.remedy:
+            click.echo(f"{'':16}-> {_printable(finding.remedy)}")
+        self._step = finding.step
+
+    def end(self) -> None:
+        if self._skipped:
+            click.echo(f"- {'not checked':<13} {', '.join(self._skipped)}")
+            self._skipped.clear()
+
+
+def _given(settings: dict[str, object], options: tuple[str, ...]) -> dict[str, object]:
+    """Options of the command line under the names of the configuration file, without those not given."""
+    given: dict[str, object] = {
+        name.replace("_", "-"): str(value) if isinstance(value, Path) else value
+        for name, value in settings.items()
+        if value is not None
+    }
+    given["options"] = list(options)
+    return given
 
 
 @commands.command()
@@ -319,16 +408,10 @@ def _readable(value: object, in_bytes: bool) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if in_bytes and isinstance(value, int):
-        return _readable_size(value)
+        from imapfs.config import show_size
+
+        return show_size(value)
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _readable_size(size: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
 
 
 def _show(rows: list[tuple[str, str]]) -> None:

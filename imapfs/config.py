@@ -381,6 +381,15 @@ def parse_size(text: str) -> int:
     return size
 
 
+def show_size(count: float) -> str:
+    """Bytes for people: ``1.5 GiB``, in powers of 1024."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
 # ---- -o
 
 _OPPOSITES: Mapping[str, str] = {

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from imapfs.imap.refusals import explain
 from tests.compare import contents, served, shown
 from tests.mail import plain
 from tests.mounting import DEADLINE, Mounter, MountFailed, wait_until
@@ -55,7 +56,9 @@ def refusal(mount: Mounter, account: At | Scripted | Account, *arguments: str) -
 
 def test_wrong_password(dovecot: Dovecot, mount: Mounter) -> None:
     wrong = At(dovecot.authority, dovecot.port, password="correct-horse")
-    assert "refused the password of alice" in refusal(mount, wrong)
+    line = refusal(mount, wrong)
+    assert "refused the password of alice" in line
+    assert line.rstrip().endswith(explain("localhost", "AUTHENTICATIONFAILED", "").remedy)
 
 
 def test_port_at_which_nobody_listens(ca: CertificateAuthority, mount: Mounter) -> None:

@@ -285,6 +285,33 @@ class Session:
         """Select ``mailbox`` read-only, afresh. Raises MailboxGone."""
         return self._examine(mailbox, b"", [], lambda _: None)
 
+    def sample(self, mailbox: bytes, most: int) -> dict[int, int]:
+        """RFC822.SIZE by UID of about the newest ``most`` messages; ``mailbox`` is open with EXAMINE then.
+
+        Unlike `examine` it never makes a server write anything down, so its UIDs are of no use later.
+        Raises MailboxGone.
+        """
+        found: dict[int, int] = {}
+
+        def take(data: FetchData) -> None:
+            if data.uid is not None and data.size is not None:
+                found[data.uid] = data.size
+
+        opening = self._leave()
+        try:
+            self._wire.execute(b"EXAMINE ", astring(mailbox), on_response=opening.take)
+        except Refused as error:
+            raise _mailbox_error(error) from None
+        state = self._enter(mailbox, opening, writable=False)
+        if state.exists:
+            first = max(1, self.next_uid() - most)
+            self._fetch(b"%d:*" % first, b"(UID RFC822.SIZE)", take)
+        return found
+
+    def noop(self) -> None:
+        """NOOP: a round trip, and nothing else."""
+        self._wire.execute(b"NOOP")
+
     def _examine(
         self, mailbox: bytes, parameters: bytes, then: Sequence[bytes], on_message: OnMessage
     ) -> MailboxState:
