@@ -220,6 +220,14 @@ class Cache:
             row = db.execute(f"SELECT {_MAILBOX} FROM mailbox WHERE ino = ?", (ino,)).fetchone()
         return Mailbox._make(row) if row else None
 
+    def mailboxes(self) -> list[Mailbox]:
+        """All that the server lists."""
+        with self._database.read() as db:
+            rows = db.execute(
+                f"SELECT {_MAILBOX} FROM mailbox WHERE server_name IS NOT NULL ORDER BY ino"
+            ).fetchall()
+        return [Mailbox._make(row) for row in rows]
+
     def special_use(self, use: str) -> Ino | None:
         """The directory of the mailbox with this RFC 6154 attribute, if there is one."""
         with self._database.read() as db:

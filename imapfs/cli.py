@@ -109,6 +109,12 @@ def connection_options(command: Command) -> Command:
     "--names", type=click.Choice(["subject", "uid"]), help="How files are named.  [default: subject]"
 )
 @click.option("--connections", metavar="N", type=int, help="Most connections to the server.  [default: 4]")
+@click.option(
+    "--poll",
+    metavar="SECONDS",
+    type=float,
+    help="Time between looks for changes that the server does not tell.  [default: 60]",
+)
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground; Ctrl-C unmounts.")
 @click.option("--log-file", metavar="FILE", type=_FILE, help="Log to FILE.  [default: the XDG log directory]")
 @click.option("-v", "--verbose", count=True, help="Log details.")

@@ -35,6 +35,8 @@ DEFAULT_CACHE_SIZE = 10 * 2**30
 DEFAULT_FETCH_AHEAD = 2 << 30
 DEFAULT_CONNECTIONS = 4
 DEFAULT_TIMEOUT = 30.0
+MAX_POLL = 86400
+DEFAULT_POLL = 60.0
 
 Options = TypedDict(
     "Options",
@@ -58,6 +60,7 @@ Options = TypedDict(
         "delete": DeletePolicy,
         "connections": int,
         "timeout": float,
+        "poll": float,
         "password-command": str,
         "password-file": Path,
         "token-command": str,
@@ -208,12 +211,15 @@ def _integer(low: int, high: int) -> Callable[[object], int]:
 _port = _integer(1, 65535)
 
 
-def _timeout(value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError("must be a number of seconds")
-    if not math.isfinite(value) or not 0 < value <= MAX_TIMEOUT:
-        raise ValueError(f"must be more than 0 and at most {MAX_TIMEOUT} seconds")
-    return float(value)
+def _seconds(most: int) -> Callable[[object], float]:
+    def convert(value: object) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError("must be a number of seconds")
+        if not math.isfinite(value) or not 0 < value <= most:
+            raise ValueError(f"must be more than 0 and at most {most} seconds")
+        return float(value)
+
+    return convert
 
 
 def _boolean(value: object) -> bool:
@@ -332,7 +338,8 @@ _CONVERT: Mapping[str, Callable[[object], object]] = {
     "names": _one_of(NameScheme),
     "delete": _one_of(DeletePolicy),
     "connections": _integer(1, MAX_CONNECTIONS),
-    "timeout": _timeout,
+    "timeout": _seconds(MAX_TIMEOUT),
+    "poll": _seconds(MAX_POLL),
     "password-command": _text,
     "password-file": _text,
     "token-command": _text,
@@ -558,6 +565,7 @@ def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config
         delete=merged.get("delete", "trash"),
         connections=merged.get("connections", DEFAULT_CONNECTIONS),
         timeout=merged.get("timeout", DEFAULT_TIMEOUT),
+        poll=merged.get("poll", DEFAULT_POLL),
         read_only=read_only,
         fuse_options=fuse_options,
     )

@@ -291,7 +291,7 @@ class Adapter(pyfuse3.Operations):
 
     @prompt_handler
     async def releasedir(self, fh: FileHandleT) -> None:
-        del self._listings[fh]
+        self.fs.closedir(self._listings.pop(fh).ino)
 
     # -- files ---------------------------------------------------------------------------------------------
 

@@ -113,6 +113,8 @@ class MountConfig:
     """Most IMAP connections open at once, >= 1."""
     timeout: float
     """Seconds that any request may wait for the server."""
+    poll: float
+    """Seconds between looks for what the server does not tell by itself."""
     read_only: bool
     fuse_options: frozenset[str]
     """Options handed to fusermount3 as they are, such as ``allow_other``."""

@@ -33,7 +33,7 @@ from imapfs.headers import parse_headers
 from imapfs.imap.grammar import FetchData, parse_date
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
-from imapfs.model import DeletePolicy, Ino, ModSeq, Uid, UidValidity
+from imapfs.model import ROOT, DeletePolicy, Ino, ModSeq, Uid, UidValidity
 from imapfs.spool import Base
 from imapfs.sync import Changes, Synchroniser
 
@@ -96,7 +96,7 @@ class Operations:
             if moved.uid is None:
                 # The server did not say, and no look found it: the next listing will.
                 self._remove(node, stays=moved.original_stays)
-                self._sync.forget_age(target)
+                self._sync.freshness.forget(target)
                 return
             gone = self._cache.move(ino, target, Uid(moved.uid), name, original_stays=moved.original_stays)
             if moved.original_stays:
@@ -112,7 +112,7 @@ class Operations:
                 node = self._message(ino)
                 moved = await self._transfer(node, trash)
                 self._remove(node, stays=moved.original_stays)
-                self._sync.forget_age(trash)
+                self._sync.freshness.forget(trash)
             return
         async with self._sync.exclusive(node.parent):
             node = self._message(ino)
@@ -225,7 +225,7 @@ class Operations:
 
     async def rename_mailbox(self, ino: Ino, old: bytes, new: bytes, parent: Ino, name: bytes) -> None:
         """Rename a mailbox and all below it; messages keep inodes and cached bodies."""
-        async with self._sync.exclusive(*self._family(ino)):
+        async with self._sync.exclusive(ROOT, *self._family(ino)):
             await self._once(
                 lambda session: session.rename_mailbox(old, new),
                 lambda listed: new in listed and old not in listed,
@@ -298,7 +298,7 @@ class Operations:
                 self._remove(node, stays=recovery.original_stays)
             target = self._cache.mailbox_named(entry.target.encode("latin-1"))
             if target is not None:
-                self._sync.forget_age(target.ino)
+                self._sync.freshness.forget(target.ino)
 
     # -- helpers -------------------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ thread and hands over results in batches; each batch is one transaction on the t
 import contextlib
 import hashlib
 import logging
-import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,11 +21,12 @@ import trio
 from imapfs.bodies import BodyStore
 from imapfs.cache import MAX_UID, Cache, Directory, Gone, Mailbox, NewMessage
 from imapfs.errors import ConnectionLost, ImapfsError, MailboxGone, ProtocolError, Refused, TimedOut, report
+from imapfs.freshness import Freshness
 from imapfs.headers import parse_headers
 from imapfs.imap.grammar import FetchData, ListEntry, parse_date
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import MailboxState, Session
-from imapfs.model import Ino, ModSeq, Uid, UidValidity
+from imapfs.model import ROOT, Ino, ModSeq, Uid, UidValidity
 from imapfs.names import decode_mailbox, entry_name
 
 log = logging.getLogger(__name__)
@@ -104,10 +104,9 @@ class Synchroniser:
         self._bodies = bodies
         self._nursery = nursery
         self._on_changes = on_changes
+        self.freshness = Freshness()
         self._tree: Refresh | None = None
-        self._tree_at = -math.inf
         self._mailboxes: dict[Ino, Refresh] = {}
-        self._mailbox_at: dict[Ino, float] = {}
         self._locks: dict[Ino, trio.Lock] = {}
         self._prefix: bytes | None = None
         self.delimiter = b""
@@ -122,18 +121,43 @@ class Synchroniser:
 
     def refresh_tree(self, max_age: float) -> Refresh | None:
         """Have the list of mailboxes not older than ``max_age`` seconds; None if it is so already."""
-        if self._tree is None and time.monotonic() - self._tree_at > max_age:
+        if self._tree is None and self.freshness.is_due(ROOT, max_age):
             self._tree = Refresh()
-            self._nursery.start_soon(self._run_tree, self._tree)
+            self._nursery.start_soon(self._run_tree, self._tree, Session.list_mailboxes)
         return self._tree
 
-    async def _run_tree(self, refresh: Refresh) -> None:
+    async def poll(self, mailboxes: Sequence[bytes]) -> dict[bytes, dict[str, int]]:
+        """Refresh the list of mailboxes, and have STATUS at least of ``mailboxes``. Raises ImapfsError."""
+        found: dict[bytes, dict[str, int]] = {}
+
+        def look(session: Session) -> list[ListEntry]:
+            found.clear()
+            return session.list_with_status(mailboxes, found.__setitem__)
+
+        while self._tree is not None:
+            await self._tree.finished()
+        refresh = self._tree = Refresh()
+        await self._run_tree(refresh, look)
+        if refresh.error is not None:
+            raise refresh.error
+        return found
+
+    async def _run_tree(self, refresh: Refresh, look: Callable[[Session], list[ListEntry]]) -> None:
         error: ImapfsError | None = None
+
+        def ask(session: Session) -> list[ListEntry]:
+            if self._prefix is None:
+                self._prefix = session.personal_prefix()
+            return look(session)
+
         try:
-            entries = await self._pool.run(self._list)
-            self.delimiter = next((e.delimiter for e in entries if e.delimiter), b"")
-            added, gone = self._cache.set_tree(plan_tree(entries, self.prefix))
-            self._tree_at = time.monotonic()
+            # No mailbox is renamed between the answer and its use.
+            async with self.exclusive(ROOT):
+                started = time.monotonic()
+                entries = await self._pool.run(ask)
+                self.delimiter = next((e.delimiter for e in entries if e.delimiter), b"")
+                added, gone = self._cache.set_tree(plan_tree(entries, self.prefix))
+            self.freshness.asked(ROOT, started)
             for parent in {n.parent for n in added} | {g.parent for g in gone}:
                 self.publish(
                     Changes(
@@ -148,20 +172,23 @@ class Synchroniser:
             self._tree = None
             refresh.finish(error)
 
-    def _list(self, session: Session) -> list[ListEntry]:
-        if self._prefix is None:
-            self._prefix = session.personal_prefix()
-        return session.list_mailboxes()
+    def is_known(self, entries: Iterable[ListEntry]) -> bool:
+        """Whether the list of mailboxes is what the cache holds."""
+        known = {(m.server_name, bool(m.selectable), m.special_use) for m in self._cache.mailboxes()}
+        return known == {(entry.name, entry.selectable, entry.special_use) for entry in entries}
 
     # -- the messages of one mailbox -----------------------------------------------------------------------
 
     def refresh_mailbox(self, ino: Ino, max_age: float) -> Refresh | None:
         """Have the mailbox's messages not older than ``max_age`` seconds; None if they are so already."""
         refresh = self._mailboxes.get(ino)
-        if refresh is None and time.monotonic() - self._mailbox_at.get(ino, -math.inf) > max_age:
+        if refresh is None and self.freshness.is_due(ino, max_age):
             refresh = self._mailboxes[ino] = Refresh()
             self._nursery.start_soon(self._run_mailbox, ino, refresh)
         return refresh
+
+    def is_refreshing(self, ino: Ino) -> bool:
+        return ino in self._mailboxes
 
     async def _run_mailbox(self, ino: Ino, refresh: Refresh) -> None:
         error: ImapfsError | None = None
@@ -173,7 +200,7 @@ class Synchroniser:
             work = _MailboxSync(self._cache, ino, refresh, self.publish)
             async with self.exclusive(ino):
                 await self._list_messages(work, mailbox.server_name)
-            self._mailbox_at[ino] = started
+            self.freshness.asked(ino, started)
         except Exception as failure:
             error = report(failure, f"mailbox {ino} was not refreshed")
             if isinstance(failure, MailboxGone):
@@ -203,10 +230,6 @@ class Synchroniser:
             for ino in sorted(set(mailboxes)):
                 await stack.enter_async_context(self._locks.setdefault(ino, trio.Lock()))
             yield
-
-    def forget_age(self, mailbox: Ino) -> None:
-        """The next look at a mailbox asks the server."""
-        self._mailbox_at.pop(mailbox, None)
 
     def publish(self, changes: Changes) -> None:
         """Tell of a transaction; first those who may want to keep a body that goes."""
@@ -465,6 +488,8 @@ class _MailboxSync:
     # On the trio thread:
 
     def _apply(self, messages: Sequence[NewMessage], flags: Sequence[FlagChange]) -> None:
+        if self._cache.mailbox(self.ino) is None:
+            raise MailboxGone("the mailbox is gone")
         added = self._cache.add_messages(self.ino, messages) if messages else []
         flagged = self._cache.set_flags(self.ino, flags) if flags else []
         self._publish(Changes(self.ino, added, flagged=flagged))

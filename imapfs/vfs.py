@@ -5,8 +5,9 @@ beside them drafts, files that are not (yet) on the server. Attributes: INTERNAL
 the user changes something; flags and header fields are extended attributes, as backup programs compare ctime
 and flags are no content.
 
-Freshness. Opening a directory asks the server what changed, unless that was asked a moment ago; looking up a
-name that is not known does so too. Whatever is known is served if the server does not answer soon.
+Freshness. Opening a directory asks the server what changed, unless that was asked a moment ago or the server
+tells of changes by itself; so does looking up a name that is not known. Whatever is known is served if the
+server does not answer soon.
 
 Changes. What each operation does is one method here (`rename` is what ``mv`` does). A message changes on the
 server first and in the cache then; a draft changes in the spool and is submitted when it is complete: when
@@ -54,6 +55,7 @@ from imapfs.imap.session import Quota, Session
 from imapfs.model import ROOT, Ino, MountConfig
 from imapfs.names import server_component
 from imapfs.operations import Journal, Operations
+from imapfs.push import Push
 from imapfs.spool import Base, Draft, Spool
 from imapfs.sync import Changes, Refresh, Synchroniser
 from imapfs.upload import Uploader
@@ -130,6 +132,7 @@ class Filesystem:
         fetcher = Fetcher(pool, cache, self._bodies, nursery, on_resize)
         ahead = FetchAhead(cache, fetcher.start_ahead, config.fetch_ahead)
         self.files = Files(cache, self._bodies, fetcher, ahead, self.spool, self._draft_of)
+        self.push = Push(pool, cache, self.sync, nursery, config.poll)
         journal = Journal(cache.directory / "journal.json")
         self.operations = Operations(pool, cache, self.sync, journal, config.delete)
         self.uploader = Uploader(
@@ -167,6 +170,7 @@ class Filesystem:
             self._nursery.start_soon(self.operations.recover_forever)
             self.uploader.resume()
         self._nursery.start_soon(self._bodies.sweep)
+        self.push.start(self._root)
 
     def _find_root(self, path: str) -> Ino:
         ino = ROOT
@@ -341,13 +345,23 @@ class Filesystem:
     async def opendir(self, ino: Ino) -> None:
         """Bring the directory up to date, so that reading it shows what the server has now."""
         node = self._directory(ino)
+        await self._refresh_directory(node)
+        self.push.opened(node.ino)
+
+    async def _refresh_directory(self, node: Node) -> None:
         mailbox = self.cache.mailbox(node.ino)
         tree = self.sync.refresh_tree(MAX_AGE)
         if mailbox is not None and mailbox.selectable:
             messages = self.sync.refresh_mailbox(node.ino, MAX_AGE)
             if mailbox.complete:
                 await self.wait_for_news(messages)
+            if self.sync.freshness.is_watched(node.ino):
+                return  # what the list of mailboxes has in store is seen when it comes
         await self.wait_for_news(tree)
+
+    def closedir(self, ino: Ino) -> None:
+        """End one use of a directory."""
+        self.push.closed(self._root if ino == ROOT else ino)
 
     async def readdir(self, ino: Ino, after: int) -> list[tuple[bytes, Attributes]]:
         """Entries with inode numbers above ``after``, by inode number; none means that there are no more.
@@ -404,6 +418,7 @@ class Filesystem:
         node = self.node(ino)
         if node.is_dir:
             raise IsADirectory("it is a directory")
+        self.push.used(node.parent)
         return self.files.open(node, writing=writing, wanted=wanted)
 
     async def create(self, parent: Ino, name: bytes, mode: int) -> Attributes:

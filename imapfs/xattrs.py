@@ -137,6 +137,7 @@ class Attributes:
             "since": fs.pool.since.isoformat(timespec="seconds"),
             "read_only": fs.config.read_only,
             "connections": {"open": fs.pool.open, "limit": fs.pool.limit},
+            "push": fs.push.status(),
             "cache": {
                 "path": str(fs.cache.directory),
                 "bytes": size,

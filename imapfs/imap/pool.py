@@ -7,16 +7,19 @@ INVARIANTS: a session is in ``_idle`` or in ``_lent``, to exactly one task; ``_o
 
 Whoever needs a session and cannot have a new one waits for one that is open, as long as there is one: at the
 server's limit of connections things take longer but do not fail. Only with none open does a request fail.
+
+Watchers have sessions that nobody else needs, and give them back when somebody does.
 """
 
+import contextlib
 import logging
 import math
 import random
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from typing import Final, NoReturn, TypeVar
+from typing import Final, NoReturn, Protocol, TypeVar
 
 import trio
 
@@ -35,6 +38,24 @@ _BACKOFF_REFUSED: Final = 15.0
 """Seconds to wait at least after a refused login, for an account may be locked after a few of them."""
 _REFUSALS: Final = 4
 """Refusals in a row after which a password that was good once counts as changed."""
+
+
+_CALM: Final = 2.0
+"""Seconds without a want of connections after which a watcher may have one again."""
+
+
+class Watcher(Protocol):
+    """Who has a session only until somebody else needs it."""
+
+    @property
+    def rank(self) -> tuple[bool, bool, float]:
+        """The one with the lowest is the first to give its session back."""
+
+    def run(self, session: Session) -> None:
+        """In a thread: use the session, until told to stop."""
+
+    def stop(self) -> None:
+        """On the trio thread: make `run` return soon."""
 
 
 class SessionPool:
@@ -56,7 +77,16 @@ class SessionPool:
         self._connecting = 0
         self._limit = limit
         self._turn = trio.Condition()
+        self._recovered = trio.Event()
         self._threads = trio.CapacityLimiter(limit)
+        self._watching: dict[Session, Watcher] = {}
+        """Those that were not told yet to give their sessions back."""
+        self._leaving: set[Session] = set()
+        """Sessions of watchers that were."""
+        self._waiting = 0
+        """Requests that wait for a session."""
+        self._calm_at = -math.inf
+        """When watchers may have sessions again."""
         self._closed = False
         self._failures = 0
         self._retry_at = -math.inf
@@ -83,6 +113,20 @@ class SessionPool:
     def limit(self) -> int:
         return self._limit
 
+    @property
+    def watch_limit(self) -> int:
+        """Most sessions that watchers may have, so that they are rarely in anybody's way."""
+        return max(1, self._limit - 2)
+
+    @property
+    def retry_in(self) -> float:
+        """Seconds until another attempt to connect may be made."""
+        return max(0.0, self._retry_at - time.monotonic())
+
+    async def recovered(self) -> None:
+        """Wait until the account comes online again."""
+        await self._recovered.wait()
+
     async def run(
         self, work: Callable[[Session], T], mailbox: bytes | None = None, *, repeat: bool = True
     ) -> T:
@@ -106,11 +150,36 @@ class SessionPool:
             finally:
                 await self._give_back(session)
 
-    async def _take(self, mailbox: bytes | None) -> tuple[Session, bool]:
-        """A session and whether it is one that was kept (and may have died meanwhile)."""
+    async def watch(self, watcher: Watcher, mailbox: bytes | None) -> None:
+        """Let ``watcher`` run in a thread with a session, as soon as there is one that nobody else needs.
+
+        At most `watch_limit` at once. Raises as `run` does, but nothing is repeated.
+        """
+        session, _ = await self._take(mailbox, spare=True)
+        self._watching[session] = watcher
+        try:
+            await trio.to_thread.run_sync(watcher.run, session, limiter=self._threads)
+        finally:
+            self._watching.pop(session, None)
+            self._leaving.discard(session)
+            await self._give_back(session)
+
+    def _ask_watcher(self) -> None:
+        """Have a session given back by a watcher, if not enough are on their way for those who wait."""
+        self._calm_at = time.monotonic() + _CALM
+        if self._watching and len(self._leaving) < self._waiting:
+            session = min(self._watching, key=lambda s: self._watching[s].rank)
+            self._leaving.add(session)
+            self._watching.pop(session).stop()
+
+    async def _take(self, mailbox: bytes | None, *, spare: bool = False) -> tuple[Session, bool]:
+        """A session and whether it is one that was kept (and may have died meanwhile).
+
+        ``spare``: one that nobody else needs.
+        """
         while True:
             async with self._turn:
-                session = await self._wait_for_one(mailbox)
+                session = await self._wait_for_one(mailbox, spare)
                 if session is not None:
                     self._idle.remove(session)
                     self._lent.add(session)
@@ -123,12 +192,17 @@ class SessionPool:
                 if not self._open:
                     raise
 
-    async def _wait_for_one(self, mailbox: bytes | None) -> Session | None:
+    async def _wait_for_one(self, mailbox: bytes | None, spare: bool) -> Session | None:
         """An idle session to be used, or None when it is time to make one."""
         while True:
             if self._closed:
                 raise ConnectionLost("the mount is ending")
             self._drop_dead()
+            calm_in = self._calm_at - time.monotonic() if spare else 0.0
+            if spare and self._open and (self._waiting or calm_in > 0):
+                with trio.move_on_after(calm_in if calm_in > 0 else math.inf):
+                    await self._turn.wait()
+                continue
             if self._idle:
                 # To select another mailbox costs one round trip, to connect five. Of those that have it
                 # selected the last used, so that what lies longest can be closed by the server; of the
@@ -140,8 +214,21 @@ class SessionPool:
             if not self._open:
                 self._raise_offline()
             # Until a session is given back, or another attempt may be made.
-            with trio.move_on_after(max(0.0, self._retry_at - time.monotonic()) or math.inf):
+            with self._counted(spare), trio.move_on_after(self.retry_in or math.inf):
                 await self._turn.wait()
+
+    @contextlib.contextmanager
+    def _counted(self, spare: bool) -> Iterator[None]:
+        """Somebody waits, and unless it is a watcher, watchers have to go."""
+        if spare:
+            yield
+            return
+        self._waiting += 1
+        try:
+            self._ask_watcher()
+            yield
+        finally:
+            self._waiting -= 1
 
     def _may_connect(self) -> bool:
         if self._open >= self._limit or self._refused is not None:
@@ -194,6 +281,8 @@ class SessionPool:
         if self.reason is not None:
             log.info("online again: %s", self._account.url)
             self.reason, self.since = None, datetime.now(UTC)
+            self._recovered.set()
+            self._recovered = trio.Event()
         self._accepted = True
         self._failures = self._refusals = 0
         self._retry_at = -math.inf

@@ -42,6 +42,15 @@ _EXISTS: Final = re.compile(rb"\* (\d{1,10}) EXISTS *\r?\n", re.I)
 
 
 OnMessage = Callable[[FetchData], None]
+OnResponse = Callable[[Response], None]
+
+
+OnStatus = Callable[[bytes, dict[str, int]], None]
+"""Given the name of a mailbox and what STATUS says of it."""
+
+_STATUSES: Final = 20
+"""STATUS commands in one flight: few enough to be answered within the timeout by a slow server."""
+_EVENTS: Final = b"(MessageNew MessageExpunge FlagChange)"
 
 
 def _ignore(_: FetchData) -> None:
@@ -242,11 +251,42 @@ class Session:
             self._wire.execute(b"NAMESPACE", on_response=take)
         return prefix
 
-    def list_mailboxes(self) -> list[ListEntry]:
-        """All mailboxes. One that the server describes in malformed words is left out, with a log line."""
+    def list_mailboxes(self, on_response: OnResponse = lambda _: None) -> list[ListEntry]:
+        """All mailboxes. One that the server describes in malformed words is left out, with a log line.
+
+        ``on_response`` gets every response, also those about something else.
+        """
+        return self._list(b"", (), on_response)
+
+    def list_with_status(self, mailboxes: Sequence[bytes], on_status: OnStatus) -> list[ListEntry]:
+        """All mailboxes, and STATUS at least of ``mailboxes``, if possible in one round trip.
+
+        Nothing is said of those that cannot be selected any more.
+        """
+
+        def take(response: Response) -> None:
+            parsed = parse_status(response)
+            if parsed is not None:
+                on_status(*parsed)
+
+        items = b"(MESSAGES UIDNEXT UIDVALIDITY UNSEEN%s)" % (
+            b" HIGHESTMODSEQ" if self.has("CONDSTORE") else b""
+        )
+        if len(mailboxes) > _STATUSES and self.has("LIST-STATUS"):
+            # RFC 5819. Not for a few of many mailboxes, as the server looks into all of them.
+            return self._list(b"STATUS " + items, (), take)
+        commands: list[Command] = [(b"STATUS ", astring(mailbox), b" " + items) for mailbox in mailboxes]
+        entries = self._list(b"", commands[:_STATUSES], take)
+        for start in range(_STATUSES, len(commands), _STATUSES):
+            self._wire.execute_all(commands[start : start + _STATUSES], on_response=take)
+        return entries
+
+    def _list(self, option: bytes, then: Sequence[Command], on_response: OnResponse) -> list[ListEntry]:
+        """LIST with a further return option (RFC 5258); in the same flight ``then``, whatever comes of it."""
         found: list[ListEntry] = []
 
         def take(response: Response) -> None:
+            on_response(response)
             try:
                 entry = parse_list(response)
             except ProtocolError as error:
@@ -255,10 +295,11 @@ class Session:
             if entry:
                 found.append(entry)
 
-        command = b'LIST "" "*"'
-        if self.has("LIST-EXTENDED") and self.has("SPECIAL-USE"):
-            command += b" RETURN (SPECIAL-USE)"
-        self._wire.execute(command, on_response=take)
+        special_use = b"SPECIAL-USE" if self.has("LIST-EXTENDED") and self.has("SPECIAL-USE") else b""
+        options = b" ".join(one for one in (special_use, option) if one)
+        command = (b'LIST "" "*"' + (b" RETURN (%s)" % options if options else b""),)
+        completion, *_ = self._wire.execute_all([command, *then], on_response=take)
+        self._wire.check(command, completion)
         return found
 
     def status(self, mailbox: bytes) -> dict[str, int]:
@@ -356,6 +397,38 @@ class Session:
             raise ProtocolError("the server opened a mailbox without saying how many messages it has")
         self.selected, self.state, self._writable = mailbox, state, writable
         return state
+
+    # -- push ----------------------------------------------------------------------------------------------
+
+    def idle(self, on_response: OnResponse, wake: int, seconds: float) -> bool:
+        """IDLE (RFC 2177) in the selected mailbox, for ``seconds`` or until descriptor ``wake`` is readable.
+
+        False if the server has ended it before. Raises Refused.
+        """
+        return self._wire.idle(on_response, wake, seconds)
+
+    def notify(self, on_response: OnResponse) -> None:
+        """NOTIFY SET (RFC 5465): from now on the server tells of changes of all mailboxes of the user.
+
+        It begins with a STATUS response for each mailbox but the selected one. Raises Refused.
+        """
+        events = _EVENTS[:-1] + b" MailboxName)"
+        self._wire.execute(
+            b"NOTIFY SET STATUS (selected %s) (personal %s)" % (_EVENTS, events), on_response=on_response
+        )
+
+    def listen(self, on_response: OnResponse, wake: int, seconds: float) -> None:
+        """Take what NOTIFY makes the server say; see `idle`."""
+        self._wire.listen(on_response, wake, seconds)
+
+    def noop(self, on_response: OnResponse) -> None:
+        """Ask whether the connection still lives, and keep it from being closed."""
+        self._wire.execute(b"NOOP", on_response=on_response)
+
+    def end_notify(self) -> None:
+        """Have the server tell of changes only when it is asked something, as without NOTIFY."""
+        # Not NOTIFY NONE, after which it would not even tell of those to the selected mailbox.
+        self._wire.execute(b"NOTIFY SET (selected-delayed %s)" % _EVENTS)
 
     # -- metadata ------------------------------------------------------------------------------------------
 

@@ -17,8 +17,10 @@ import base64
 import binascii
 import contextlib
 import imaplib
+import math
 import mmap
 import re
+import select
 import socket
 import ssl
 import time
@@ -162,6 +164,40 @@ class _Stream:
             return bool(self.sock.recv(1, socket.MSG_PEEK))
         except OSError:
             return False
+
+    def wait(self, wake: int, seconds: float) -> bool:
+        """Wait for something to read; false after ``seconds`` or once the descriptor ``wake`` is readable.
+
+        Not by a read with a deadline: TLS sends records without data (RFC 8446 section 4.6), after which it
+        would take the server's silence for a failure.
+        """
+        until = time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        poll.register(wake, select.POLLIN)
+        while (left := until - time.monotonic()) > 0:
+            if self._at < len(self._buffer):
+                left = 0.0
+            elif isinstance(self.sock, ssl.SSLSocket) and self.sock.pending():
+                left = 0.0  # TLS has read ahead, of which the kernel knows nothing
+            ready = {fd for fd, _ in poll.poll(math.ceil(left * 1000))}
+            if wake in ready:
+                return False
+            if self._at < len(self._buffer):
+                return True
+            if not left or ready:
+                self.sock.settimeout(0)
+                try:
+                    data = self.sock.recv(_RECV)
+                except (ssl.SSLWantReadError, BlockingIOError):
+                    continue
+                except OSError as error:
+                    raise _Ended(error) from None
+                if not data:
+                    raise _Ended(EOFError())
+                self._buffer, self._at = data, 0
+                return True
+        return False
 
     def readline(self) -> bytes:
         """One line with its end. Raises also ProtocolError."""
@@ -492,6 +528,43 @@ class Wire:
             while not all(tag in done for tag in tags):
                 self._read_response(handle, sink_for, done)
         return [done[tag] for tag in tags]
+
+    def idle(self, on_response: Callable[[Response], None], wake: int, seconds: float) -> bool:
+        """IDLE (RFC 2177) for ``seconds``, or until the descriptor ``wake`` is readable.
+
+        False if the server has ended it before. Raises Refused. What is said goes to ``on_response`` as it
+        comes.
+        """
+        done: dict[bytes, Completion] = {}
+        command = (b"IDLE",)
+        with self._breaking():
+            self._stream.renew()
+            tag = self._send(command, on_response, done)
+            # Whatever has happened since the last command is said before the continuation request.
+            while tag not in done and not self._read_response(on_response, None, done):
+                pass
+            self._listen(on_response, done, wake, seconds)
+            ended_here = tag not in done
+            if ended_here:
+                self._stream.write(b"DONE\r\n")
+            while tag not in done:
+                self._read_response(on_response, None, done)
+        self.check(command, done[tag])
+        return ended_here
+
+    def listen(self, on_response: Callable[[Response], None], wake: int, seconds: float) -> None:
+        """Take what the server says without being asked (RFC 5465), until as with `idle`."""
+        with self._breaking():
+            self._listen(on_response, {}, wake, seconds)
+
+    def _listen(
+        self, handle: Callable[[Response], None], done: dict[bytes, Completion], wake: int, seconds: float
+    ) -> None:
+        until = time.monotonic() + seconds
+        while not done and self._stream.wait(wake, until - time.monotonic()):
+            # From its first byte on a response is bounded as any other.
+            self._stream.renew()
+            self._read_response(handle, None, done)
 
     @contextlib.contextmanager
     def _breaking(self) -> Iterator[None]:
