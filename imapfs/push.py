@@ -52,6 +52,11 @@ _PAUSE_FIRST: Final = 1.0
 _PAUSE_MOST: Final = 60.0
 _SOUND: Final = 30.0
 """Seconds after which the end of a watch is no sign that the next will end as well."""
+_LOOK: Final = 5.0
+"""Seconds between polls while somebody looks into mailboxes, for servers do not tell of everything: Dovecot
+not of what is delivered straight into a Maildir within a second of another change."""
+_LOOKS: Final = 20
+"""How much longer than a poll the time to the next of them is."""
 _AT_ONCE: Final = 2
 """Most synchronisations at once that nobody has asked for."""
 
@@ -81,6 +86,8 @@ class Push:
         self._settling = False
         self._following: set[Ino] = set()
         self._turns = trio.Semaphore(max(1, min(_AT_ONCE, pool.limit - 1)))
+        self._last_poll = time.monotonic()
+        self._poll_took = 0.0
         self._polled: dict[Ino, Mapping[str, int]] = {}
         """What STATUS said of mailboxes of which it says something else than a synchronisation."""
 
@@ -108,7 +115,11 @@ class Push:
 
     def used(self, mailbox: Ino) -> None:
         """Somebody looks into a mailbox."""
-        self._used[mailbox] = time.monotonic()
+        now = time.monotonic()
+        self._used[mailbox] = now
+        if self._fresh.is_watched(mailbox) and now - self._last_poll > max(_LOOK, _LOOKS * self._poll_took):
+            self._last_poll = now
+            self._nursery.start_soon(self._poll)
         if self._how == "idle" and mailbox not in self._watchers and not self._settling:
             self._settling = True
             self._nursery.start_soon(self._settle)
@@ -195,10 +206,10 @@ class Push:
         def can(capability: str) -> bool:
             return session.has(capability) and capability not in self._unsupported
 
+        if not can("IDLE"):
+            return "poll"
         # Without modification sequences the first words of NOTIFY would not say what is new.
-        if can("NOTIFY") and can("CONDSTORE"):
-            return "notify"
-        return "idle" if can("IDLE") else "poll"
+        return "notify" if can("NOTIFY") and can("CONDSTORE") else "idle"
 
     async def _watch_everything(self, pause: "_Pause") -> None:
         started = time.monotonic()
@@ -387,10 +398,11 @@ class Push:
         """Learn of changes by asking. While the server is away, others try to reach it."""
         if self._pool.reason is not None:
             return
-        started = time.monotonic()
+        started = self._last_poll = time.monotonic()
         listed = [box for box in self._mailboxes() if box.complete]
         try:
             found = await self._sync.poll([box.server_name or b"" for box in listed])
+            self._poll_took = time.monotonic() - started
             in_use = set(self._wanted())
             for box in listed:
                 numbers = found.get(box.server_name or b"")

@@ -332,6 +332,7 @@ class Filesystem:
         mailbox = self.cache.mailbox(ino)
         if mailbox is None or not mailbox.selectable:
             return None, True
+        self.push.used(ino)
         return self.sync.refresh_mailbox(ino, MAX_AGE), bool(mailbox.complete)
 
     async def wait_for_news(self, refresh: Refresh | None) -> None:

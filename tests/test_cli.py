@@ -258,6 +258,7 @@ def test_mount_has_exactly_these_options() -> None:
             "--fetch-ahead",
             "--connections",
             "--timeout",
+            "--poll",
             "--foreground",
             "-f",
             "--log-file",

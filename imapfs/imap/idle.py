@@ -1,4 +1,4 @@
-"""What a server says without being asked, one connection at a time: IDLE (RFC 2177) and NOTIFY (RFC 5465).
+"""What a server says without being asked, one connection at a time: IDLE (RFC 2177), with NOTIFY (RFC 5465).
 
 A `Watch` runs in a thread, which waits in the kernel until the server says something; nothing wakes it but
 that, the renewal, and `Watch.stop`. What is said becomes an event for the trio thread. Events tell that
@@ -94,7 +94,7 @@ Event = Opened | Status | Tree | Listed | Began | Exists | Vanished | Flagged | 
 
 
 class Watch:
-    """Waits for news of ``mailbox`` by IDLE, or with ``everywhere`` of all mailboxes by NOTIFY.
+    """Waits in IDLE for news of ``mailbox``; with ``everywhere`` of all mailboxes, by NOTIFY.
 
     Made, stopped and closed on the trio thread. ``on_events`` is called there too, through ``post``, which is
     trio's ``run_sync_soon``.
@@ -113,7 +113,6 @@ class Watch:
         self._post = post
         self._everywhere = everywhere
         self._events: deque[Event] = deque()
-        self._overflow = False
         self._stopped = False
         # Python's TLS connections stand no second thread, so that the one that waits has to be woken.
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -137,38 +136,20 @@ class Watch:
         Raises MailboxGone and Refused for the mailbox, NotSupported if the server does not do what it offers,
         ConnectionLost.
         """
-        if self._everywhere:
-            self._notify(session)
-        else:
-            self._idle(session)
-
-    def _idle(self, session: Session) -> None:
-        assert self.mailbox is not None
-        self._say(Opened(session.examine(self.mailbox)))
-        self._say(Began())
-        renewed = True
-        while renewed and not self._stopped:
-            # A server that ends IDLE by itself is not asked again at once.
-            try:
-                renewed = session.idle(self._take, self._wake, RENEWAL)
-            except Refused as error:
-                raise NotSupported(str(error)) from None
-
-    def _notify(self, session: Session) -> None:
         if self.mailbox is not None:
             self._say(Opened(session.examine(self.mailbox)))
         try:
-            session.notify(self._take)
+            if self._everywhere:
+                session.notify(self._take)
+                self._say(Tree(session.list_mailboxes(on_response=self._take_but_lists)))
+            self._say(Began())
+            # With NOTIFY too: otherwise Dovecot tells nothing of the selected mailbox for the first second.
+            while not self._stopped and session.idle(self._take, self._wake, RENEWAL):
+                pass  # a server that ends IDLE by itself is not asked again at once
         except Refused as error:
             raise NotSupported(str(error)) from None
-        self._say(Tree(session.list_mailboxes(on_response=self._take_but_lists)))
-        self._say(Began())
-        while True:
-            session.listen(self._take, self._wake, RENEWAL)
-            if self._stopped or self._overflow:
-                break
-            session.noop(self._take)
-        session.end_notify()
+        if self._everywhere:
+            session.end_notify()
 
     def _take(self, response: Response) -> None:
         if response[0][:7].upper() == b"* LIST ":
@@ -191,7 +172,6 @@ class Watch:
             self._say(Status(*status))
         elif _OVERFLOW.match(text):
             # The server tells no more (RFC 5465 section 5.8): it has to be begun anew.
-            self._overflow = True
             self.stop()
 
     def _say(self, event: Event) -> None:

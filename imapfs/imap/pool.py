@@ -159,6 +159,9 @@ class SessionPool:
         self._watching[session] = watcher
         try:
             await trio.to_thread.run_sync(watcher.run, session, limiter=self._threads)
+        except ConnectionLost:
+            if not self._closed:
+                raise
         finally:
             self._watching.pop(session, None)
             self._leaving.discard(session)

@@ -408,7 +408,7 @@ class Session:
         return self._wire.idle(on_response, wake, seconds)
 
     def notify(self, on_response: OnResponse) -> None:
-        """NOTIFY SET (RFC 5465): from now on the server tells of changes of all mailboxes of the user.
+        """NOTIFY SET (RFC 5465): in IDLE the server tells of changes of all mailboxes of the user.
 
         It begins with a STATUS response for each mailbox but the selected one. Raises Refused.
         """
@@ -416,14 +416,6 @@ class Session:
         self._wire.execute(
             b"NOTIFY SET STATUS (selected %s) (personal %s)" % (_EVENTS, events), on_response=on_response
         )
-
-    def listen(self, on_response: OnResponse, wake: int, seconds: float) -> None:
-        """Take what NOTIFY makes the server say; see `idle`."""
-        self._wire.listen(on_response, wake, seconds)
-
-    def noop(self, on_response: OnResponse) -> None:
-        """Ask whether the connection still lives, and keep it from being closed."""
-        self._wire.execute(b"NOOP", on_response=on_response)
 
     def end_notify(self) -> None:
         """Have the server tell of changes only when it is asked something, as without NOTIFY."""

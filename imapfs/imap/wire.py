@@ -543,7 +543,11 @@ class Wire:
             # Whatever has happened since the last command is said before the continuation request.
             while tag not in done and not self._read_response(on_response, None, done):
                 pass
-            self._listen(on_response, done, wake, seconds)
+            until = time.monotonic() + seconds
+            while tag not in done and self._stream.wait(wake, until - time.monotonic()):
+                # From its first byte on a response is bounded as any other.
+                self._stream.renew()
+                self._read_response(on_response, None, done)
             ended_here = tag not in done
             if ended_here:
                 self._stream.write(b"DONE\r\n")
@@ -551,20 +555,6 @@ class Wire:
                 self._read_response(on_response, None, done)
         self.check(command, done[tag])
         return ended_here
-
-    def listen(self, on_response: Callable[[Response], None], wake: int, seconds: float) -> None:
-        """Take what the server says without being asked (RFC 5465), until as with `idle`."""
-        with self._breaking():
-            self._listen(on_response, {}, wake, seconds)
-
-    def _listen(
-        self, handle: Callable[[Response], None], done: dict[bytes, Completion], wake: int, seconds: float
-    ) -> None:
-        until = time.monotonic() + seconds
-        while not done and self._stream.wait(wake, until - time.monotonic()):
-            # From its first byte on a response is bounded as any other.
-            self._stream.renew()
-            self._read_response(handle, None, done)
 
     @contextlib.contextmanager
     def _breaking(self) -> Iterator[None]:
