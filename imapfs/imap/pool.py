@@ -41,7 +41,9 @@ _REFUSALS: Final = 4
 
 
 _CALM: Final = 2.0
-"""Seconds without a want of connections after which a watcher may have one again."""
+"""Seconds without a want of connections after which a watcher may have one again: at first, and"""
+_CALM_MOST: Final = 16.0
+"""at most, as it grows with each watcher that had one for less than that."""
 
 
 class Watcher(Protocol):
@@ -79,12 +81,13 @@ class SessionPool:
         self._turn = trio.Condition()
         self._recovered = trio.Event()
         self._threads = trio.CapacityLimiter(limit)
-        self._watching: dict[Session, Watcher] = {}
-        """Those that were not told yet to give their sessions back."""
+        self._watching: dict[Session, tuple[Watcher, float]] = {}
+        """Those that were not told yet to give their sessions back, and since when they have them."""
         self._leaving: set[Session] = set()
         """Sessions of watchers that were."""
         self._waiting = 0
         """Requests that wait for a session."""
+        self._calm = _CALM
         self._calm_at = -math.inf
         """When watchers may have sessions again."""
         self._closed = False
@@ -156,7 +159,7 @@ class SessionPool:
         At most `watch_limit` at once. Raises as `run` does, but nothing is repeated.
         """
         session, _ = await self._take(mailbox, spare=True)
-        self._watching[session] = watcher
+        self._watching[session] = watcher, time.monotonic()
         try:
             await trio.to_thread.run_sync(watcher.run, session, limiter=self._threads)
         except ConnectionLost:
@@ -169,11 +172,14 @@ class SessionPool:
 
     def _ask_watcher(self) -> None:
         """Have a session given back by a watcher, if not enough are on their way for those who wait."""
-        self._calm_at = time.monotonic() + _CALM
+        now = time.monotonic()
         if self._watching and len(self._leaving) < self._waiting:
-            session = min(self._watching, key=lambda s: self._watching[s].rank)
+            session = min(self._watching, key=lambda s: self._watching[s][0].rank)
+            watcher, since = self._watching.pop(session)
             self._leaving.add(session)
-            self._watching.pop(session).stop()
+            watcher.stop()
+            self._calm = min(_CALM_MOST, self._calm * 2) if now - since < _CALM_MOST else _CALM
+        self._calm_at = now + self._calm
 
     async def _take(self, mailbox: bytes | None, *, spare: bool = False) -> tuple[Session, bool]:
         """A session and whether it is one that was kept (and may have died meanwhile).

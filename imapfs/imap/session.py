@@ -256,7 +256,7 @@ class Session:
 
         ``on_response`` gets every response, also those about something else.
         """
-        return self._list(b"", (), on_response)
+        return self._list(b"", on_response)
 
     def list_with_status(self, mailboxes: Sequence[bytes], on_status: OnStatus) -> list[ListEntry]:
         """All mailboxes, and STATUS at least of ``mailboxes``, if possible in one round trip.
@@ -272,17 +272,28 @@ class Session:
         items = b"(MESSAGES UIDNEXT UIDVALIDITY UNSEEN%s)" % (
             b" HIGHESTMODSEQ" if self.has("CONDSTORE") else b""
         )
+        # Of the selected mailbox STATUS may tell of the past (RFC 9051 section 6.3.11), and in Dovecot does.
+        before: list[Command] = [(self._unselecting(),)] if self.selected is not None else []
+        self.selected = None
         if len(mailboxes) > _STATUSES and self.has("LIST-STATUS"):
             # RFC 5819. Not for a few of many mailboxes, as the server looks into all of them.
-            return self._list(b"STATUS " + items, (), take)
+            return self._list(b"STATUS " + items, take, before=before)
         commands: list[Command] = [(b"STATUS ", astring(mailbox), b" " + items) for mailbox in mailboxes]
-        entries = self._list(b"", commands[:_STATUSES], take)
+        entries = self._list(b"", take, before=before, after=commands[:_STATUSES])
         for start in range(_STATUSES, len(commands), _STATUSES):
             self._wire.execute_all(commands[start : start + _STATUSES], on_response=take)
         return entries
 
-    def _list(self, option: bytes, then: Sequence[Command], on_response: OnResponse) -> list[ListEntry]:
-        """LIST with a further return option (RFC 5258); in the same flight ``then``, whatever comes of it."""
+    def _list(
+        self,
+        option: bytes,
+        on_response: OnResponse,
+        *,
+        before: Sequence[Command] = (),
+        after: Sequence[Command] = (),
+    ) -> list[ListEntry]:
+        """LIST with a further return option (RFC 5258); in one flight with other commands, whatever comes of
+        those."""
         found: list[ListEntry] = []
 
         def take(response: Response) -> None:
@@ -298,8 +309,8 @@ class Session:
         special_use = b"SPECIAL-USE" if self.has("LIST-EXTENDED") and self.has("SPECIAL-USE") else b""
         options = b" ".join(one for one in (special_use, option) if one)
         command = (b'LIST "" "*"' + (b" RETURN (%s)" % options if options else b""),)
-        completion, *_ = self._wire.execute_all([command, *then], on_response=take)
-        self._wire.check(command, completion)
+        completions = self._wire.execute_all([*before, command, *after], on_response=take)
+        self._wire.check(command, completions[len(before)])
         return found
 
     def status(self, mailbox: bytes) -> dict[str, int]:
