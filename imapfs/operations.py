@@ -33,7 +33,7 @@ from imapfs.headers import parse_headers
 from imapfs.imap.grammar import FetchData, parse_date
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
-from imapfs.model import ROOT, DeletePolicy, Ino, ModSeq, Uid, UidValidity
+from imapfs.model import DeletePolicy, Ino, ModSeq, Uid, UidValidity
 from imapfs.spool import Base
 from imapfs.sync import Changes, Synchroniser
 
@@ -225,7 +225,7 @@ class Operations:
 
     async def rename_mailbox(self, ino: Ino, old: bytes, new: bytes, parent: Ino, name: bytes) -> None:
         """Rename a mailbox and all below it; messages keep inodes and cached bodies."""
-        async with self._sync.exclusive(ROOT, *self._family(ino)):
+        async with self._sync.tree_lock, self._sync.exclusive(*self._family(ino)):
             await self._once(
                 lambda session: session.rename_mailbox(old, new),
                 lambda listed: new in listed and old not in listed,

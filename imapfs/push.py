@@ -494,8 +494,8 @@ class _Pause:
         """Wait after an attempt that lasted so many seconds, or until the account is online again."""
         if lasted > _SOUND:
             self._next = _PAUSE_FIRST
-        with trio.move_on_after(max(self._next, self._pool.retry_in)):
-            await self._pool.recovered()
+        with trio.move_on_after(max(self._next, self._pool.retry_in or 0.0)):
+            await self._pool.came_online()
         self._next = min(_PAUSE_MOST, 2 * self._next)
 
 

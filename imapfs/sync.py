@@ -105,6 +105,8 @@ class Synchroniser:
         self._nursery = nursery
         self._on_changes = on_changes
         self.freshness = Freshness()
+        self.tree_lock = trio.Lock()
+        """Held while mailboxes are listed or renamed. LOCK ORDER: before those of mailboxes."""
         self._tree: Refresh | None = None
         self._mailboxes: dict[Ino, Refresh] = {}
         self._locks: dict[Ino, trio.Lock] = {}
@@ -151,8 +153,7 @@ class Synchroniser:
             return look(session)
 
         try:
-            # No mailbox is renamed between the answer and its use.
-            async with self.exclusive(ROOT):
+            async with self.tree_lock:
                 started = time.monotonic()
                 entries = await self._pool.run(ask)
                 self.delimiter = next((e.delimiter for e in entries if e.delimiter), b"")

@@ -79,7 +79,7 @@ class SessionPool:
         self._connecting = 0
         self._limit = limit
         self._turn = trio.Condition()
-        self._recovered = trio.Event()
+        self._online = trio.Event()
         self._threads = trio.CapacityLimiter(limit)
         self._watching: dict[Session, tuple[Watcher, float]] = {}
         """Those that were not told yet to give their sessions back, and since when they have them."""
@@ -126,9 +126,9 @@ class SessionPool:
         """Seconds until another attempt to connect may be made."""
         return max(0.0, self._retry_at - time.monotonic())
 
-    async def recovered(self) -> None:
+    async def came_online(self) -> None:
         """Wait until the account comes online again."""
-        await self._recovered.wait()
+        await self._online.wait()
 
     async def run(
         self, work: Callable[[Session], T], mailbox: bytes | None = None, *, repeat: bool = True
@@ -290,8 +290,8 @@ class SessionPool:
         if self.reason is not None:
             log.info("online again: %s", self._account.url)
             self.reason, self.since = None, datetime.now(UTC)
-            self._recovered.set()
-            self._recovered = trio.Event()
+            self._online.set()
+            self._online = trio.Event()
         self._accepted = True
         self._failures = self._refusals = 0
         self._retry_at = -math.inf
