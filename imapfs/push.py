@@ -22,7 +22,7 @@ from typing import Final, Literal
 import trio
 
 from imapfs.cache import Cache, Mailbox
-from imapfs.errors import ConnectionLost, ImapfsError, MailboxGone, NotSupported, report
+from imapfs.errors import ImapfsError, MailboxGone, NotSupported, report
 from imapfs.imap.idle import (
     Began,
     Event,
@@ -408,11 +408,6 @@ class Push:
                 numbers = found.get(box.server_name or b"")
                 if numbers is not None:
                     self._compare(box.ino, numbers, started, box.ino in in_use)
-        except ConnectionLost as error:
-            log.debug("there was no polling: %s", error)
-            # Watches may wait on connections that are as dead: they find out when they are to end.
-            for watcher in self._watchers.values():
-                watcher.stop()
         except ImapfsError as error:
             log.debug("there was no polling: %s", error)
         except Exception as error:

@@ -138,6 +138,7 @@ class Uploader:
         self._jobs: dict[Ino, Job] = {}
         self._workers: dict[Ino, trio.Event] = {}
         """Mailbox -> the event that tells its worker of something new."""
+        self._being_sent: set[Ino] = set()
         self._in_flight: dict[Ino, trio.Event] = {}
         """Draft that must not be touched -> set when that is over."""
         self._removing = trio.Lock()
@@ -181,9 +182,9 @@ class Uploader:
             job.settle(MessageGone("it was withdrawn"))
         return self._spool.get(draft.ino) is draft
 
-    def is_in_flight(self, draft: Draft) -> bool:
-        """Whether a draft is being sent or looked for now."""
-        return draft.ino in self._in_flight
+    def is_being_sent(self, draft: Draft) -> bool:
+        """Whether a draft is on its way, so that no synchronisation has seen what becomes of it."""
+        return draft.ino in self._being_sent
 
     def pending(self) -> list[Draft]:
         """Drafts that are to be sent, now or when they are complete."""
@@ -404,7 +405,12 @@ class Uploader:
             draft, fit = prepared.job.draft, prepared.item.fit
             draft.attempt = Attempt(box.name, flight.uidvalidity, flight.uidnext, len(fit.data), fit.digest)
             draft.save()
-        await self._pool.run(flight.send, box.name, repeat=False)
+        being_sent = {prepared.job.draft.ino for prepared in ready}
+        self._being_sent |= being_sent
+        try:
+            await self._pool.run(flight.send, box.name, repeat=False)
+        finally:
+            self._being_sent -= being_sent
         unnamed: dict[Ino, tuple[_Prepared, int | None]] = {}
         for prepared, outcome in zip(ready, flight.outcomes, strict=True):
             draft = prepared.job.draft

@@ -288,7 +288,7 @@ class Filesystem:
 
     def _uncertain(self, directory: Ino) -> list[Draft]:
         """Drafts of which it is not known whether they were sent to the mailbox of a directory."""
-        found = [d for d in self.spool if d.attempt is not None and not self.uploader.is_in_flight(d)]
+        found = [d for d in self.spool if d.attempt is not None and not self.uploader.is_being_sent(d)]
         if found:
             mailbox = self.cache.mailbox(directory)
             place = mailbox and (mailbox.server_name, mailbox.uidvalidity)
