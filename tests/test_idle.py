@@ -61,12 +61,14 @@ class Watching:
         self.listener = Listener()
         self.watch = Watch(b"INBOX", self.listener, lambda deliver: deliver(), everywhere=everywhere)
         self.error: ImapfsError | None = None
+        self.abort: Callable[[], None]
         self.usable = False
         """Whether the connection could be used afterwards."""
         self._thread = threading.Thread(target=self._run, args=(server, timeout))
 
     def _run(self, server: Scripted | Account, timeout: float) -> None:
         with session(server, timeout) as made:
+            self.abort = made.abort
             try:
                 self.watch.run(made)
                 self.usable = bool(made.list_mailboxes())
@@ -200,6 +202,14 @@ def test_connection_that_ends_in_idle_is_lost(ca: CertificateAuthority) -> None:
             watching.wait()
     assert isinstance(watching.error, ConnectionLost)
     assert "going down" in str(watching.error)
+
+
+def test_connection_ended_from_another_thread_wakes_the_watch(ca: CertificateAuthority) -> None:
+    with Scripted(ca, script=idling()) as server, Watching(server) as watching:
+        watching.listener.wait_for(Began())
+        watching.abort()
+        watching.wait()
+    assert isinstance(watching.error, ConnectionLost)
 
 
 def test_notify_tells_of_all_mailboxes(ca: CertificateAuthority) -> None:

@@ -221,3 +221,68 @@ async def test_error_that_is_raised_again_does_not_grow(
             if attempt:
                 depths.add(len(caught.traceback))
     assert len(depths) == 1
+
+
+# -- watchers
+
+
+class Patient:
+    """Uses a session until it is told to stop."""
+
+    def __init__(self, *rank: bool | float) -> None:
+        self.rank = (False, False, float(sum(rank)))
+        self.running = False
+        self._over = threading.Event()
+
+    def run(self, session: Session) -> None:
+        self.running = True
+        self._over.wait(DEADLINE)
+        self.running = False
+
+    def stop(self) -> None:
+        self._over.set()
+
+
+@pytest.mark.trio
+async def test_the_least_watcher_yields_to_a_request(ca: CertificateAuthority) -> None:
+    more, less = Patient(2), Patient(1)
+    async with scripted_pool(Scripted(ca), limit=2) as made, trio.open_nursery() as nursery:
+        nursery.start_soon(made.watch, more, None)
+        nursery.start_soon(made.watch, less, None)
+        await until(lambda: more.running and less.running)
+        await made.run(_nothing)
+        await until(lambda: not less.running)
+        assert more.running
+        assert made.open == 2
+        more.stop()
+
+
+@pytest.mark.trio
+async def test_watchers_wait_until_nobody_else_needs_a_session(
+    ca: CertificateAuthority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_CALM", 0.05)
+    release = threading.Event()
+    done: list[str] = []
+
+    async def watch(made: SessionPool, watcher: Patient) -> None:
+        await made.watch(watcher, None)
+        done.append("watcher")
+
+    async def use(made: SessionPool) -> None:
+        await made.run(lambda _: release.wait(DEADLINE))
+        done.append("request")
+
+    async with scripted_pool(Scripted(ca), limit=1) as made, trio.open_nursery() as nursery:
+        first, second = Patient(), Patient()
+        nursery.start_soon(watch, made, first)
+        await until(lambda: first.running)
+        for _ in range(3):
+            nursery.start_soon(use, made)
+        await until(lambda: done == ["watcher"])
+        nursery.start_soon(watch, made, second)
+        await trio.testing.wait_all_tasks_blocked()
+        release.set()
+        await until(lambda: second.running)
+        assert done == ["watcher", *["request"] * 3]
+        second.stop()
