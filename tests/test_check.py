@@ -86,6 +86,7 @@ def look(tmp_path: Path) -> Callable[..., Report]:
             delete="trash",
             connections=2,
             timeout=timeout,
+            poll=60.0,
             read_only=False,
             fuse_options=frozenset(),
         )

@@ -360,6 +360,10 @@ class Session:
             self._fetch(b"%d:*" % first, b"(UID RFC822.SIZE)", take)
         return found
 
+    def noop(self) -> None:
+        """NOOP: a round trip, and nothing else."""
+        self._wire.execute(b"NOOP")
+
     def _examine(
         self, mailbox: bytes, parameters: bytes, then: Sequence[bytes], on_message: OnMessage
     ) -> MailboxState:
