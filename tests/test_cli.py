@@ -22,7 +22,7 @@ import trio
 
 from imapfs import __version__, mounts
 from imapfs.errors import ImapfsError
-from imapfs.model import MountConfig, Secret
+from imapfs.model import CredentialProvider, MountConfig
 
 ROOT = Path(__file__).parent.parent
 SECRET = "correct-horse"
@@ -63,9 +63,10 @@ class EmptyMailbox(pyfuse3.Operations):
         return self.status
 
 
-def serve(config: MountConfig, password: Secret, on_ready: Callable[[], None]) -> None:
+def serve(config: MountConfig, credentials: CredentialProvider, on_ready: Callable[[], None]) -> None:
     """What imapfs.fuse.serve promises, or one of the ways to break it that STAND_IN names."""
     log = logging.getLogger("imapfs.fuse")
+    password = credentials.get()
     log.info("first\nsecond \x1b[31m %s", password)
     log.debug("a detail")
     home = Path(os.environ["STAND_IN_HOME"])
@@ -80,6 +81,7 @@ def serve(config: MountConfig, password: Secret, on_ready: Callable[[], None]) -
         os.kill(os.getpid(), signal.SIGKILL)
     if way == "wait":
         signal.pause()
+    assert password is not None
     assert password.reveal() == SECRET
     status: dict[str, object] = {
         "pid": os.getpid(),

@@ -37,7 +37,9 @@ class SecretService:
         try:
             self._start("dbus-daemon", "--session", "--nofork", f"--address=unix:path={runtime}/bus")
             self._wait_until(lambda: (runtime / "bus").exists())
-            self._start("gnome-keyring-daemon", "--foreground", "--unlock", "--components=secrets")
+            # It makes a new keyring with the password that it is told.
+            options = ("--foreground", "--unlock", "--components=secrets")
+            self._start("gnome-keyring-daemon", *options, said=b"unlock")
             self._wait_until(lambda: self.keyring("get", "nobody", "nobody").stderr == "")
         except BaseException:
             self._stop()
@@ -72,20 +74,18 @@ class SecretService:
             timeout=DEADLINE,
         )
 
-    def _start(self, *command: str) -> None:
-        with (self._directory / "log").open("ab") as log:
+    def _start(self, *command: str, said: bytes = b"") -> None:
+        heard = self._directory / "stdin"
+        heard.write_bytes(said)
+        with (self._directory / "log").open("ab") as log, heard.open("rb") as stdin:
             process = subprocess.Popen(
                 command,
                 env={**os.environ, **self.environment, "HOME": str(self._directory)},
-                stdin=subprocess.PIPE,
+                stdin=stdin,
                 stdout=log,
                 stderr=log,
             )
         self._processes.append(process)
-        assert process.stdin is not None
-        # The password of the new keyring.
-        process.stdin.write(b"unlock")
-        process.stdin.close()
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + DEADLINE
