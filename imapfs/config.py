@@ -347,6 +347,16 @@ _CONVERT: Mapping[str, Callable[[object], object]] = {
     "log-file": _text,
     "options": _fuse_options,
 }
+
+
+def convert(key: str, value: object) -> object:
+    """``value`` as the setting ``key`` means it; raises ValueError with the end of a sentence."""
+    try:
+        return _CONVERT[key](value)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+
+
 _PATHS = frozenset({"ca-file", "client-cert", "client-key", "cache-dir", "password-file", "log-file"})
 _SECRETS = ("password-command", "password-file", "token-command", "oauth")
 """The keys of which each alone says where the secret comes from."""
