@@ -7,16 +7,17 @@ Exit codes: 0 done, 1 failed (one line on stderr), 2 wrong usage, 130 interrupte
 # inside the function that needs it: --help, completion and a mistyped command must answer at once.
 import contextlib
 import json
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, get_args
 
 import click
 
 from imapfs import __version__
-from imapfs.errors import ImapfsError, UsageError
-from imapfs.model import AuthMethod
+from imapfs.errors import ImapfsError, UsageError, one_line
+from imapfs.model import AuthMethod, Security
 
 if TYPE_CHECKING:
     from imapfs.check import Finding
@@ -85,8 +86,11 @@ def connection_options(command: Command) -> Command:
 
 
 @commands.command()
-@click.argument("source")
-@click.argument("mountpoint", type=_DIRECTORY)
+@click.argument("source", required=False)
+@click.argument("mountpoint", type=_DIRECTORY, required=False)
+@click.option(
+    "--all", "everything", metavar="DIR", type=_DIRECTORY, help="Mount each account NAME on DIR/NAME."
+)
 @connection_options
 @click.option(
     "--cache-dir", metavar="DIR", type=_DIRECTORY, help="Cache in DIR.  [default: the XDG cache directory]"
@@ -122,8 +126,9 @@ def connection_options(command: Command) -> Command:
     "-o", "options", metavar="OPTIONS", multiple=True, help="Mount options: ro, allow_other, noexec ..."
 )
 def mount(
-    source: str,
-    mountpoint: Path,
+    source: str | None,
+    mountpoint: Path | None,
+    everything: Path | None,
     foreground: bool,
     verbose: int,
     options: tuple[str, ...],
@@ -134,19 +139,59 @@ def mount(
     SOURCE is imaps://user@host[:port][/Mailbox], imap:// for STARTTLS, or the name of an account in the
     configuration file. Returns when the mount is live. The password comes from --password-command,
     --password-file, the keyring, or a prompt on the terminal.
+
+    With --all DIR, each account of the configuration file is mounted on the directory of its name in DIR, all
+    at the same time; options are for each of them.
     """
-    import platformdirs
+    given = _given(settings)
+    if everything is not None:
+        if source is not None or foreground:
+            raise click.UsageError("--all DIR stands alone: without SOURCE, MOUNTPOINT and --foreground")
+        _mount_all(everything, given, verbose, options)
+        return
+    if source is None or mountpoint is None:
+        raise click.UsageError("give SOURCE and MOUNTPOINT, or --all DIR")
 
     from imapfs import config, credentials, daemon
 
-    given = _given(settings, options)
-    resolved = config.resolve(
-        source, mountpoint, given, platformdirs.user_config_path("imapfs") / "config.toml"
-    )
+    given["options"] = list(options)
+    resolved = config.resolve(source, mountpoint, given, _config_path())
     # Once more in run(), but nobody should type a password to learn that the directory is missing.
     daemon.preflight(resolved.mount, resolved.log_file)
     password = credentials.resolve(resolved.mount.account, resolved.credentials)
     daemon.run(resolved.mount, password, foreground=foreground, log_file=resolved.log_file, verbosity=verbose)
+
+
+def _given(settings: Mapping[str, object]) -> dict[str, object]:
+    """The options that were given, under their names in the configuration file and as it would have them."""
+    return {
+        name.replace("_", "-"): str(value) if isinstance(value, Path) else value
+        for name, value in settings.items()
+        if value is not None
+    }
+
+
+def _config_path() -> Path:
+    import platformdirs
+
+    return platformdirs.user_config_path("imapfs") / "config.toml"
+
+
+def _mount_all(directory: Path, given: Mapping[str, object], verbose: int, options: Sequence[str]) -> None:
+    from imapfs import accounts
+
+    for key in ("password-command", "password-file", "token-command", "log-file"):
+        if key in given:
+            raise click.UsageError(f"--{key} is for one account: with --all it comes from each one's entry")
+    arguments = [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items()]
+    arguments += ["-v"] * verbose + [f"-o{option}" for option in options]
+
+    def report(name: str, reason: str | None) -> None:
+        again = f"imapfs mount {shlex.quote(name)} {shlex.quote(str(directory / name))}"
+        click.echo(one_line(f"{name}: mounted" if reason is None else f"{name}: {reason}; again: {again}"))
+
+    if not accounts.mount_all(_config_path(), directory, arguments, report):
+        raise ImapfsError("not all accounts are mounted")
 
 
 @commands.command()
@@ -158,13 +203,11 @@ def login(account: str, device: bool) -> None:
     ACCOUNT is the name of one in the configuration file that has an "oauth" table. What the provider gives is
     kept in the keyring, and mounts use it from then on.
     """
-    import platformdirs
-
     from imapfs import config, consent, credentials
     from imapfs.imap.connect import tls_context
     from imapfs.imap.session import Session
 
-    path = platformdirs.user_config_path("imapfs") / "config.toml"
+    path = _config_path()
     located = config.locate(account, {}, path)
     if located.credentials.oauth is None:
         raise UsageError(
@@ -192,16 +235,13 @@ def check(source: str, as_json: bool, options: tuple[str, ...], **settings: obje
     Changes nothing on the server. The output holds no password, but host, user and names of mailboxes. Exit
     code 0 if a mount would work, even if not at its best.
     """
-    import platformdirs
-
     from imapfs import check as checking
     from imapfs import config, credentials
 
-    given = _given(settings, options)
+    given = _given(settings)
+    given["options"] = list(options)
     # There is no mountpoint, and nothing here looks at it.
-    resolved = config.resolve(
-        source, Path("/"), given, platformdirs.user_config_path("imapfs") / "config.toml"
-    )
+    resolved = config.resolve(source, Path("/"), given, _config_path())
     account = resolved.mount.account
     if not as_json:
         click.echo(_printable(f"imapfs {__version__}, {account.url}"))
@@ -259,21 +299,21 @@ class _Printer:
             self._skipped.clear()
 
 
-def _given(settings: dict[str, object], options: tuple[str, ...]) -> dict[str, object]:
-    """Options of the command line under the names of the configuration file, without those not given."""
-    given: dict[str, object] = {
-        name.replace("_", "-"): str(value) if isinstance(value, Path) else value
-        for name, value in settings.items()
-        if value is not None
-    }
-    given["options"] = list(options)
-    return given
-
-
 @commands.command()
-@click.argument("mountpoint", type=_DIRECTORY)
-def umount(mountpoint: Path) -> None:
-    """Send what is waiting, unmount MOUNTPOINT and wait until its daemon has ended."""
+@click.argument("mountpoint", type=_DIRECTORY, required=False)
+@click.option("--all", "everything", metavar="DIR", type=_DIRECTORY, help="Unmount all there is below DIR.")
+def umount(mountpoint: Path | None, everything: Path | None) -> None:
+    """Send what is waiting, unmount MOUNTPOINT and wait until its daemon has ended.
+
+    With --all DIR, do so with all mounts below DIR at the same time.
+    """
+    if (mountpoint is None) == (everything is None):
+        raise click.UsageError("give MOUNTPOINT, or --all DIR")
+    if everything is not None:
+        _unmount_all(everything)
+        return
+    assert mountpoint is not None
+
     from imapfs import mounts
 
     try:
@@ -283,6 +323,86 @@ def umount(mountpoint: Path) -> None:
     except ImapfsError:
         pass  # a daemon that is dead or stuck: what there is to say is said below
     mounts.unmount(mountpoint)
+
+
+def _unmount_all(directory: Path) -> None:
+    from imapfs import accounts
+
+    def report(mountpoint: str, reason: str | None) -> None:
+        click.echo(one_line(f"{mountpoint}: {reason or 'unmounted'}"))
+
+    if not accounts.unmount_all(directory, report):
+        raise ImapfsError("not all are unmounted")
+
+
+@commands.command()
+@click.option("--address", metavar="ADDRESS", help="Your e-mail address, from which the server is found.")
+@click.option("--name", metavar="NAME", help="What to call the account.")
+@click.option("--host", metavar="HOST", help="The IMAP server, which is then not looked for.")
+@click.option("--port", metavar="N", type=int, help="Its port.  [default: 993; 143 with STARTTLS]")
+@click.option(
+    "--security", type=click.Choice(get_args(Security)), help="TLS from the first byte, or STARTTLS."
+)
+@click.option("--user", metavar="USER", help="The user name there.  [default: as found, or the address]")
+@click.option("--keyring", is_flag=True, help="The password is in the keyring, or is put there.")
+@click.option("--prompt", is_flag=True, help="The password is asked for at each mount.")
+@connection_options
+@click.option(
+    "--no-lookup", is_flag=True, help="Ask nobody for the server; look only into imapfs's own table."
+)
+@click.option("--no-test", is_flag=True, help="Do not log in to see whether it works.")
+@click.option("--replace", is_flag=True, help="Replace the account if there is one of that name.")
+@click.option("-y", "--yes", is_flag=True, help="Take what is found or proposed without asking.")
+def setup(
+    address: str | None,
+    name: str | None,
+    host: str | None,
+    port: int | None,
+    security: Security | None,
+    user: str | None,
+    keyring: bool,
+    prompt: bool,
+    no_lookup: bool,
+    no_test: bool,
+    replace: bool,
+    yes: bool,
+    **settings: object,
+) -> None:
+    """Add an account to the configuration file, from your e-mail address to the first login.
+
+    Asks at the terminal for what no option says. A password is never an option: it is typed, or comes from
+    a command, a file or the keyring.
+    """
+    from imapfs import setup as walk
+    from imapfs.discovery import Network
+
+    options = _given(settings)
+    ca_file = options.get("ca-file")
+    walk.run(
+        walk.Given(
+            options, name, address, host, port, security, user, keyring, prompt,
+            lookup=not no_lookup, test=not no_test, replace=replace, yes=yes,
+        ),
+        _config_path(),
+        Network(ca_file=Path(str(ca_file)) if ca_file is not None else None),
+    )  # fmt: skip
+
+
+@commands.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: a list of objects.")
+def accounts(as_json: bool) -> None:
+    """List the accounts in the configuration file, and where each is mounted."""
+    from imapfs import accounts as module
+
+    listed = module.accounts(_config_path())
+    if as_json:
+        click.echo(json.dumps([one._asdict() for one in listed], indent=2))
+        return
+    if not listed:
+        click.echo("no accounts yet: 'imapfs setup' adds one")
+    for one in listed:
+        where = ", ".join(one.mountpoints) or "not mounted"
+        click.echo(one_line(f"{one.name}  {one.url}  ({one.credential})  {where}"))
 
 
 @commands.command()
@@ -296,7 +416,7 @@ def sync(mountpoint: Path) -> None:
 
     waiting = mounts.sync(mountpoint, _progress("Ctrl-C stops waiting, not sending"))
     for one in waiting:
-        click.echo(_printable(f"{one['path']}: {one['state']}: {one['error'] or 'not sent yet'}"))
+        click.echo(one_line(f"{one['path']}: {one['state']}: {one['error'] or 'not sent yet'}"))
     if waiting:
         raise ImapfsError(
             f"{len(waiting)} files are not on the server; 'imapfs retry {mountpoint}' tries refused ones"
@@ -328,7 +448,7 @@ def fetch(directory: Path) -> None:
             if outcome.error:
                 failed.append(outcome.error)
     for line in failed[:10]:
-        click.echo(_printable(line), err=True)
+        click.echo(one_line(line), err=True)
     if failed:
         raise ImapfsError(f"{len(failed)} of {len(messages.files)} messages were not fetched; run it again")
     click.echo(f"{len(messages.files)} messages are in the cache")
@@ -383,7 +503,7 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
         return
     for one in every:
         line = f"{one['mountpoint']}  {one['source']}  {one['state']}"
-        click.echo(_printable(f"{line}: {one['reason']}" if one.get("reason") else line))
+        click.echo(one_line(f"{line}: {one['reason']}" if one.get("reason") else line))
 
 
 def _status_or_reason(mount: "Mount") -> dict[str, Any]:
@@ -405,7 +525,7 @@ def _rows(status: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
             continue
         # A "limit" is of bytes where bytes are counted beside it.
         in_bytes = key == "bytes" or (key == "limit" and "bytes" in status)
-        yield f"{prefix}{key}".replace("_", " "), _printable(_readable(value, in_bytes))
+        yield f"{prefix}{key}".replace("_", " "), one_line(_readable(value, in_bytes))
 
 
 def _readable(value: object, in_bytes: bool) -> str:
@@ -436,11 +556,6 @@ def _show(rows: list[tuple[str, str]]) -> None:
     Console().print(table)
 
 
-def _printable(text: str) -> str:
-    """``text`` on one line, without what would steer the terminal or cannot be encoded."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
 def main() -> NoReturn:
     """Run the command line and exit; no exception gets out."""
     try:
@@ -458,5 +573,5 @@ def main() -> NoReturn:
 
 
 def _fail(line: str) -> int:
-    click.echo(_printable(f"imapfs: {line}"), err=True)
+    click.echo(one_line(f"imapfs: {line}"), err=True)
     return 1

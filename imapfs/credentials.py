@@ -224,3 +224,14 @@ def _from_terminal(account: Account) -> Secret | None:
     except (EOFError, OSError):
         return None
     return Secret(typed) if typed else None
+
+
+def to_file(path: Path, secret: Secret) -> None:
+    """Write a password file that nobody else can read; there must be none yet. Raises CredentialError."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(secret.reveal() + "\n")
+    except OSError as error:
+        raise CredentialError(f"password file {path}: cannot be written: {error.strerror}") from None

@@ -13,6 +13,11 @@ from typing import ClassVar
 log = logging.getLogger(__name__)
 
 
+def one_line(text: str) -> str:
+    """``text`` on one line, without what would steer a terminal or cannot be encoded."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 class ImapfsError(Exception):
     """Base of all expected failures; ``str()`` is one line fit for a person.
 

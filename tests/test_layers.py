@@ -10,6 +10,8 @@ PACKAGE = Path(__file__).parent.parent / "imapfs"
 LAYERS = (
     {"__main__"},
     {"cli"},
+    {"setup"},
+    {"accounts", "discovery"},
     {"daemon", "download", "check"},
     {"config"},
     {"credentials", "consent"},
@@ -30,7 +32,7 @@ LAYERS = (
     {"imap.login", "imap.probe"},
     {"imap.wire"},
     {"imap.grammar", "imap.connect", "imap.sasl", "imap.refusals"},
-    {"names", "headers"},
+    {"names", "headers", "providers"},
     {"errors"},
     {"model"},
     {"", "imap"},
@@ -41,6 +43,7 @@ DOORS = {
     "imapclient": {"imap.wire"},
     "imaplib": {"imap.wire"},
     "sqlite3": {"database"},
+    "dns": {"discovery"},
 }
 
 

@@ -99,7 +99,7 @@ class Domain:
     @property
     def environment(self) -> dict[str, str]:
         """For a process that calls `enter`."""
-        return {ENVIRONMENT: json.dumps([self.name_server, self._leads, str(self.authority.certificate)])}
+        return {ENVIRONMENT: json.dumps([self.name_server, self._leads])}
 
     @contextlib.contextmanager
     def greeter(self, name: str, certificate: tuple[Path, Path], greeting: bytes) -> Iterator[None]:
@@ -126,13 +126,15 @@ class Domain:
 
 def enter() -> None:
     """Lead this process, and it alone, to the `Domain` whose `environment` it was started with."""
-    port, leads, certificate = json.loads(os.environ[ENVIRONMENT])
-    network = _network(port, {name: (host, port) for name, (host, port) in leads.items()}, Path(certificate))
+    name_server, leads = json.loads(os.environ[ENVIRONMENT])
+    network = _network(name_server, {name: (host, port) for name, (host, port) in leads.items()}, None)
     made = functools.partial(discovery.Network, query=network.query, connect=network.connect)
     vars(discovery)["Network"] = made
 
 
-def _network(name_server: int, leads: dict[str, tuple[str, int]], certificate: Path) -> discovery.Network:
+def _network(
+    name_server: int, leads: dict[str, tuple[str, int]], certificate: Path | None
+) -> discovery.Network:
     resolver = dns.resolver.Resolver(configure=False)
     resolver.nameservers = ["127.0.0.1"]
     resolver.port = name_server

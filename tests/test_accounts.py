@@ -1,0 +1,147 @@
+"""The configuration file as a place to write to, and all of its accounts mounted at once."""
+
+import json
+import stat
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imapfs import config
+from imapfs.accounts import add, check_name
+from imapfs.errors import UsageError
+
+ENTRY = {"host": "imap.example.org", "user": "alice"}
+OLD = """# My accounts; do not touch.\r
+
+accounts.dotted.host = "h"   # odd, but TOML
+accounts.dotted.user = "u"
+
+[accounts.first]
+host = "one.example.org"
+user = "alice"
+options = [
+  "noatime",
+]
+
+# About the second:
+[accounts."second one"]
+host = "two.example.org"
+user = "alice"
+"""
+MISLEADING = """[accounts.other]
+host = "h"
+user = "u"
+password-command = '''
+[accounts.first]
+'''
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "imapfs" / "config.toml"
+
+
+def written(path: Path, text: str) -> Path:
+    path.parent.mkdir()
+    path.write_bytes(text.encode())
+    return path
+
+
+def test_file_and_directory_are_made_for_the_owner_only(path: Path) -> None:
+    add(path, "work", ENTRY, ["a comment"], replace=False)
+    assert config.load_accounts(path) == {"work": ENTRY}
+    assert path.read_text() == ('[accounts.work]\n# a comment\nhost = "imap.example.org"\nuser = "alice"\n')
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "# without a line end"])
+def test_what_was_there_stays_byte_for_byte(path: Path, end: str) -> None:
+    old = OLD + end
+    add(written(path, old), "work", ENTRY, [], replace=False)
+    assert path.read_bytes().startswith(old.encode())
+    assert config.load_accounts(path)["work"] == ENTRY
+    assert len(config.load_accounts(path)) == 4
+
+
+def test_name_that_exists_is_refused_and_nothing_changes(path: Path) -> None:
+    written(path, OLD)
+    with pytest.raises(UsageError, match=r"first already.*--replace"):
+        add(path, "first", ENTRY, [], replace=False)
+    assert path.read_bytes() == OLD.encode()
+
+
+@pytest.mark.parametrize("name", ["first", "second one"])
+def test_replacing_changes_only_that_entry(path: Path, name: str) -> None:
+    before = config.load_accounts(written(path, OLD))
+    add(path, name, ENTRY, ["new"], replace=True)
+    assert config.load_accounts(path) == {**before, name: ENTRY}
+    for kept in ("# My accounts; do not touch.\r\n", "# odd, but TOML", "# About the second:"):
+        assert kept in path.read_bytes().decode()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ('accounts = { x = { host = "h", user = "u" } }\n', "work"),
+        ('accounts.dotted.host = "h"\naccounts.dotted.user = "u"\n', "dotted"),
+        (MISLEADING + OLD.partition("\n\n")[2].partition("\n\n")[2], "first"),
+    ],
+)
+def test_file_that_cannot_be_edited_safely_is_left_alone(path: Path, text: str, name: str) -> None:
+    written(path, text)
+    with pytest.raises(UsageError, match="by hand"):
+        add(path, name, ENTRY, [], replace=True)
+    assert path.read_text() == text
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_file_that_is_no_toml_is_left_alone(path: Path) -> None:
+    with pytest.raises(UsageError, match=r"config\.toml:1"):
+        add(written(path, "[accounts\n"), "work", ENTRY, [], replace=False)
+    assert path.read_text() == "[accounts\n"
+
+
+def test_symbolic_link_stays_one(path: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "dotfiles.toml"
+    kept.write_text("# mine\n")
+    path.parent.mkdir()
+    path.symlink_to(kept)
+    add(path, "work", ENTRY, [], replace=False)
+    assert path.is_symlink()
+    assert kept.read_text().startswith("# mine\n\n[accounts.work]\n")
+
+
+def test_directory_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be"):
+        add(tmp_path / "file" / "config.toml", "work", ENTRY, [], replace=False)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-o", "imaps://a@b", " a", "a\n", "a\x07"])
+def test_name_that_can_be_no_directory_is_refused(path: Path, name: str) -> None:
+    with pytest.raises(UsageError):
+        check_name(path, name, replace=False)
+
+
+@given(
+    name=st.text(
+        st.characters(exclude_categories=["C", "Z"], exclude_characters="/"), min_size=1, max_size=20
+    ),
+    user=st.text(st.characters(exclude_categories=["C"]), min_size=1, max_size=20),
+    command=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1),
+)
+def test_every_value_comes_back_as_it_was(
+    tmp_path_factory: pytest.TempPathFactory, name: str, user: str, command: str
+) -> None:
+    path = tmp_path_factory.mktemp("config") / "config.toml"
+    if name.startswith(("-", ".")):
+        name = f"a{name}"
+    entry = {"host": "h", "user": user, "port": 143, "read-only": True, "password-command": command}
+    add(path, name, entry, ["comment"], replace=False)
+    assert tomllib.loads(path.read_text()) == {"accounts": {name: entry}}
+    assert json.loads(json.dumps(config.load_accounts(path)[name])) == entry

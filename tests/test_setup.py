@@ -1,0 +1,444 @@
+"""From an address to a mount: ``imapfs setup`` as a person meets it, at a terminal and without one."""
+
+import contextlib
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import keyring.backend
+import keyring.errors
+import pytest
+from click.testing import CliRunner
+
+from imapfs import credentials, discovery, mounts
+from imapfs.cli import commands
+from imapfs.errors import ImapfsError
+from tests.mounting import wait_until
+from tests.servers.domain import Domain, Page, enter
+from tests.servers.dovecot import Account, Dovecot
+from tests.servers.tls import CertificateAuthority
+from tests.terminal import Terminal
+
+ROOT = Path(__file__).parent.parent
+DEADLINE = 60.0
+WELL_KNOWN = "https://example.org/.well-known/autoconfig/mail/config-v1.1.xml"
+
+
+# ---- What runs in the child processes
+
+
+class FileKeyring(keyring.backend.KeyringBackend):
+    """Passwords in a file, for several processes; a file that says "locked" is what it says."""
+
+    priority = 1.0
+    path = Path(os.environ.get("HOME", "/")) / "keyring.json"
+
+    def _passwords(self) -> dict[str, str]:
+        text = self.path.read_text() if self.path.exists() else "{}"
+        if text == "locked":
+            raise keyring.errors.KeyringLocked("locked")
+        return dict(json.loads(text))
+
+    def get_password(self, service: str, username: str) -> str | None:
+        return self._passwords().get(f"{service} {username}")
+
+    def set_password(self, service: str, username: str, password: str) -> None:
+        self.path.write_text(json.dumps({**self._passwords(), f"{service} {username}": password}))
+
+
+def run() -> None:
+    enter()
+    from imapfs.cli import main
+
+    main()
+
+
+# ---- Running it
+
+
+class Home:
+    """A person's files and commands, for one account of the test server."""
+
+    def __init__(self, path: Path, user: Account, domain: Domain) -> None:
+        self.path = path
+        self.user = user
+        self.domain = domain
+        self.config = path / "config" / "imapfs" / "config.toml"
+        self.address = f"{user.name}@example.org"
+        self.mail = path / "mail"
+        self.mail.mkdir()
+        self.outputs = ""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": os.environ.get("PYTHONPATH", "") + f":{ROOT}",
+            "HOME": str(self.path),
+            "XDG_CONFIG_HOME": str(self.path / "config"),
+            "XDG_CACHE_HOME": str(self.path / "cache"),
+            "XDG_STATE_HOME": str(self.path / "state"),
+            "PYTHON_KEYRING_BACKEND": "tests.test_setup.FileKeyring",
+            **self.domain.environment,
+        }
+
+    def command(self, *arguments: str | Path) -> list[str]:
+        return [sys.executable, "-c", "from tests.test_setup import run; run()", *map(str, arguments)]
+
+    def setup(self, *arguments: str | Path) -> Terminal:
+        """The walk at a terminal."""
+        return Terminal(self.command("setup", "--ca-file", self.ca_file, *arguments), self.environment)
+
+    def run(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        """Any command, without a terminal."""
+        done = subprocess.run(
+            self.command(*arguments),
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+        assert "Traceback" not in done.stderr
+        assert self.user.password not in done.stdout + done.stderr
+        return done
+
+    def refusal(self, *arguments: str | Path) -> str:
+        """The one line on stderr of a setup that must fail and write nothing."""
+        done = self.run("setup", *arguments)
+        assert done.returncode == 1, done
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert not self.config.exists()
+        return done.stderr
+
+    @property
+    def ca_file(self) -> Path:
+        return self.domain.authority.certificate
+
+    def publish(self, port: int | None = None, security: str = "SSL") -> None:
+        """Let the domain say where the account is, in its autoconfig file."""
+        self.domain.pages[WELL_KNOWN] = Page(
+            f"""<clientConfig version="1.1"><emailProvider id="example.org"><incomingServer type="imap">
+            <hostname>localhost</hostname><port>{port or self.user.server.port}</port>
+            <socketType>{security}</socketType><username>%EMAILLOCALPART%</username>
+            </incomingServer></emailProvider></clientConfig>""".encode()
+        )
+
+    def password_file(self, password: str | None = None) -> Path:
+        path = self.path / "password"
+        path.touch(mode=0o600)
+        path.write_text(password or self.user.password)
+        return path
+
+    def logins(self) -> int:
+        """How often somebody tried to log in to the account, with whatever success."""
+        user = re.compile(f"user=<{self.user.name}>|\\({self.user.name}[,)]")
+        return sum(
+            "Login: " in line or "auth failed" in line or "Aborted login" in line
+            for line in self.user.server.log_lines()
+            if user.search(line)
+        )
+
+    def unmount_all(self) -> None:
+        for mount in mounts.imapfs_mounts():
+            if self.path in mount.mountpoint.parents:
+                with contextlib.suppress(Exception):
+                    mounts.unmount(mount.mountpoint)
+                if mounts.mount_at(mount.mountpoint) is not None:
+                    subprocess.run(["fusermount3", "-uz", mount.mountpoint], check=False)
+
+
+@pytest.fixture
+def home(tmp_path: Path, user: Account, ca: CertificateAuthority) -> Iterator[Home]:
+    with Domain(ca, "example.org", "autoconfig.example.org") as domain:
+        made = Home(tmp_path, user, domain)
+        try:
+            yield made
+        finally:
+            made.unmount_all()
+
+
+# ---- At a terminal
+
+
+def test_address_and_password_lead_to_a_mounted_mailbox(home: Home) -> None:
+    home.publish()
+    home.user.deliver("INBOX", [(b"Subject: hello\r\n\r\nhello\r\n", 1_700_000_000, "")])
+    with home.setup() as terminal:
+        terminal.answer("E-mail address", home.address)
+        terminal.answer("Name of the account [example]", "work")
+        shown = terminal.answer("Server [1]", "")
+        assert (
+            f"localhost, port {home.user.server.port}, TLS, user {home.user.name} (from {WELL_KNOWN})"
+            in shown
+        )
+        terminal.answer("Password [k]", "")
+        terminal.answer("(not shown)", home.user.password)
+        terminal.expect("logged in")
+        terminal.expect("imapfs mount work DIR")
+        assert terminal.end() == 0
+        assert home.user.password not in terminal.shown
+    wait_until(lambda: home.logins() == 1, "as many logins as were asked for")
+    assert home.user.password not in home.config.read_text()
+    assert "keyring set imapfs imaps://" in home.config.read_text()
+    assert home.run("mount", "work", home.mail).returncode == 0
+    assert len(os.listdir(home.mail / "INBOX")) == 1
+    listed = json.loads(home.run("accounts", "--json").stdout)
+    assert [(one["name"], one["mountpoints"]) for one in listed] == [("work", [str(home.mail)])]
+    assert home.run("accounts").stdout.endswith(f"(keyring, or the prompt)  {home.mail}\n")
+
+
+def test_wrong_password_is_told_and_tried_only_when_asked_to(home: Home) -> None:
+    home.publish()
+    file = home.path / "secrets" / "mail"
+    with home.setup("--address", home.address, "--name", "work") as terminal:
+        terminal.answer("Server [1]", "")
+        terminal.answer("Password [k]", "f")
+        terminal.answer(f"File [{home.config.with_name('work.password')}]", str(file))
+        terminal.answer("(not shown)", "wrong")
+        terminal.answer("What now [p]", "p")
+        wait_until(lambda: home.logins() == 1, "as many logins as were asked for")
+        terminal.answer("Password [k]", "f")
+        terminal.answer("File", str(file))
+        terminal.answer("(not shown)", home.user.password)
+        terminal.expect("logged in")
+        assert terminal.end() == 0
+    wait_until(lambda: home.logins() == 2, "as many logins as were asked for")
+    assert file.read_text() == home.user.password + "\n"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert home.run("mount", "work", home.mail).returncode == 0
+
+
+def test_settings_can_be_corrected_without_typing_the_password_again(home: Home) -> None:
+    with home.setup("--address", home.address, "--name", "work", "--no-lookup") as terminal:
+        assert "no server was found for example.org" in terminal.answer("Server: ", "not a host")
+        assert "host name" in terminal.answer("Server: ", "localhost")
+        terminal.answer("Encryption (tls or starttls) [tls]", "")
+        terminal.answer("Port [993]", "1")
+        terminal.answer(f"User [{home.address}]", home.user.name)
+        terminal.answer("Password [k]", "a")
+        terminal.answer("(not shown)", home.user.password)
+        assert "localhost:1 refuses connections" in terminal.answer("What now [p]", "s")
+        terminal.answer("Server [localhost]", "")
+        terminal.answer("Encryption", "")
+        terminal.answer("Port [1]", str(home.user.server.port))
+        terminal.answer("User", "")
+        terminal.expect("logged in")
+        assert terminal.end() == 0
+    assert "The password is asked for at each mount." in home.config.read_text()
+
+
+def test_server_that_only_dns_names_is_asked_about(home: Home) -> None:
+    home.domain.records["_imaps._tcp.example.org", "SRV"] = [f"0 1 {home.user.server.port} localhost."]
+    with home.setup("--address", home.address, "--name", "work", "--user", home.user.name) as terminal:
+        terminal.answer("Server [1]", "")
+        shown = terminal.answer("the right place for your password? [y/N]", "")
+        assert "RFC 6186" in shown
+        terminal.answer("Server [localhost]", "")
+        terminal.answer("Encryption", "")
+        terminal.answer("Port", "")
+        terminal.answer("User", "")
+        terminal.expect("Password [k]")
+        assert home.logins() == 0
+        assert terminal.interrupt() == 130
+    assert not home.config.exists()
+
+
+def test_interrupt_at_the_password_writes_nothing(home: Home) -> None:
+    home.publish()
+    with home.setup("--address", home.address, "--name", "work", "--keyring") as terminal:
+        terminal.answer("Server [1]", "")
+        terminal.expect("(not shown)")
+        assert terminal.interrupt() == 130
+        assert "Traceback" not in terminal.shown
+    assert not home.config.exists()
+    assert not (home.path / "keyring.json").exists()
+
+
+def test_locked_keyring_leads_back_to_the_question(home: Home) -> None:
+    home.publish()
+    (home.path / "keyring.json").write_text("locked")
+    with home.setup("--address", home.address, "--name", "work") as terminal:
+        terminal.answer("Server [1]", "")
+        terminal.answer("Password [k]", "k")
+        terminal.answer("(not shown)", home.user.password)
+        shown = terminal.answer("What now [p]", "q")
+        assert "the keyring did not take the password (KeyringLocked)" in shown
+        assert terminal.end() == 130
+    assert not home.config.exists()
+
+
+def test_name_that_exists_is_asked_for_again(home: Home) -> None:
+    home.config.parent.mkdir(parents=True)
+    home.config.write_text('[accounts.example]\nhost = "h"\nuser = "u"\n')
+    home.publish()
+    with home.setup("--address", home.address, "--password-file", home.password_file()) as terminal:
+        terminal.answer("Name of the account: ", "example")
+        assert "an account example already" in terminal.answer("Name of the account: ", "other")
+        terminal.answer("Server [1]", "")
+        assert terminal.end() == 0
+    assert home.config.read_text().startswith(
+        '[accounts.example]\nhost = "h"\nuser = "u"\n\n[accounts.other]\n'
+    )
+
+
+# ---- Without a terminal
+
+
+def test_options_alone_make_an_account_that_mounts(home: Home) -> None:
+    home.publish()
+    done = home.run(
+        "setup", "--name", "work", "--address", home.address, "--ca-file", home.ca_file, "--yes",
+        "--password-command", f"cat '{home.password_file()}'",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    wait_until(lambda: home.logins() == 1, "as many logins as were asked for")
+    assert home.run("mount", "work", home.mail).returncode == 0
+    assert (home.mail / "INBOX").is_dir()
+
+
+def test_starttls_is_taken_from_the_autoconfig_file(home: Home, ca: CertificateAuthority) -> None:
+    with Dovecot(ca, plain=True) as server:
+        home.user = server.account("alice")
+        assert server.plain_port is not None
+        home.publish(server.plain_port, "STARTTLS")
+        done = home.run(
+            "setup", "--name", "w", "--address", home.address, "--ca-file", home.ca_file, "--yes",
+            "--password-file", home.password_file(),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert 'security = "starttls"' in home.config.read_text()
+        assert home.run("mount", "w", home.mail).returncode == 0
+        home.unmount_all()
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ([], "--address"),
+        (["--address", "alice@example.org"], "--name, or --yes for 'example'"),
+        (["--address", "alice@example.org", "--name", "work"], "give --yes or --host"),
+        (["--address", "alice@example.org", "--yes"], "--password-command, "),
+        (["--address", "alice@example.org", "--yes", "--prompt"], "or --no-test"),
+        (
+            ["--address", "alice@example.org", "--yes", "--keyring"],
+            "keyring set imapfs imaps://alice@localhost",
+        ),
+        (["--address", "alice@example.net", "--yes"], "no server was found for example.net: give --host"),
+        (["--address", "alice@tuta.io", "--yes"], "Tuta offers no IMAP"),
+        (["--address", "alice"], "no e-mail address"),
+        (
+            ["--host", "h/h", "--user", "u", "--name", "n", "--prompt", "--no-test"],
+            "--host: has no valid host",
+        ),
+        (["--address", "alice@example.org", "--name", "a/b"], "slash"),
+    ],
+)
+def test_what_is_missing_is_named_in_one_line(
+    home: Home, monkeypatch: pytest.MonkeyPatch, given: Sequence[str], missing: str
+) -> None:
+    home.publish()
+    network = home.domain.network
+    monkeypatch.setattr(discovery, "Network", lambda ca_file: network)
+    monkeypatch.setattr(credentials, "from_keyring", lambda account: None)
+    environment = {"XDG_CONFIG_HOME": str(home.path / "config")}
+    done = CliRunner().invoke(commands, ["setup", "--ca-file", str(home.ca_file), *given], env=environment)
+    assert isinstance(done.exception, ImapfsError), done
+    assert missing in str(done.exception)
+    assert "\n" not in str(done.exception)
+    assert not home.config.exists()
+
+
+def test_yes_does_not_trust_dns_with_the_password(home: Home) -> None:
+    home.domain.records["_imaps._tcp.example.org", "SRV"] = [f"0 1 {home.user.server.port} localhost."]
+    line = home.refusal(
+        "--name", "work", "--address", home.address, "--ca-file", home.ca_file, "--yes",
+        "--password-file", home.password_file(), "--user", home.user.name,
+    )  # fmt: skip
+    assert line.endswith("if so, give --host localhost\n")
+    assert home.logins() == 0
+
+
+def test_login_that_fails_is_tried_once_and_writes_nothing(home: Home) -> None:
+    home.publish()
+    line = home.refusal(
+        "--name", "work", "--address", home.address, "--ca-file", home.ca_file, "--yes",
+        "--password-file", home.password_file("wrong"),
+    )  # fmt: skip
+    assert "localhost" in line
+    wait_until(lambda: home.logins() == 1, "as many logins as were asked for")
+
+
+# ---- All at once
+
+
+def account(home: Home, name: str, user: str, port: int) -> str:
+    return (
+        f'[accounts.{name}]\nhost = "localhost"\nport = {port}\nuser = "{user}"\ntimeout = 5\n'
+        f'ca-file = "{home.ca_file}"\npassword-file = "{home.password_file()}"\n'
+    )
+
+
+def test_one_account_that_is_down_does_not_keep_the_others_from_being_mounted(home: Home) -> None:
+    port = home.user.server.port
+    home.config.parent.mkdir(parents=True)
+    others = account(home, "one", f"{home.user.name}a", port) + account(
+        home, "two", f"{home.user.name}b", port
+    )
+    home.config.write_text(others + account(home, "down", home.user.name, 1))
+    done = home.run("mount", "--all", home.mail, "--read-only", "-o", "noatime,nodev")
+    assert done.returncode == 1
+    assert done.stderr == "imapfs: not all accounts are mounted\n"
+    lines = sorted(done.stdout.splitlines())
+    assert "down: localhost:1 refuses connections" in lines[0]
+    assert lines[0].endswith(f"; again: imapfs mount down {home.mail}/down")
+    assert lines[1:] == ["one: mounted", "two: mounted"]
+    assert (home.mail / "one" / "INBOX").is_dir()
+    assert mounts.read_status(home.mail / "two")["read_only"]
+    home.config.write_text(others)
+    again = home.run("mount", "--all", home.mail)
+    assert (again.returncode, sorted(again.stdout.splitlines())) == (0, ["one: mounted", "two: mounted"])
+    gone = home.run("umount", "--all", home.mail)
+    assert gone.returncode == 0, gone
+    assert len(gone.stdout.splitlines()) == 2
+    assert not any(home.mail in mount.mountpoint.parents for mount in mounts.imapfs_mounts())
+
+
+def test_unmounting_all_tells_which_one_is_in_use(home: Home) -> None:
+    home.config.parent.mkdir(parents=True)
+    home.config.write_text(account(home, "one", home.user.name, home.user.server.port))
+    assert home.run("mount", "--all", home.mail).returncode == 0
+    with open(home.mail / "one" / "INBOX" / "draft", "w"):
+        done = home.run("umount", "--all", home.mail)
+    assert done.returncode == 1
+    assert "is busy" in done.stdout
+    assert home.run("umount", "--all", home.mail).returncode == 0
+    assert "nothing of imapfs is mounted below" in home.run("umount", "--all", home.mail).stderr
+
+
+def test_all_needs_accounts_and_a_directory(home: Home) -> None:
+    assert "'imapfs setup' adds one" in home.run("mount", "--all", home.mail).stderr
+    home.config.parent.mkdir(parents=True)
+    home.config.write_text(account(home, "one", home.user.name, 1))
+    assert "mkdir -p" in home.run("mount", "--all", home.path / "missing").stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["mount", "--all", "d", "x"],
+        ["mount", "--all", "d", "--foreground"],
+        ["mount", "--all", "d", "--password-file", "f"],
+        ["mount", "--all", "d", "--log-file", "f"],
+        ["mount", "one"],
+        ["umount"],
+        ["umount", "d", "--all", "d"],
+    ],
+)
+def test_contradictory_arguments_are_refused(arguments: list[str]) -> None:
+    assert CliRunner().invoke(commands, arguments).exit_code == 2
