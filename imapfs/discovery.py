@@ -150,22 +150,27 @@ def discover(address: Address, network: Network | None) -> Found:
             "mail": lambda: _by_trying(address, network, f"mail.{address.domain}"),
         }
     )
-    every = [one for found in answers.values() for one in found]
+    doubt = (
+        f"only DNS, which can be forged, says who takes the mail of {address.domain}, and it may be kept "
+        "elsewhere: make sure that your mail is there"
+    )
+    provider: Provider | None = next(iter(answers.pop("mx")), None)
+    every: list[Settings] = [one for found in answers.values() for one in found]
+    every += _at_provider(provider, address, f"the MX records of {address.domain}", doubt)
     # Stable: among those to be trusted, what the domain says comes before what was guessed.
     every.sort(key=lambda one: one.doubt is not None)
     best: dict[tuple[str, int, str], Settings] = {}
     for one in every:
         best.setdefault((one.host, one.port, one.user), one)
-    mx = answers["mx"]
-    return Found([_with_provider(one) for one in best.values()], mx[0].provider if mx else None)
+    return Found([_with_provider(one) for one in best.values()], provider)
 
 
-def _ask(questions: Mapping[str, Callable[[], list[Settings]]]) -> dict[str, list[Settings]]:
+def _ask(questions: Mapping[str, Callable[[], list[Any]]]) -> dict[str, list[Any]]:
     """The answers to ``questions`` that come in time, in the same order; the others are empty.
 
     A thread each: name resolution cannot be ended, so that what is late is left behind.
     """
-    answers: dict[str, list[Settings]] = {name: [] for name in questions}
+    answers: dict[str, list[Any]] = {name: [] for name in questions}
 
     def ask(name: str) -> None:
         try:
@@ -227,17 +232,11 @@ def _from_srv_records(address: Address, security: Security, records: list[Any]) 
     return [_checked(host, first.port, security, str(address), f"the SRV records of {address.domain}", doubt)]
 
 
-def _from_mx(address: Address, network: Network) -> list[Settings]:
-    for record in sorted(network.query(address.domain, "MX"), key=lambda record: record.preference):
-        host = record.exchange.to_text(omit_final_dot=True).lower()
-        provider = providers.by_mail_exchanger(host)
-        if provider is not None:
-            doubt = (
-                f"only DNS, which can be forged, says that {provider.name} takes the mail of "
-                f"{address.domain}, and it may be kept elsewhere: make sure that it is there"
-            )
-            return _at_provider(provider, address, f"the MX records of {address.domain}", doubt)
-    return []
+def _from_mx(address: Address, network: Network) -> list[Provider]:
+    """Who takes the domain's mail, the preferred first, of those that we know."""
+    records = sorted(network.query(address.domain, "MX"), key=lambda record: record.preference)
+    hosts = [record.exchange.to_text(omit_final_dot=True).lower() for record in records]
+    return [known for known in map(providers.by_mail_exchanger, hosts) if known is not None]
 
 
 def _by_trying(address: Address, network: Network, host: str) -> list[Settings]:

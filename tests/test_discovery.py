@@ -261,11 +261,23 @@ def test_file_with_entities_or_of_no_xml_is_refused(data: bytes) -> None:
 
 
 def test_mail_exchanger_leads_to_a_provider(domain: Domain) -> None:
-    domain.records["example.org", "MX"] = ["20 mx.example.org.", "10 ASPMX.L.google.com."]
+    domain.records["example.org", "MX"] = [
+        "20 mx.messagingengine.com.",
+        "10 ASPMX.L.google.com.",
+        "5 mx.example.org.",
+    ]
     found = discover(ALICE, domain.network)
     assert places(found) == [("imap.gmail.com", 993, "tls", "alice@example.org")]
     assert found.settings[0].sign_in == "app"
-    assert "Gmail" in (found.settings[0].doubt or "")
+    assert "forged" in (found.settings[0].doubt or "")
+
+
+def test_mail_exchanger_of_a_provider_without_imap_is_told(domain: Domain) -> None:
+    domain.records["example.org", "MX"] = ["10 mail.protonmail.ch."]
+    found = discover(ALICE, domain.network)
+    assert found.settings == []
+    assert found.provider is not None
+    assert "Bridge" in (found.provider.hint or "")
 
 
 def test_hint_of_the_provider_comes_with_its_server(domain: Domain) -> None:
