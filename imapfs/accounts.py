@@ -1,6 +1,7 @@
 """The accounts of the configuration file, taken together: adding one, listing them, mounting all of them."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 from imapfs import config, mounts
 from imapfs.credentials import CredentialSources
-from imapfs.errors import UsageError
+from imapfs.errors import ImapfsError, UsageError
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _TABLE = re.compile(r"[ \t]*\[")
@@ -178,25 +179,22 @@ def mount_all(path: Path, directory: Path, arguments: Sequence[str], report: Rep
     where = mounts.real_path(directory)
     if not where.is_dir():
         raise UsageError(f"{directory} is no directory: create it with 'mkdir -p {directory}'")
-    commands: dict[str, list[str]] = {}
-    for account in listed:
+
+    def mount(account: Listed) -> None:
+        check_name(path, account.name, replace=True)
         mountpoint = where / account.name
-        try:
-            check_name(path, account.name, replace=True)
-            if str(mountpoint) in account.mountpoints:
-                report(account.name, None)
-                continue
-            mountpoint.mkdir(mode=0o700, exist_ok=True)
-        except UsageError as error:
-            report(account.name, str(error))
-            commands[account.name] = []
-        except OSError as error:
-            report(account.name, f"{mountpoint}: cannot be created: {error.strerror}")
-            commands[account.name] = []
-        else:
-            commands[account.name] = ["mount", *arguments, "--", account.name, str(mountpoint)]
-    failed = [name for name, command in commands.items() if not command]
-    return _run_all({name: command for name, command in commands.items() if command}, report) and not failed
+        if str(mountpoint) in account.mountpoints:
+            mounts.read_status(mountpoint)
+            return
+        # What is a mountpoint already may hang whoever touches it; the command knows how to refuse it.
+        if mounts.mount_at(mountpoint) is None:
+            try:
+                mountpoint.mkdir(mode=0o700, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"{mountpoint} cannot be created: {error.strerror}") from None
+        _run("mount", *arguments, "--", account.name, str(mountpoint))
+
+    return _all_at_once({account.name: functools.partial(mount, account) for account in listed}, report)
 
 
 def unmount_all(directory: Path, report: Report) -> bool:
@@ -208,39 +206,46 @@ def unmount_all(directory: Path, report: Report) -> bool:
     found = [str(one.mountpoint) for one in mounts.imapfs_mounts() if where in one.mountpoint.parents]
     if not found:
         raise UsageError(f"nothing of imapfs is mounted below {directory}; see 'imapfs status'")
-    return _run_all({mountpoint: ["umount", "--", mountpoint] for mountpoint in found}, report)
+    return _all_at_once({one: functools.partial(_run, "umount", "--", one) for one in found}, report)
 
 
-def _run_all(commands: Mapping[str, Sequence[str]], report: Report) -> bool:
-    """Run each as ``imapfs ARGUMENT...``; whether all have succeeded.
-
-    A process each, because a mount must fork before it has threads, and so that none waits for another.
-    """
+def _all_at_once(tasks: Mapping[str, Callable[[], None]], report: Report) -> bool:
+    """Do each in a thread of its own, and report it as soon as it is done; whether none failed."""
     lock = threading.Lock()
     failed: list[str] = []
 
-    def run(name: str, arguments: Sequence[str]) -> None:
-        done = subprocess.run(
-            # -P: the current directory is no place for the program's modules.
-            [sys.executable, "-P", "-m", "imapfs", *arguments],
-            # Several cannot ask at one terminal.
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            check=False,
-        )
-        said = done.stderr.strip().rpartition("\n")[2].removeprefix("imapfs: ")
-        reason = None if done.returncode == 0 else said or f"exit code {done.returncode}"
+    def do(name: str) -> None:
+        reason = None
+        try:
+            tasks[name]()
+        except ImapfsError as error:
+            reason = str(error)
         with lock:
             if reason is not None:
                 failed.append(name)
             report(name, reason)
 
-    threads = [threading.Thread(target=run, args=item) for item in commands.items()]
+    threads = [threading.Thread(target=do, args=(name,)) for name in tasks]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     return not failed
+
+
+def _run(*arguments: str) -> None:
+    """Run ``imapfs ARGUMENT...``, because a mount must fork before it has threads. Raises ImapfsError."""
+    done = subprocess.run(
+        # -P: the current directory is no place for the program's modules.
+        [sys.executable, "-P", "-m", "imapfs", *arguments],
+        # Several cannot ask at one terminal.
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode != 0:
+        said = done.stderr.strip().rpartition("\n")[2].removeprefix("imapfs: ")
+        raise ImapfsError(said or f"exit code {done.returncode}")
