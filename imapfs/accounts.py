@@ -45,6 +45,8 @@ def accounts(path: Path) -> list[Listed]:
 def _describe(sources: CredentialSources) -> str:
     if sources.token_command is not None:
         return f"token command: {sources.token_command}"
+    if sources.oauth is not None:
+        return "OAuth 2.0, the consent in the keyring"
     if sources.command is not None:
         return f"command: {sources.command}"
     if sources.file is not None:
@@ -103,6 +105,8 @@ def _entry(name: str, entry: Mapping[str, object], comments: Sequence[str]) -> s
 
 
 def _toml(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + " }"
     # JSON's strings, whole numbers and booleans are TOML's as well, but for DEL, which TOML wants escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 

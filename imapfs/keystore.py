@@ -13,6 +13,18 @@ REFRESH_TOKENS = "imapfs refresh token"
 _log = logging.getLogger(__name__)
 
 
+def works() -> bool:
+    """Whether there is a keyring that something can be put into; it may still be locked."""
+    try:
+        import keyring
+
+        # The backends that stand for "none" have 0 and less.
+        return keyring.get_keyring().priority > 0
+    except Exception as error:
+        _log.debug("keyring not usable: %s: %s", type(error).__name__, error)
+        return False
+
+
 def load(service: str, url: str) -> Secret | None:
     """What is kept for the account; None also where there is no keyring, or it is locked."""
     try:

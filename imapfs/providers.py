@@ -21,6 +21,7 @@ class Provider:
     """None where there is no IMAP to be had from afar; ``hint`` says what there is."""
     user: Literal["address", "local"] = "address"
     sign_in: SignIn = "password"
+    oauth: str | None = None
     hint: str | None = None
     page: str | None = None
 

@@ -12,18 +12,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
+from typing import cast
 from urllib.parse import quote
 
 import click
 
-from imapfs import accounts, config, credentials, discovery
+from imapfs import accounts, config, consent, credentials, discovery, keystore
 from imapfs.config import Located
-from imapfs.credentials import KEYRING_SERVICE, CredentialSources
+from imapfs.credentials import CredentialSources
 from imapfs.discovery import Address, Network, Settings
 from imapfs.errors import AuthenticationFailed, CredentialError, ImapfsError, UsageError, one_line
 from imapfs.imap.connect import tls_context
 from imapfs.imap.session import Session
 from imapfs.model import DEFAULT_PORTS, Account, CredentialProvider, Secret, Security
+from imapfs.oauth import OAuthClient
 from imapfs.providers import Provider
 
 
@@ -60,7 +62,7 @@ def run(given: Given, path: Path, network: Network) -> None:
         located = config.locate(_url(server), given.options, path)
         try:
             if credential is None:
-                credential = _credential(given, path.with_name(f"{name}.password"), located, server, person)
+                credential = _credential(given, path, name, located, server, person)
             if given.test:
                 person.say(_try_out(located, credential.provider))
             credential.keep(located.account)
@@ -318,7 +320,7 @@ def _without_source(options: Mapping[str, object]) -> dict[str, object]:
 
 
 def _credential(
-    given: Given, usual_file: Path, located: Located, server: Settings, person: _Person
+    given: Given, path: Path, name: str, located: Located, server: Settings, person: _Person
 ) -> _Credential:
     account = located.account
     if any(key in given.options for key in _SOURCES):
@@ -335,37 +337,58 @@ def _credential(
             "there is no terminal to ask on: give --password-command, --password-file, --token-command, "
             "--keyring or --prompt"
         )
-    return _chosen_credential(given, usual_file, account, server, person)
-
-
-def _chosen_credential(
-    given: Given, usual_file: Path, account: Account, server: Settings, person: _Person
-) -> _Credential:
     choices = {
         "k": "from the keyring (Secret Service), where it is put now",
         "c": "a command prints it, such as 'pass show mail'",
         "f": "from a file that only you can read",
-        "t": "a command prints an OAuth 2.0 access token",
         "a": "asked for at each mount",
+        "o": "no password but OAuth 2.0, with your consent in a browser",
+        "t": "no password but OAuth 2.0, a command prints the access token",
     }
-    if not credentials.keyring_works():
-        del choices["k"]
+    oauth = server.provider.oauth if server.provider is not None else None
+    if not keystore.works():
+        del choices["k"], choices["o"]
+    elif oauth is None:
+        del choices["o"]
     person.say("Where does the password come from?")
-    default = "t" if server.sign_in == "oauth" else next(iter(choices))
-    match person.choose("Password", choices, default):
+    usual = next(iter(choices)) if server.sign_in != "oauth" else "o" if "o" in choices else "t"
+    match person.choose("Password", choices, usual):
         case "k":
             return _from_keyring(account, person)
         case "c":
             command = person.ask("Command", "--password-command", None)
             provider = credentials.resolve(account, CredentialSources(command=command))
             return _Credential(provider, {"password-command": command})
+        case "f":
+            proposed = path.with_name(f"{name}.password")
+            return _from_file(person.ask("File", "--password-file", str(proposed)), account, person)
+        case "o":
+            assert oauth is not None
+            return _by_consent(oauth, name, account, person)
         case "t":
             command = person.ask("Command", "--token-command", None)
             provider = credentials.resolve(account, CredentialSources(token_command=command))
             return _Credential(provider, {"token-command": command})
-        case "f":
-            return _from_file(person.ask("File", "--password-file", str(usual_file)), account, person)
     return _asked_each_time(given, account, person)
+
+
+def _by_consent(provider: str, name: str, account: Account, person: _Person) -> _Credential:
+    """The refresh token goes into the keyring at once, as it is of use nowhere else.
+
+    The entry gets the client secret, if there is one, which is none where a program runs on everybody's own
+    machine (RFC 8252 section 8.5).
+    """
+    person.say("imapfs has no client id of its own: register one with the provider (the README says how)")
+    table = {"provider": provider, "client-id": person.ask("Client id", "--token-command", None)}
+    secret = person.ask("Client secret (empty for none)", "--token-command", "")
+    if secret:
+        table["client-secret"] = secret
+    client = cast(OAuthClient, config.convert("oauth", table))
+    here = client.device_url is None or person.agrees("Is there a browser on this machine")
+    consent.ask(client, account, person.say, device=not here)
+    sources = CredentialSources(oauth=client, name=name)
+    comment = f"To consent anew: imapfs login {name}"
+    return _Credential(credentials.resolve(account, sources), {"oauth": table}, comment)
 
 
 def _from_file(name: str, account: Account, person: _Person) -> _Credential:
@@ -378,17 +401,19 @@ def _from_file(name: str, account: Account, person: _Person) -> _Credential:
 
 
 def _from_keyring(account: Account, person: _Person) -> _Credential:
-    comment = f"The password is in the keyring; to change it: keyring set {KEYRING_SERVICE} {{url}}"
-    found = credentials.from_keyring(account)
+    comment = f"The password is in the keyring; to change it: keyring set {keystore.PASSWORDS} {{url}}"
+    found = keystore.load(keystore.PASSWORDS, account.url)
     if found is not None and person.agrees("Use the password that the keyring has for this account"):
         return _Credential(found, comment=comment)
     if not person.present:
         raise CredentialError(
             f"the keyring has no password for {account.url}: put it there with "
-            f"'keyring set {KEYRING_SERVICE} {account.url}'"
+            f"'keyring set {keystore.PASSWORDS} {account.url}'"
         )
     secret = person.password(account)
-    return _Credential(secret, comment=comment, keep=lambda account: credentials.to_keyring(account, secret))
+    return _Credential(
+        secret, comment=comment, keep=lambda account: keystore.save(keystore.PASSWORDS, account.url, secret)
+    )
 
 
 def _asked_each_time(given: Given, account: Account, person: _Person) -> _Credential:

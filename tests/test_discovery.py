@@ -11,6 +11,7 @@ import pytest
 from imapfs import discovery, providers
 from imapfs.discovery import Found, Settings, discover, parse_address, parse_autoconfig
 from imapfs.errors import UsageError
+from imapfs.oauth import PROVIDERS
 from tests.servers.domain import Domain, Page
 from tests.servers.tls import CertificateAuthority
 
@@ -85,13 +86,14 @@ def test_table_is_complete_and_unambiguous() -> None:
     for provider in providers.table():
         assert provider.source.startswith("https://"), provider.name
         assert provider.page is None or provider.page.startswith("https://"), provider.name
+        assert provider.oauth is None or provider.oauth in PROVIDERS, provider.name
         assert provider.hint is not None or provider.sign_in == "password", provider.name
         assert provider.host is not None or provider.hint is not None, provider.name
 
 
 def test_table_says_nothing_that_is_not_used() -> None:
     text = Path(providers.__file__).with_suffix(".toml").read_text()
-    known = {"name", "domains", "mx", "host", "user", "sign-in", "hint", "page", "source"}
+    known = {"name", "domains", "mx", "host", "user", "sign-in", "oauth", "hint", "page", "source"}
     assert {key for entry in tomllib.loads(text)["provider"] for key in entry} == known
 
 

@@ -4,54 +4,44 @@ import contextlib
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
-import keyring.backend
-import keyring.errors
 import pytest
 from click.testing import CliRunner
 
-from imapfs import credentials, discovery, mounts
+from imapfs import discovery, keystore, mounts, oauth, providers
 from imapfs.cli import commands
 from imapfs.errors import ImapfsError
+from imapfs.providers import Provider
 from tests.mounting import wait_until
 from tests.servers.domain import Domain, Page, enter
 from tests.servers.dovecot import Account, Dovecot
 from tests.servers.tls import CertificateAuthority
+from tests.servers.tokens import TokenServer
 from tests.terminal import Terminal
 
 ROOT = Path(__file__).parent.parent
 DEADLINE = 60.0
+TOKENS = "IMAPFS_TEST_TOKENS"
 WELL_KNOWN = "https://example.org/.well-known/autoconfig/mail/config-v1.1.xml"
 
 
 # ---- What runs in the child processes
 
 
-class FileKeyring(keyring.backend.KeyringBackend):
-    """Passwords in a file, for several processes; a file that says "locked" is what it says."""
-
-    priority = 1.0
-    path = Path(os.environ.get("HOME", "/")) / "keyring.json"
-
-    def _passwords(self) -> dict[str, str]:
-        text = self.path.read_text() if self.path.exists() else "{}"
-        if text == "locked":
-            raise keyring.errors.KeyringLocked("locked")
-        return dict(json.loads(text))
-
-    def get_password(self, service: str, username: str) -> str | None:
-        return self._passwords().get(f"{service} {username}")
-
-    def set_password(self, service: str, username: str, password: str) -> None:
-        self.path.write_text(json.dumps({**self._passwords(), f"{service} {username}": password}))
-
-
 def run() -> None:
+    if tokens := os.environ.get(TOKENS):
+        # A provider like Microsoft: it is known, and takes no passwords.
+        known = Provider("Tokens", "", ("tokens.org",), (), "localhost", sign_in="oauth", oauth="microsoft")
+        vars(providers)["table"] = lambda: (known,)
+        urls = {"authorize-url": f"{tokens}/authorize", "token-url": f"{tokens}/token", "scope": "mail"}
+        cast(dict[str, object], oauth.PROVIDERS)["microsoft"] = urls
     enter()
     from imapfs.cli import main
 
@@ -72,7 +62,10 @@ class Home:
         self.address = f"{user.name}@example.org"
         self.mail = path / "mail"
         self.mail.mkdir()
-        self.outputs = ""
+        self.more: dict[str, str] = {}
+        """Further environment variables."""
+        self.keyring = path / "keyring.json"
+        self.keyring.write_text("{}")
 
     @property
     def environment(self) -> dict[str, str]:
@@ -83,8 +76,10 @@ class Home:
             "XDG_CONFIG_HOME": str(self.path / "config"),
             "XDG_CACHE_HOME": str(self.path / "cache"),
             "XDG_STATE_HOME": str(self.path / "state"),
-            "PYTHON_KEYRING_BACKEND": "tests.test_setup.FileKeyring",
+            "PYTHON_KEYRING_BACKEND": "tests.keyrings.FileKeyring",
+            "IMAPFS_TEST_KEYRING": str(self.keyring),
             **self.domain.environment,
+            **self.more,
         }
 
     def command(self, *arguments: str | Path) -> list[str]:
@@ -257,18 +252,18 @@ def test_interrupt_at_the_password_writes_nothing(home: Home) -> None:
         assert terminal.interrupt() == 130
         assert "Traceback" not in terminal.shown
     assert not home.config.exists()
-    assert not (home.path / "keyring.json").exists()
+    assert home.keyring.read_text() == "{}"
 
 
 def test_locked_keyring_leads_back_to_the_question(home: Home) -> None:
     home.publish()
-    (home.path / "keyring.json").write_text("locked")
+    home.keyring.unlink()
     with home.setup("--address", home.address, "--name", "work") as terminal:
         terminal.answer("Server [1]", "")
         terminal.answer("Password [k]", "k")
         terminal.answer("(not shown)", home.user.password)
         shown = terminal.answer("What now [p]", "q")
-        assert "the keyring did not take the password (KeyringLocked)" in shown
+        assert "the keyring does not take the secret (KeyringLocked)" in shown
         assert terminal.end() == 130
     assert not home.config.exists()
 
@@ -285,6 +280,32 @@ def test_name_that_exists_is_asked_for_again(home: Home) -> None:
     assert home.config.read_text().startswith(
         '[accounts.example]\nhost = "h"\nuser = "u"\n\n[accounts.other]\n'
     )
+
+
+def test_consent_in_a_browser_leads_to_a_mount_as_well(home: Home, ca: CertificateAuthority) -> None:
+    browser = home.path / "browser"
+    browser.write_text(
+        f"#!{sys.executable}\nimport sys, urllib.request\nurllib.request.urlopen(sys.argv[1])\n"
+    )
+    browser.chmod(0o700)
+    address = "alice@tokens.org"
+    with (
+        TokenServer(ca, address) as tokens,
+        Dovecot(ca, mechanisms=("plain", "xoauth2", "oauthbearer"), tokens=tokens.introspection) as server,
+    ):
+        home.more = {TOKENS: tokens.url, "BROWSER": str(browser), "SSL_CERT_FILE": str(home.ca_file)}
+        with home.setup("--address", address, "--name", "work", "--port", str(server.port)) as terminal:
+            terminal.answer("Server [1]", "")
+            terminal.answer("Password [o]", "")
+            terminal.answer("Client id", "our-id")
+            terminal.answer("Client secret", "")
+            terminal.expect(f"logged in at localhost as {address}")
+            assert terminal.end() == 0
+            assert not [word for word in ("access-", "refresh-", "code-") if word in terminal.shown]
+        assert 'oauth = { provider = "microsoft", client-id = "our-id" }' in home.config.read_text()
+        assert "OAuth 2.0" in home.run("accounts").stdout
+        assert home.run("mount", "work", home.mail).returncode == 0
+        home.unmount_all()
 
 
 # ---- Without a terminal
@@ -345,7 +366,7 @@ def test_what_is_missing_is_named_in_one_line(
     home.publish()
     network = home.domain.network
     monkeypatch.setattr(discovery, "Network", lambda ca_file: network)
-    monkeypatch.setattr(credentials, "from_keyring", lambda account: None)
+    monkeypatch.setattr(keystore, "load", lambda service, url: None)
     environment = {"XDG_CONFIG_HOME": str(home.path / "config")}
     done = CliRunner().invoke(commands, ["setup", "--ca-file", str(home.ca_file), *given], env=environment)
     assert isinstance(done.exception, ImapfsError), done
@@ -407,6 +428,16 @@ def test_one_account_that_is_down_does_not_keep_the_others_from_being_mounted(ho
     assert gone.returncode == 0, gone
     assert len(gone.stdout.splitlines()) == 2
     assert not any(home.mail in mount.mountpoint.parents for mount in mounts.imapfs_mounts())
+
+
+def test_mount_whose_daemon_died_does_not_count_as_mounted(home: Home) -> None:
+    home.config.parent.mkdir(parents=True)
+    home.config.write_text(account(home, "one", home.user.name, home.user.server.port))
+    assert home.run("mount", "--all", home.mail).returncode == 0
+    os.kill(mounts.read_status(home.mail / "one")["pid"], signal.SIGKILL)
+    done = home.run("mount", "--all", home.mail)
+    assert done.returncode == 1
+    assert "the daemon has died; run 'fusermount3 -u" in done.stdout
 
 
 def test_unmounting_all_tells_which_one_is_in_use(home: Home) -> None:
