@@ -118,7 +118,8 @@ def _place(text: str, name: str) -> tuple[int, int]:
     if start is None:
         return len(text), len(text)
     end = start + 1
-    while end < len(lines) and not _TABLE.match(lines[end]):
+    # Tables within it, such as [accounts.NAME.oauth], are its own.
+    while end < len(lines) and (not _TABLE.match(lines[end]) or _heads(lines[end], name)):
         end += 1
     # What stands right above the next table is most likely about that.
     while end < len(lines) and end > start + 1 and not lines[end - 1].partition("#")[0].strip():
@@ -127,7 +128,7 @@ def _place(text: str, name: str) -> tuple[int, int]:
 
 
 def _heads(line: str, name: str) -> bool:
-    """Whether ``line`` is the heading of the account's table, whichever way its name is quoted."""
+    """Whether ``line`` is the heading of the account's table or one within, however its name is quoted."""
     if not _TABLE.match(line):
         return False
     try:

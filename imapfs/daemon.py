@@ -231,8 +231,8 @@ def _start_log(log_file: Path | None, verbosity: int) -> None:
         handler = logging.StreamHandler()
     else:
         try:
-            if not log_file.parent.exists():
-                log_file.parent.mkdir(mode=0o700, parents=True)
+            # Another mount that starts at the same time may make it as well.
+            log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             handler = RotatingFileHandler(
                 log_file,
                 maxBytes=_LOG_BYTES,

@@ -31,6 +31,15 @@ options = [
 [accounts."second one"]
 host = "two.example.org"
 user = "alice"
+
+[accounts."second one".oauth]
+provider = "google"
+client-id = "id"
+
+# The last:
+[accounts.last]
+host = "three.example.org"
+user = "alice"
 """
 MISLEADING = """[accounts.other]
 host = "h"
@@ -66,7 +75,7 @@ def test_what_was_there_stays_byte_for_byte(path: Path, end: str) -> None:
     add(written(path, old), "work", ENTRY, [], replace=False)
     assert path.read_bytes().startswith(old.encode())
     assert config.load_accounts(path)["work"] == ENTRY
-    assert len(config.load_accounts(path)) == 4
+    assert len(config.load_accounts(path)) == 5
 
 
 def test_name_that_exists_is_refused_and_nothing_changes(path: Path) -> None:
@@ -81,7 +90,7 @@ def test_replacing_changes_only_that_entry(path: Path, name: str) -> None:
     before = config.load_accounts(written(path, OLD))
     add(path, name, ENTRY, ["new"], replace=True)
     assert config.load_accounts(path) == {**before, name: ENTRY}
-    for kept in ("# My accounts; do not touch.\r\n", "# odd, but TOML", "# About the second:"):
+    for kept in ("# My accounts; do not touch.\r\n", "# odd, but TOML", "# About the second:", "# The last:"):
         assert kept in path.read_bytes().decode()
 
 

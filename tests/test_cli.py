@@ -251,7 +251,7 @@ def test_mount_has_exactly_these_options() -> None:
     from imapfs.cli import mount
 
     assert {name for option in mount.params for name in option.opts if name.startswith("-")} == {
-        *("--password-command", "--password-file", "--token-command", "--auth"),
+        *("--password-command", "--password-file", "--token-command", "--all", "--auth"),
         *("--ca-file", "--tls-fingerprint", "--client-cert", "--client-key", "--insecure-plaintext"),
         *("--cache-dir", "--cache-size", "--read-only"),
         *(
