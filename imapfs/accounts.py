@@ -92,6 +92,8 @@ def add(
     _check_edit(path, text, after, name, entry)
     try:
         _replace_file(path, after.encode())
+    except UnicodeEncodeError:
+        raise UsageError(f"{path} must be UTF-8, and what shall be put into it is not") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from None
 

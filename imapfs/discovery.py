@@ -162,7 +162,7 @@ def discover(address: Address, network: Network | None) -> Found:
     best: dict[tuple[str, int, str], Settings] = {}
     for one in every:
         best.setdefault((one.host, one.port, one.user), one)
-    return Found([_with_provider(one) for one in best.values()], provider)
+    return Found([with_provider(one) for one in best.values()], provider)
 
 
 def _ask(questions: Mapping[str, Callable[[], list[Any]]]) -> dict[str, list[Any]]:
@@ -199,7 +199,8 @@ def _at_provider(
     return [Settings(provider.host, 993, "tls", user, found, provider.sign_in, provider, doubt)]
 
 
-def _with_provider(settings: Settings) -> Settings:
+def with_provider(settings: Settings) -> Settings:
+    """``settings``, and what the table of providers knows about this server."""
     provider = settings.provider or providers.by_host(settings.host)
     if provider is None:
         return settings

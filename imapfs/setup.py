@@ -156,7 +156,10 @@ class _Person:
                 "or --no-test"
             )
         while True:
-            typed = getpass.getpass(f"Password for {account.url} (not shown): ")
+            try:
+                typed = getpass.getpass(f"Password for {account.url} (not shown): ")
+            except EOFError:
+                raise click.Abort from None
             if typed:
                 return Secret(typed)
 
@@ -200,7 +203,7 @@ def _server(given: Given, address: Address | None, network: Network, person: _Pe
         security = given.security or "tls"
         port = given.port or DEFAULT_PORTS[security]
         user = given.user or str(address)
-        found = Settings(given.host, port, security, user, "the command line")
+        found = discovery.with_provider(Settings(given.host, port, security, user, "the command line"))
     for key, value in (("host", found.host), ("user", found.user), ("port", found.port)):
         try:
             config.convert(key, value)
@@ -286,9 +289,8 @@ def _edited(settings: Settings, person: _Person) -> Settings:
     usual = settings.port if security == settings.security else DEFAULT_PORTS[security]
     port = int(person.ask("Port", "--port", str(usual), check("port")))
     user = person.ask("User", "--user", settings.user, check("user"))
-    return Settings(
-        str(config.convert("host", host)), port, security, user, "what was typed", settings.sign_in
-    )
+    typed = Settings(str(config.convert("host", host)), port, security, user, "what was typed")
+    return discovery.with_provider(typed)
 
 
 def _url(server: Settings) -> str:

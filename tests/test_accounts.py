@@ -138,6 +138,12 @@ def test_full_disk_leaves_the_file_and_nothing_beside_it(path: Path, monkeypatch
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_value_that_is_not_utf8_is_refused(path: Path) -> None:
+    with pytest.raises(UsageError, match="UTF-8"):
+        add(path, "work", {**ENTRY, "password-command": "cat \udcff"}, [], replace=False)
+    assert not path.exists()
+
+
 def test_directory_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be"):

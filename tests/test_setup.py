@@ -244,12 +244,17 @@ def test_server_that_only_dns_names_is_asked_about(home: Home) -> None:
     assert not home.config.exists()
 
 
-def test_interrupt_at_the_password_writes_nothing(home: Home) -> None:
+@pytest.mark.parametrize("key", ["Ctrl-C", "Ctrl-D"])
+def test_leaving_at_the_password_writes_nothing(home: Home, key: str) -> None:
     home.publish()
     with home.setup("--address", home.address, "--name", "work", "--keyring") as terminal:
         terminal.answer("Server [1]", "")
         terminal.expect("(not shown)")
-        assert terminal.interrupt() == 130
+        if key == "Ctrl-D":
+            terminal.type("\x04")
+            assert terminal.end() == 130
+        else:
+            assert terminal.interrupt() == 130
         assert "Traceback" not in terminal.shown
     assert not home.config.exists()
     assert home.keyring.read_text() == "{}"
@@ -352,6 +357,7 @@ def test_starttls_is_taken_from_the_autoconfig_file(home: Home, ca: CertificateA
         ),
         (["--address", "alice@example.net", "--yes"], "no server was found for example.net: give --host"),
         (["--address", "alice@tuta.io", "--yes"], "Tuta offers no IMAP"),
+        (["--address", "alice@example.org", "--insecure-plaintext", "--yes"], "contradicts TLS"),
         (["--address", "alice"], "no e-mail address"),
         (
             ["--host", "h/h", "--user", "u", "--name", "n", "--prompt", "--no-test"],
