@@ -117,9 +117,18 @@ class _Person:
         click.echo(one_line(text))
 
     def ask(
-        self, question: str, option: str, default: str | None, check: Callable[[str], object] = str
+        self,
+        question: str,
+        option: str,
+        default: str | None,
+        check: Callable[[str], object] = str,
+        *,
+        insist: bool = False,
     ) -> str:
-        """An answer that ``check`` does not refuse with a ValueError or an ImapfsError."""
+        """An answer that ``check`` does not refuse with a ValueError or an ImapfsError.
+
+        With ``insist`` the default is proposed in any case, as it has not led anywhere yet.
+        """
 
         def refuse_or_take(text: str) -> str:
             try:
@@ -128,7 +137,7 @@ class _Person:
                 raise click.UsageError(one_line(str(error))) from None
             return text
 
-        if self._yes and default is not None:
+        if self._yes and default is not None and not insist:
             return default
         if not self.present:
             otherwise = "" if default is None else f", or --yes for {default!r}"
@@ -266,7 +275,7 @@ def _chosen(found: list[Settings], person: _Person) -> Settings:
     if settings.doubt is not None:
         person.say(settings.doubt)
         if not person.agrees(f"Is {settings.host} the right place for your password?", default=False):
-            return _edited(settings, person)
+            return _edited(replace(settings, host=""), person)
     if _hint(settings.provider):
         person.say(_hint(settings.provider))
     return settings
@@ -278,17 +287,18 @@ def _shown(settings: Settings) -> str:
 
 
 def _edited(settings: Settings, person: _Person) -> Settings:
-    def check(key: str) -> Callable[[str], object]:
-        return lambda text: config.convert(key, int(text) if key == "port" and text.isdecimal() else text)
+    def ask(question: str, key: str, default: str) -> str:
+        def check(text: str) -> object:
+            return config.convert(key, int(text) if key == "port" and text.isdecimal() else text)
 
-    host = person.ask("Server", "--host", settings.host or None, check("host"))
+        return person.ask(question, f"--{key}", default or None, check, insist=True)
+
+    host = ask("Server", "host", settings.host)
     kinds: dict[str, Security] = {"tls": "tls", "starttls": "starttls"}
-    security = kinds[
-        person.ask("Encryption (tls or starttls)", "--security", settings.security, check("security"))
-    ]
+    security = kinds[ask("Encryption (tls or starttls)", "security", settings.security)]
     usual = settings.port if security == settings.security else DEFAULT_PORTS[security]
-    port = int(person.ask("Port", "--port", str(usual), check("port")))
-    user = person.ask("User", "--user", settings.user, check("user"))
+    port = int(ask("Port", "port", str(usual)))
+    user = ask("User", "user", settings.user)
     typed = Settings(str(config.convert("host", host)), port, security, user, "what was typed")
     return discovery.with_provider(typed)
 
@@ -461,5 +471,5 @@ def _comments(
     if _hint(server.provider):
         comments.append(_hint(server.provider))
     if credential.comment:
-        comments.append(credential.comment.format(url=account.url))
+        comments.append(credential.comment.replace("{url}", account.url))
     return [one_line(comment) for comment in comments]

@@ -210,7 +210,7 @@ def test_wrong_password_is_told_and_tried_only_when_asked_to(home: Home) -> None
 
 
 def test_settings_can_be_corrected_without_typing_the_password_again(home: Home) -> None:
-    with home.setup("--address", home.address, "--name", "work", "--no-lookup") as terminal:
+    with home.setup("--address", home.address, "--name", "work", "--no-lookup", "--yes") as terminal:
         assert "no server was found for example.org" in terminal.answer("Server: ", "not a host")
         assert "host name" in terminal.answer("Server: ", "localhost")
         terminal.answer("Encryption (tls or starttls) [tls]", "")
@@ -234,7 +234,7 @@ def test_server_that_only_dns_names_is_asked_about(home: Home) -> None:
         terminal.answer("Server [1]", "")
         shown = terminal.answer("the right place for your password? [y/N]", "")
         assert "RFC 6186" in shown
-        terminal.answer("Server [localhost]", "")
+        terminal.answer("Server: ", "localhost")
         terminal.answer("Encryption", "")
         terminal.answer("Port", "")
         terminal.answer("User", "")
