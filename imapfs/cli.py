@@ -244,7 +244,7 @@ def check(source: str, as_json: bool, options: tuple[str, ...], **settings: obje
     resolved = config.resolve(source, Path("/"), given, _config_path())
     account = resolved.mount.account
     if not as_json:
-        click.echo(_printable(f"imapfs {__version__}, {account.url}"))
+        click.echo(one_line(f"imapfs {__version__}, {account.url}"))
     found: list[Finding] = []
     printer = _Printer()
     findings = checking.run(resolved.mount, lambda: credentials.resolve(account, resolved.credentials))
@@ -288,9 +288,9 @@ class _Printer:
         sign, substitute, colour = self._SIGNS[finding.status]
         mark = click.style(substitute if self._ascii else sign, fg=colour)
         name = "" if finding.step == self._step else finding.step
-        click.echo(f"{mark} {name:<13} {_printable(finding.detail)}")
+        click.echo(f"{mark} {name:<13} {one_line(finding.detail)}")
         if finding.remedy:
-            click.echo(f"{'':16}-> {_printable(finding.remedy)}")
+            click.echo(f"{'':16}-> {one_line(finding.remedy)}")
         self._step = finding.step
 
     def end(self) -> None:
