@@ -121,13 +121,14 @@ class Gone(NamedTuple):
     crc: int | None
     pack: int | None
     offset: int
+    uid: Uid | None
+    is_dir: bool
 
     @classmethod
     def of(cls, node: Node) -> "Gone":
         """``node`` as one that is not shown any more; its body stays."""
-        return cls(
-            node.parent, node.name, node.ino, node.size, node.mtime, node.ctime, node.mode, None, None, 0
-        )
+        shown = node.parent, node.name, node.ino, node.size, node.mtime, node.ctime, node.mode
+        return cls(*shown, None, None, 0, node.uid, node.is_dir)
 
 
 class Body(NamedTuple):
@@ -774,7 +775,8 @@ def _free_name(db: Connection, parent: Ino, name: bytes) -> bytes:
 
 def _delete(db: Connection, where: str, values: tuple[int, ...]) -> list[Gone]:
     rows = db.execute(
-        f"SELECT parent, name, ino, size, mtime, ctime, mode, crc, pack, offset FROM node WHERE {where}",
+        "SELECT parent, name, ino, size, mtime, ctime, mode, crc, pack, offset, uid, uid IS NULL FROM node"
+        f" WHERE {where}",
         values,
     ).fetchall()
     db.execute(f"DELETE FROM node WHERE {where}", values)

@@ -456,6 +456,31 @@ def fetch(directory: Path) -> None:
 
 @commands.command()
 @click.argument("mountpoint", type=_DIRECTORY)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: an object a line.")
+def watch(mountpoint: Path, as_json: bool) -> None:
+    """Print what other clients change in the mount at MOUNTPOINT, as it happens.
+
+    Ends when MOUNTPOINT is unmounted, or with Ctrl-C.
+    """
+    import os
+
+    from imapfs import watch as watching
+
+    try:
+        for event in watching.events(mountpoint, sys.stdout.fileno()):
+            if event["event"] == "watching":
+                click.echo(_printable(f"watching {mountpoint}: Ctrl-C ends it"), err=True)
+            else:
+                click.echo(json.dumps(event) if as_json else _printable(watching.as_text(event)))
+    except (watching.Closed, BrokenPipeError):
+        # What is in the buffer has nowhere to go, and would be tried again at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    click.echo(_printable(f"{mountpoint} was unmounted"), err=True)
+
+
+@commands.command()
+@click.argument("mountpoint", type=_DIRECTORY)
 def retry(mountpoint: Path) -> None:
     """Send again what the server refused."""
     from imapfs import mounts

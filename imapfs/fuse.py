@@ -18,7 +18,7 @@ import signal
 import stat
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -33,11 +33,15 @@ from pyfuse3 import (
     SetattrFields,
 )
 
+from imapfs.announce import Announcer
 from imapfs.cache import Cache
+from imapfs.caller import PROOF
 from imapfs.errors import ImapfsError, UsageError
+from imapfs.events import Stream
+from imapfs.feed import Feed
 from imapfs.files import Opening
 from imapfs.imap.pool import SessionPool
-from imapfs.model import CredentialProvider, Ino, MountConfig
+from imapfs.model import ROOT, CredentialProvider, Ino, MountConfig
 from imapfs.sync import Changes
 from imapfs.vfs import Attributes as FileAttributes
 from imapfs.vfs import Filesystem
@@ -67,7 +71,10 @@ def prompt_handler(method: Method[P, T]) -> Method[P, T]:
 
     @functools.wraps(method)
     async def wrapper(self: "Adapter", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        context = args[-1] if args else None
         try:
+            if isinstance(context, RequestContext) and self.announcer.is_own(context.pid):
+                return cast(T, self.answer_announcer(name, *args))
             return await method(self, *args, **kwargs)
         except FUSEError:
             raise
@@ -117,9 +124,12 @@ class _Invalid:
     attributes: set[Ino] = field(default_factory=set)
     contents: set[Ino] = field(default_factory=set)
     entries: list[tuple[Ino, bytes, Ino]] = field(default_factory=list)
+    """Of what is gone: directory, name, inode."""
+    names: list[tuple[Ino, bytes]] = field(default_factory=list)
+    """Of what is still there."""
 
     def __bool__(self) -> bool:
-        return bool(self.attributes or self.contents or self.entries)
+        return bool(self.attributes or self.contents or self.entries or self.names)
 
 
 class Adapter(pyfuse3.Operations):
@@ -133,6 +143,8 @@ class Adapter(pyfuse3.Operations):
         self.timeout = timeout
         self.fs: Filesystem
         self.xattrs: Attributes
+        self.announcer: Announcer
+        self.events = Stream()
         self._read_only = read_only
         self._file_mode = 0o400 if read_only else 0o600
         self._dir_mode = 0o500 if read_only else 0o700
@@ -154,9 +166,14 @@ class Adapter(pyfuse3.Operations):
     # -- what the server changed ---------------------------------------------------------------------------
 
     def on_changes(self, changes: Changes) -> None:
-        """Have the kernel drop what is no longer so."""
-        if not changes.added and not changes.gone:
-            return  # flags are extended attributes, which the kernel does not keep
+        """Have the kernel drop what is no longer so, and tell who watches."""
+        # Flags are extended attributes, which the kernel does not keep.
+        if changes.added or changes.gone or changes.replaced:
+            self._forget_entries(changes)
+        for event in self.fs.events(changes):
+            self.events.publish(event)
+
+    def _forget_entries(self, changes: Changes) -> None:
         for listing in self._listings.values():
             if listing.ino == changes.directory:
                 listing.forget_page()
@@ -190,6 +207,42 @@ class Adapter(pyfuse3.Operations):
             batch, self._invalid = self._invalid, _Invalid()
             if batch:
                 await trio.to_thread.run_sync(_invalidate, batch, abandon_on_cancel=True)
+
+    # -- announcements -------------------------------------------------------------------------------------
+
+    def holds(self, ino: Ino) -> bool:
+        """Whether the kernel has an inode in its caches."""
+        return ino == ROOT or ino in self._lookups
+
+    async def drop_entry(self, directory: Ino, name: bytes) -> None:
+        """Have the kernel drop a name of something that is still there."""
+        await trio.to_thread.run_sync(
+            _invalidate, _Invalid(names=[(directory, name)]), abandon_on_cancel=True
+        )
+
+    def answer_announcer(self, request: str, *args: Any) -> object:
+        """Answer a request of the announcer's own process: at once, and without any change."""
+        announcer = self.announcer
+        if request == "lookup":
+            entry = self._known(announcer.lookup(*args[:2]))
+            # It may be about to vanish, or be gone already.
+            entry.entry_timeout = entry.attr_timeout = 0
+            return entry
+        if request == "getattr":
+            return self._entry(self.fs.getattr(args[0]))
+        if request in {"mknod", "mkdir"}:
+            return self._known(announcer.make(*args[:2], directory=request == "mkdir"))
+        if request in {"unlink", "rmdir"}:
+            announcer.remove(*args[:2], directory=request == "rmdir")
+            return None
+        if request == "rename":
+            announcer.rename(*args[:4])
+            return None
+        if request == "setattr":
+            return self._entry(announcer.touch(args[0]))
+        if request == "getxattr" and args[:2] == (ROOT, PROOF.encode()):
+            return b""
+        raise FUSEError(errno.EPERM)
 
     # -- attributes ----------------------------------------------------------------------------------------
 
@@ -427,27 +480,27 @@ class Adapter(pyfuse3.Operations):
     ) -> None:
         if flags & ~pyfuse3.RENAME_NOREPLACE:
             raise FUSEError(errno.EINVAL)
-        await self.fs.rename(
-            Ino(parent_inode_old),
-            name_old,
-            Ino(parent_inode_new),
-            name_new,
-            keep_existing=bool(flags & pyfuse3.RENAME_NOREPLACE),
-        )
+        keep_existing = bool(flags & pyfuse3.RENAME_NOREPLACE)
+        here, there = Ino(parent_inode_old), Ino(parent_inode_new)
+        with self.events.request((here, name_old), (there, name_new)):
+            await self.fs.rename(here, name_old, there, name_new, keep_existing=keep_existing)
 
     @handler
     async def unlink(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
-        await self.fs.unlink(Ino(parent_inode), name)
+        with self.events.request((parent_inode, name)):
+            await self.fs.unlink(Ino(parent_inode), name)
 
     @handler
     async def mkdir(
         self, parent_inode: InodeT, name: bytes, mode: int, ctx: RequestContext
     ) -> EntryAttributes:
-        return self._known(await self.fs.mkdir(Ino(parent_inode), name))
+        with self.events.request((parent_inode, name)):
+            return self._known(await self.fs.mkdir(Ino(parent_inode), name))
 
     @handler
     async def rmdir(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
-        await self.fs.rmdir(Ino(parent_inode), name)
+        with self.events.request((parent_inode, name)):
+            await self.fs.rmdir(Ino(parent_inode), name)
 
     @prompt_handler
     async def link(
@@ -479,16 +532,18 @@ class Adapter(pyfuse3.Operations):
 
     @handler
     async def setxattr(self, inode: InodeT, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        await self.xattrs.set(Ino(inode), name, value)
+        with self.events.request(inode):
+            await self.xattrs.set(Ino(inode), name, value)
 
     @handler
     async def removexattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> None:
-        await self.xattrs.remove(Ino(inode), name)
+        with self.events.request(inode):
+            await self.xattrs.remove(Ino(inode), name)
 
 
 def _invalidate(batch: _Invalid) -> None:
     """In a thread: may wait until requests under way in the same directory are answered."""
-    for parent, name, ino in batch.entries:
+    for parent, name, ino in [*batch.entries, *((*entry, 0) for entry in batch.names)]:
         try:
             pyfuse3.invalidate_entry(InodeT(parent), pyfuse3.FileNameT(name), InodeT(ino))
         except OSError as error:
@@ -560,13 +615,20 @@ async def _run(
         on_rewrite=adapter.on_rewrite,
     )
     adapter.xattrs = Attributes(fs)
+    announcer = adapter.announcer = Announcer(fs, adapter.holds, adapter.drop_entry)
+    feed = Feed(cache.directory)
     try:
         await fs.start()
+        # Not before: what the first look at the server finds is no news.
+        adapter.events.subscribe(announcer.offer)
+        adapter.events.subscribe(feed.offer)
         _mount(adapter, config)
         try:
             log.info("mounted %s on %s", config.account.url, config.mountpoint)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(adapter.invalidate_forever)
+                nursery.start_soon(announcer.run)
+                nursery.start_soon(feed.serve)
                 on_ready()
                 # With fewer, a task would be begun and ended for almost every request.
                 await pyfuse3.main(min_tasks=_TASKS)
@@ -574,6 +636,8 @@ async def _run(
         finally:
             pyfuse3.close(unmount=True)
             log.info("unmounted %s", config.mountpoint)
+            with trio.CancelScope(shield=True):
+                await announcer.end()
     finally:
         with trio.CancelScope(shield=True):
             await fs.end()

@@ -55,6 +55,10 @@ class Changes:
     added: Sequence[tuple[Ino, bytes]] = ()
     gone: Sequence[Gone] = ()
     flagged: Sequence[Ino] = ()
+    replaced: Sequence[bytes] = ()
+    """Names that stand for something else than before, such as a draft that has become a message."""
+    first_look: bool = False
+    """Whether what was added is news to us only: the mailbox was not known before."""
 
 
 class Refresh:
@@ -159,7 +163,8 @@ class Synchroniser:
                 self.delimiter = next((e.delimiter for e in entries if e.delimiter), b"")
                 added, gone = self._cache.set_tree(plan_tree(entries, self.prefix))
             self.freshness.asked(ROOT, started)
-            for parent in {n.parent for n in added} | {g.parent for g in gone}:
+            # In the order in which a client could have done it.
+            for parent in dict.fromkeys([*(g.parent for g in gone), *(n.parent for n in added)]):
                 self.publish(
                     Changes(
                         parent,
@@ -234,7 +239,7 @@ class Synchroniser:
 
     def publish(self, changes: Changes) -> None:
         """Tell of a transaction; first those who may want to keep a body that goes."""
-        if changes.added or changes.gone or changes.flagged:
+        if changes.added or changes.gone or changes.flagged or changes.replaced:
             self._on_changes(changes)
             self._bodies.drop(changes.gone)
 
@@ -299,6 +304,7 @@ class _MailboxSync:
         self._suspect = 0
         """The first of them that did not come."""
         self._unreadable: set[int] = set()
+        self._first_look = False
 
     def _on_trio(self, call: Callable[..., T], *args: object) -> T:
         return trio.from_thread.run_sync(call, *args)
@@ -321,6 +327,8 @@ class _MailboxSync:
         if box is None or box.server_name is None:
             raise MailboxGone("the mailbox is gone")
         name = box.server_name
+        if not self._attempts:
+            self._first_look = not box.complete
         highest = last = self._on_trio(self._cache.last_uid, self.ino)
         if box.uidnext:
             # What was put there from here is known already, what came before it from elsewhere is not.
@@ -493,7 +501,7 @@ class _MailboxSync:
             raise MailboxGone("the mailbox is gone")
         added = self._cache.add_messages(self.ino, messages) if messages else []
         flagged = self._cache.set_flags(self.ino, flags) if flags else []
-        self._publish(Changes(self.ino, added, flagged=flagged))
+        self._publish(Changes(self.ino, added, flagged=flagged, first_look=self._first_look))
         self._refresh.wake()
 
     def _apply_removal(self, ranges: Sequence[tuple[int, int]]) -> int:

@@ -486,7 +486,7 @@ class Uploader:
             self._cache.displace(draft.ino)
             self._bodies.drop([old])
         gone = self._cache.adopt(draft.ino, box.ino, draft.name, message)
-        self._sync.publish(Changes(box.ino, gone=gone, added=[(draft.ino, draft.name)]))
+        self._sync.publish(Changes(box.ino, gone=gone, replaced=[draft.name, *(g.name or b"" for g in gone)]))
         if fit is None or not current:
             self._go_on(draft, box, message)
             return
@@ -578,10 +578,9 @@ class Uploader:
         backup.save()
         # The message goes next.
         await backup.secure()
-        self._sync.publish(Changes(old.parent, gone=[Gone.of(old)], added=[(backup.ino, name)]))
+        self._sync.publish(Changes(old.parent, gone=[Gone.of(old)], replaced=[name]))
 
 
 def _gone(draft: Draft) -> Gone:
-    return Gone(
-        draft.parent, draft.name, draft.ino, draft.size, draft.mtime, draft.ctime, draft.mode, None, None, 0
-    )
+    shown = draft.parent, draft.name, draft.ino, draft.size, draft.mtime, draft.ctime, draft.mode
+    return Gone(*shown, None, None, 0, None, False)

@@ -22,7 +22,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Final, NamedTuple
@@ -31,7 +31,7 @@ import trio
 
 from imapfs.ahead import FetchAhead
 from imapfs.bodies import BodyStore
-from imapfs.cache import Cache, Node
+from imapfs.cache import Cache, Gone, Node
 from imapfs.errors import (
     ConnectionLost,
     Exists,
@@ -48,6 +48,7 @@ from imapfs.errors import (
     UsageError,
     report,
 )
+from imapfs.events import Event, Place
 from imapfs.fetch import Fetcher
 from imapfs.files import Files, Opening
 from imapfs.imap.pool import SessionPool
@@ -86,6 +87,11 @@ class Attributes(NamedTuple):
     """Nanoseconds since the epoch."""
     mode: int | None
     """Permission bits that the user has set."""
+
+    @classmethod
+    def of(cls, gone: Gone) -> "Attributes":
+        """What it was."""
+        return cls(gone.ino, gone.is_dir, gone.size, gone.mtime, gone.ctime, gone.mode)
 
 
 class Space(NamedTuple):
@@ -236,6 +242,41 @@ class Filesystem:
             changes = replace(changes, directory=ROOT)
         self._on_changes(changes)
 
+    def events(self, changes: Changes) -> Iterator[Event]:
+        """What changes look like to whoever watches; nothing of what is not below the mountpoint.
+
+        That a mailbox was deleted says all about what was in it.
+        """
+        directory, path = changes.directory, self.path(changes.directory)
+        if path is None:
+            return
+        for gone in changes.gone:
+            if gone.name is not None and gone.name not in changes.replaced:
+                place = Place(directory, path, gone.name)
+                yield Event("deleted" if gone.is_dir else "expunged", place, gone.ino, gone.uid, gone=gone)
+        for ino, name in changes.added:
+            shown = None if changes.first_look else self.known(directory, name)
+            if shown is not None and shown.ino == ino:
+                place, details = Place(directory, path, name), self.cache.details(ino)
+                if shown.is_dir:
+                    yield Event("created", place, ino)
+                elif details is None:
+                    yield Event("arrived", place, ino)
+                else:
+                    yield Event("arrived", place, ino, details.uid, details.flags)
+        for ino in changes.flagged:
+            node, details = self.cache.node(ino), self.cache.details(ino)
+            if node is not None and node.name is not None and details is not None:
+                yield Event("flags", Place(directory, path, node.name), ino, details.uid, details.flags)
+
+    def path(self, ino: Ino) -> tuple[bytes, ...] | None:
+        """Names from the mountpoint down to a directory; None if it is not there, or not below it."""
+        ino = self._root if ino == ROOT else ino
+        top, path = self.cache.path(self._root), self.cache.path(ino)
+        if path[: len(top)] != top or (ino != ROOT and self.cache.node(ino) is None):
+            return None
+        return path[len(top) :]
+
     def shown(self, draft: Draft) -> str:
         """Where a draft is below the mountpoint, for people and programs."""
         path = (*draft.path, draft.name)[len(self.cache.path(self._root)) :]
@@ -272,8 +313,7 @@ class Filesystem:
             return _draft_attributes(*orphan)
         file = self.files.get(ino)
         if file is not None and file.gone is not None:
-            gone = file.gone
-            return Attributes(ino, False, gone.size, gone.mtime, gone.ctime, gone.mode)
+            return Attributes.of(file.gone)
         return self._attributes(self.node(ino))
 
     def _child(self, directory: Ino, name: bytes) -> Draft | Node | None:
@@ -285,6 +325,13 @@ class Filesystem:
         if node is not None and not node.is_dir and self._is_twin(node, self._uncertain(directory)):
             return None
         return node
+
+    def known(self, parent: Ino, name: bytes) -> Attributes | None:
+        """What is in a directory by that name, as far as is known: at once, and without any question."""
+        found = self._child(self._root if parent == ROOT else parent, name)
+        if found is None:
+            return None
+        return _draft_attributes(found) if isinstance(found, Draft) else self._attributes(found)
 
     def _uncertain(self, directory: Ino) -> list[Draft]:
         """Drafts of which it is not known whether they were sent to the mailbox of a directory."""
