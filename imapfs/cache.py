@@ -249,6 +249,20 @@ class Cache:
                 names.append(row[1])
         return tuple(reversed(names))
 
+    def directory_at(self, path: tuple[bytes, ...]) -> Ino | None:
+        """The directory with this path from the root, if there is one."""
+        ino = ROOT
+        for name in path:
+            node = self.child(ino, name)
+            if node is None or not node.is_dir:
+                return None
+            ino = node.ino
+        return ino
+
+    def family(self, ino: Ino) -> list[Ino]:
+        """A directory and all below it."""
+        return [ino, *(one for child in self.directories(ino) for one in self.family(child.ino))]
+
     def directories(self, parent: Ino) -> list[Node]:
         """The directories in a directory."""
         with self._database.read() as db:
@@ -580,6 +594,36 @@ class Cache:
             self._changed(db, {Ino(old), mailbox}, now)
         return gone
 
+    def twin(self, mailbox: Ino, message: NewMessage) -> Node | None:
+        """A message of another mailbox that looks the same: by Message-ID, INTERNALDATE and size."""
+        if not message.message_id:
+            return None
+        with self._database.read() as db:
+            row = db.execute(
+                f"SELECT {_NODE} FROM node WHERE date = ? AND uid IS NOT NULL AND message_id = ?"
+                " AND (exact OR size = ?) AND parent <> ? AND name IS NOT NULL ORDER BY ino",
+                (message.date, message.message_id, message.size, mailbox),
+            ).fetchone()
+        return Node._make(row) if row else None
+
+    def relocate(self, ino: Ino, mailbox: Ino, message: NewMessage) -> bytes:
+        """Another client has moved a message to this mailbox, where it is ``message``; its new name there.
+
+        Inode and cached body stay.
+        """
+        now = time.time_ns()
+        with self._database.write() as db:
+            (old,) = db.execute("SELECT parent FROM node WHERE ino = ?", (ino,)).fetchone()
+            name = message_name(self._names(db), message.date, message.sender, message.subject, message.uid)
+            name = _free_name(db, mailbox, name)
+            db.execute(
+                "UPDATE node SET parent = ?, uid = ?, name = ?, alias = 0, flags = ?, modseq = ?, ctime = ?"
+                " WHERE ino = ?",
+                (mailbox, message.uid, name, message.flags, message.modseq, now, ino),
+            )
+            self._changed(db, {Ino(old), mailbox}, now)
+        return name
+
     def adopt(self, ino: Ino, mailbox: Ino, name: bytes | None, message: NewMessage) -> list[Gone]:
         """A file that was made here is a message on the server now, under the same inode and name.
 
@@ -598,6 +642,12 @@ class Cache:
         with self._database.read() as db:
             row = db.execute("SELECT alias FROM node WHERE parent = ? AND uid = ?", (mailbox, uid)).fetchone()
         return bool(row and row[0])
+
+    def mailboxes(self) -> list[Mailbox]:
+        """All of the account."""
+        with self._database.read() as db:
+            rows = db.execute(f"SELECT {_MAILBOX} FROM mailbox WHERE server_name IS NOT NULL").fetchall()
+        return [Mailbox._make(row) for row in rows]
 
     def mailbox_named(self, server_name: bytes) -> Mailbox | None:
         with self._database.read() as db:

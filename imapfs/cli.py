@@ -469,14 +469,14 @@ def watch(mountpoint: Path, as_json: bool) -> None:
     try:
         for event in watching.events(mountpoint, sys.stdout.fileno()):
             if event["event"] == "watching":
-                click.echo(_printable(f"watching {mountpoint}: Ctrl-C ends it"), err=True)
+                click.echo(one_line(f"watching {mountpoint}: Ctrl-C ends it"), err=True)
             else:
-                click.echo(json.dumps(event) if as_json else _printable(watching.as_text(event)))
+                click.echo(json.dumps(event) if as_json else one_line(watching.as_text(event)))
     except (watching.Closed, BrokenPipeError):
         # What is in the buffer has nowhere to go, and would be tried again at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
-    click.echo(_printable(f"{mountpoint} was unmounted"), err=True)
+    click.echo(one_line(f"{mountpoint} was unmounted"), err=True)
 
 
 @commands.command()

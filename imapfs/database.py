@@ -60,6 +60,7 @@ CREATE TABLE node (            -- every directory entry
 CREATE INDEX node_order ON node (parent, ino);
 CREATE UNIQUE INDEX node_uid ON node (parent, uid) WHERE uid IS NOT NULL;
 CREATE INDEX node_lru ON node (used) WHERE crc IS NOT NULL;
+CREATE INDEX node_date ON node (date) WHERE uid IS NOT NULL;
 CREATE TABLE mailbox (         -- what a directory stands for on the server
   ino INTEGER PRIMARY KEY,
   server_name BLOB,            -- as the server spells it; NULL for a directory that only leads to others

@@ -168,19 +168,23 @@ class Adapter(pyfuse3.Operations):
     def on_changes(self, changes: Changes) -> None:
         """Have the kernel drop what is no longer so, and tell who watches."""
         # Flags are extended attributes, which the kernel does not keep.
-        if changes.added or changes.gone or changes.replaced:
+        if changes.added or changes.gone or changes.moved or changes.replaced:
             self._forget_entries(changes)
         for event in self.fs.events(changes):
             self.events.publish(event)
 
     def _forget_entries(self, changes: Changes) -> None:
+        directories = {changes.directory, *(moved.parent for moved in changes.moved)}
         for listing in self._listings.values():
-            if listing.ino == changes.directory:
+            if listing.ino in directories:
                 listing.forget_page()
         for gone in changes.gone:
             if gone.name is not None and gone.ino in self._lookups:
                 self._invalid.entries.append((changes.directory, gone.name, gone.ino))
-        self._invalid.attributes.add(changes.directory)
+        for moved in changes.moved:
+            if moved.ino in self._lookups:
+                self._invalid.names.append((moved.parent, moved.name))
+        self._invalid.attributes |= directories
         self._invalid_news.set()
 
     def on_resize(self, ino: Ino) -> None:

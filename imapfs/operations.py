@@ -225,7 +225,7 @@ class Operations:
 
     async def rename_mailbox(self, ino: Ino, old: bytes, new: bytes, parent: Ino, name: bytes) -> None:
         """Rename a mailbox and all below it; messages keep inodes and cached bodies."""
-        async with self._sync.tree_lock, self._sync.exclusive(*self._family(ino)):
+        async with self._sync.tree_lock, self._sync.exclusive(*self._cache.family(ino)):
             await self._once(
                 lambda session: session.rename_mailbox(old, new),
                 lambda listed: new in listed and old not in listed,
@@ -242,9 +242,6 @@ class Operations:
         if is_done({entry.name for entry in await self._pool.run(Session.list_mailboxes)}):
             return None
         return await self._pool.run(work, repeat=False)
-
-    def _family(self, ino: Ino) -> list[Ino]:
-        return [ino, *(one for child in self._cache.directories(ino) for one in self._family(child.ino))]
 
     async def _relist(self) -> None:
         refresh = self._sync.refresh_tree(0)

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -27,6 +27,7 @@ from imapfs.imap.grammar import FetchData, ListEntry, parse_date
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import MailboxState, Session
 from imapfs.model import ROOT, Ino, ModSeq, Uid, UidValidity
+from imapfs.moves import Arrivals, Moved, Renamed, find_renamed
 from imapfs.names import decode_mailbox, entry_name
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ _FIRST_BATCH: Final = 64
 """Messages in the first transaction of a listing: small, so that `ls` shows something soon."""
 _BATCH: Final = 1000
 """Most rows in one transaction, so that the trio thread is never busy with one for long."""
+_MOVE_PATIENCE: Final = 1.0
+"""Seconds for which messages that are gone are still known, as long as other mailboxes are looked at."""
 _STUCK: Final = 3
 """Attempts to list a mailbox that may end without any message more."""
 _ATTEMPTS: Final = 50
@@ -55,6 +58,8 @@ class Changes:
     added: Sequence[tuple[Ino, bytes]] = ()
     gone: Sequence[Gone] = ()
     flagged: Sequence[Ino] = ()
+    moved: Sequence[Moved] = ()
+    """What another client has moved, or renamed, into this directory."""
     replaced: Sequence[bytes] = ()
     """Names that stand for something else than before, such as a draft that has become a message."""
     first_look: bool = False
@@ -114,6 +119,11 @@ class Synchroniser:
         self._tree: Refresh | None = None
         self._mailboxes: dict[Ino, Refresh] = {}
         self._locks: dict[Ino, trio.Lock] = {}
+        self._parked: set[Ino] = set()
+        """Mailboxes whose synchronisation is about to forget messages, and has not begun to."""
+        self._unparked = trio.Event()
+        self.is_in_use: Callable[[Ino], bool] = lambda _: False
+        """Whether a message has to stay where it is, because something that is written belongs to it."""
         self._prefix: bytes | None = None
         self.delimiter = b""
         """Hierarchy delimiter of the personal namespace, once the tree is known."""
@@ -161,7 +171,10 @@ class Synchroniser:
                 started = time.monotonic()
                 entries = await self._pool.run(ask)
                 self.delimiter = next((e.delimiter for e in entries if e.delimiter), b"")
-                added, gone = self._cache.set_tree(plan_tree(entries, self.prefix))
+                wanted = plan_tree(entries, self.prefix)
+                for box, directory, parent in await find_renamed(self._pool, self._cache, wanted):
+                    await self._follow(box, directory, parent)
+                added, gone = self._cache.set_tree(wanted)
             self.freshness.asked(ROOT, started)
             # In the order in which a client could have done it.
             for parent in dict.fromkeys([*(g.parent for g in gone), *(n.parent for n in added)]):
@@ -183,6 +196,17 @@ class Synchroniser:
         known = {(m.server_name, bool(m.selectable), m.special_use) for m in self._cache.mailboxes()}
         return known == {(entry.name, entry.selectable, entry.special_use) for entry in entries}
 
+    async def _follow(self, box: Mailbox, directory: Directory, parent: Ino) -> None:
+        """Another client has renamed a mailbox."""
+        old, new, name = box.server_name, directory.server_name, directory.path[-1]
+        async with self.exclusive(*self._cache.family(box.ino)):
+            node, now = self._cache.node(box.ino), self._cache.mailbox(box.ino)
+            if node is None or now is None or now.server_name != old or old is None or new is None:
+                return
+            self._cache.rename_directory(box.ino, parent, name, old, new)
+        renamed = Renamed(old, new, box.delimiter)
+        self.publish(Changes(parent, moved=[Moved(box.ino, node.parent, node.name or b"", name, renamed)]))
+
     # -- the messages of one mailbox -----------------------------------------------------------------------
 
     def refresh_mailbox(self, ino: Ino, max_age: float) -> Refresh | None:
@@ -203,7 +227,7 @@ class Synchroniser:
             mailbox = self._cache.mailbox(ino)
             if mailbox is None or mailbox.server_name is None or not mailbox.selectable:
                 raise MailboxGone("the mailbox is gone")
-            work = _MailboxSync(self._cache, ino, refresh, self.publish)
+            work = _MailboxSync(self._cache, ino, refresh, self.publish, self._may_take, self._let_take)
             async with self.exclusive(ino):
                 await self._list_messages(work, mailbox.server_name)
             self.freshness.asked(ino, started)
@@ -214,6 +238,7 @@ class Synchroniser:
                 self.refresh_tree(0)
         finally:
             del self._mailboxes[ino]
+            self._wake_parked()
             refresh.finish(error)
 
     async def _list_messages(self, work: "_MailboxSync", name: bytes) -> None:
@@ -224,6 +249,27 @@ class Synchroniser:
                 if not work.may_go_on(error):
                     raise
                 log.info("mailbox %d: going on where the listing ended: %s", work.ino, error)
+
+    def _may_take(self, ino: Ino, mailbox: Ino) -> bool:
+        """Whether a message that another client has moved can be taken from ``mailbox`` now."""
+        lock = self._locks.get(mailbox)
+        free = lock is None or not lock.locked() or mailbox in self._parked
+        return free and not self.is_in_use(ino)
+
+    async def _let_take(self, mailbox: Ino) -> None:
+        """Before messages are forgotten: those mailboxes that are looked at now may have got some of them."""
+        self._parked.add(mailbox)
+        self._wake_parked()
+        try:
+            with trio.move_on_after(_MOVE_PATIENCE):
+                while not self._parked.issuperset(self._mailboxes):
+                    await self._unparked.wait()
+        finally:
+            self._parked.remove(mailbox)
+
+    def _wake_parked(self) -> None:
+        self._unparked.set()
+        self._unparked = trio.Event()
 
     @contextlib.asynccontextmanager
     async def exclusive(self, *mailboxes: Ino) -> AsyncIterator[None]:
@@ -239,7 +285,7 @@ class Synchroniser:
 
     def publish(self, changes: Changes) -> None:
         """Tell of a transaction; first those who may want to keep a body that goes."""
-        if changes.added or changes.gone or changes.flagged or changes.replaced:
+        if changes.added or changes.gone or changes.flagged or changes.moved or changes.replaced:
             self._on_changes(changes)
             self._bodies.drop(changes.gone)
 
@@ -289,11 +335,21 @@ class _MailboxSync:
     UIDs and asks for the rest. A message at which that ended twice is listed without its headers.
     """
 
-    def __init__(self, cache: Cache, ino: Ino, refresh: Refresh, publish: Callable[[Changes], None]) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        ino: Ino,
+        refresh: Refresh,
+        publish: Callable[[Changes], None],
+        may_take: Callable[[Ino, Ino], bool],
+        let_take: Callable[[Ino], Awaitable[None]],
+    ) -> None:
         self._cache = cache
         self.ino = ino
         self._refresh = refresh
         self._publish = publish
+        self._let_take = let_take
+        self._arrivals = Arrivals(cache, ino, may_take)
         self._listing = False
         """Whether metadata is coming in: a failure may be the fault of a message."""
         self._progress = False
@@ -382,8 +438,9 @@ class _MailboxSync:
             return self._by_comparison(session, name, box)
         if not self._check_known(found, last):
             self._check_one(session, self._last_but(state.vanished))
-        self._remove(state.vanished)
         self._take_all(found)
+        self._settle(session)
+        self._remove(state.vanished)
         if self._on_trio(self._cache.counts, self.ino)[0] != state.exists:
             return self._by_comparison(session, name, box)
         return self._done(state)
@@ -402,6 +459,7 @@ class _MailboxSync:
         if state.highestmodseq != box.modseq:
             session.fetch_changed_flags(box.modseq, found.append)
         self._take_all(found)
+        self._settle(session)
         if self._on_trio(self._cache.counts, self.ino)[0] != state.exists:
             return self._by_comparison(session, name, box)
         return self._done(state)
@@ -430,13 +488,16 @@ class _MailboxSync:
                     self._unreadable.intersection(new), news.take, news.take, headers=False
                 )
                 session.fetch_metadata(self._asked, news.take, news.take)
+            self._settle(session)
         self._done(state)
 
     def _from_nothing(self, session: Session, name: bytes) -> None:
         self._asked = []
         with self._taking() as news:
             session.list_all(name, news.take, self._reset, news.take)
-        self._done(session.state)
+        state = session.state
+        self._settle(session)
+        self._done(state)
 
     def _check_known(self, found: Iterable[FetchData], last: int) -> bool:
         """Whether a message that is known is among ``found``; raises _Stale if it comes back as another one.
@@ -483,7 +544,15 @@ class _MailboxSync:
     def _add(self, messages: Sequence[NewMessage], flags: Sequence[FlagChange]) -> None:
         self._on_trio(self._apply, messages, flags)
 
+    def _settle(self, session: Session) -> None:
+        """Have what may have been moved here. Selects other mailboxes."""
+        new, moved = self._arrivals.settle(session)
+        if new or moved:
+            self._on_trio(self._apply_arrivals, new, moved)
+
     def _remove(self, ranges: Sequence[tuple[int, int]]) -> None:
+        if ranges:
+            trio.from_thread.run(self._let_take, self.ino)
         for start in range(0, len(ranges), _BATCH):
             while self._on_trio(self._apply_removal, ranges[start : start + _BATCH]) == _BATCH:
                 pass
@@ -499,9 +568,16 @@ class _MailboxSync:
     def _apply(self, messages: Sequence[NewMessage], flags: Sequence[FlagChange]) -> None:
         if self._cache.mailbox(self.ino) is None:
             raise MailboxGone("the mailbox is gone")
+        if not self._first_look:
+            messages = self._arrivals.hold_back(messages)
         added = self._cache.add_messages(self.ino, messages) if messages else []
         flagged = self._cache.set_flags(self.ino, flags) if flags else []
         self._publish(Changes(self.ino, added, flagged=flagged, first_look=self._first_look))
+        self._refresh.wake()
+
+    def _apply_arrivals(self, new: Sequence[NewMessage], moved: Sequence[Moved]) -> None:
+        added = self._cache.add_messages(self.ino, new)
+        self._publish(Changes(self.ino, added, moved=moved))
         self._refresh.wake()
 
     def _apply_removal(self, ranges: Sequence[tuple[int, int]]) -> int:

@@ -48,12 +48,13 @@ from imapfs.errors import (
     UsageError,
     report,
 )
-from imapfs.events import Event, Place
+from imapfs.events import Event, Kind, Place
 from imapfs.fetch import Fetcher
 from imapfs.files import Files, Opening
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Quota, Session
 from imapfs.model import ROOT, Ino, MountConfig
+from imapfs.moves import Renamed
 from imapfs.names import server_component
 from imapfs.operations import Journal, Operations
 from imapfs.push import Push
@@ -135,6 +136,7 @@ class Filesystem:
         self._bodies = BodyStore(cache, config.cache_size)
         self.spool = Spool(cache.directory / "spool")
         self.sync = Synchroniser(pool, cache, self._bodies, nursery, self._changed)
+        self.sync.is_in_use = lambda ino: self.spool.get(ino) is not None
         fetcher = Fetcher(pool, cache, self._bodies, nursery, on_resize)
         ahead = FetchAhead(cache, fetcher.start_ahead, config.fetch_ahead)
         self.files = Files(cache, self._bodies, fetcher, ahead, self.spool, self._draft_of)
@@ -238,8 +240,14 @@ class Filesystem:
             self.files.removed(gone)
             for draft in self.spool.within(gone.ino):
                 self._rescue(draft)
+        for moved in changes.moved:
+            if moved.mailbox is not None:
+                self._follow_mailbox(moved.mailbox)
         if changes.directory == self._root:
             changes = replace(changes, directory=ROOT)
+        if any(moved.parent == self._root for moved in changes.moved):
+            here = [m._replace(parent=ROOT if m.parent == self._root else m.parent) for m in changes.moved]
+            changes = replace(changes, moved=here)
         self._on_changes(changes)
 
     def events(self, changes: Changes) -> Iterator[Event]:
@@ -247,27 +255,43 @@ class Filesystem:
 
         That a mailbox was deleted says all about what was in it.
         """
-        directory, path = changes.directory, self.path(changes.directory)
-        if path is None:
-            return
+        directory = changes.directory
+        for moved in changes.moved:
+            before, after = self._place(moved.parent, moved.name), self._place(directory, moved.new_name)
+            if before is not None and after is not None:
+                yield self._event("renamed" if moved.mailbox else "moved", after, moved.ino, before)
+            elif after is not None:
+                yield self._event("created" if moved.mailbox else "arrived", after, moved.ino)
+            elif before is not None:
+                node = self.cache.node(moved.ino)
+                gone = node and Gone.of(node)
+                yield Event("deleted" if moved.mailbox else "expunged", before, moved.ino, gone=gone)
         for gone in changes.gone:
             if gone.name is not None and gone.name not in changes.replaced:
-                place = Place(directory, path, gone.name)
-                yield Event("deleted" if gone.is_dir else "expunged", place, gone.ino, gone.uid, gone=gone)
-        for ino, name in changes.added:
-            shown = None if changes.first_look else self.known(directory, name)
-            if shown is not None and shown.ino == ino:
-                place, details = Place(directory, path, name), self.cache.details(ino)
-                if shown.is_dir:
-                    yield Event("created", place, ino)
-                elif details is None:
-                    yield Event("arrived", place, ino)
-                else:
-                    yield Event("arrived", place, ino, details.uid, details.flags)
+                before = self._place(directory, gone.name)
+                if before is not None:
+                    kind: Kind = "deleted" if gone.is_dir else "expunged"
+                    yield Event(kind, before, gone.ino, gone.uid, gone=gone)
+        for ino, name in () if changes.first_look else changes.added:
+            after, shown = self._place(directory, name), self.known(directory, name)
+            if after is not None and shown is not None and shown.ino == ino:
+                yield self._event("created" if shown.is_dir else "arrived", after, ino)
         for ino in changes.flagged:
-            node, details = self.cache.node(ino), self.cache.details(ino)
-            if node is not None and node.name is not None and details is not None:
-                yield Event("flags", Place(directory, path, node.name), ino, details.uid, details.flags)
+            node = self.cache.node(ino)
+            after = self._place(directory, node.name) if node is not None and node.name is not None else None
+            if after is not None:
+                yield self._event("flags", after, ino)
+
+    def _event(self, kind: Kind, place: Place, ino: Ino, source: Place | None = None) -> Event:
+        """An event about something that is there."""
+        details = self.cache.details(ino)
+        if details is None:
+            return Event(kind, place, ino, source=source)
+        return Event(kind, place, ino, details.uid, details.flags, source)
+
+    def _place(self, directory: Ino, name: bytes) -> Place | None:
+        path = self.path(directory)
+        return None if path is None else Place(directory, path, name)
 
     def path(self, ino: Ino) -> tuple[bytes, ...] | None:
         """Names from the mountpoint down to a directory; None if it is not there, or not below it."""
@@ -839,9 +863,14 @@ class Filesystem:
         if not await self.operations.recover():
             raise Refused("a move is not finished yet: try again", "UNAVAILABLE")
         await self.operations.rename_mailbox(source.ino, old, new, parent, name)
+        self._follow_mailbox(Renamed(old, new, mailbox.delimiter))
+
+    def _follow_mailbox(self, renamed: Renamed) -> None:
+        """A mailbox has another name on the server: so has what drafts belong to, and where they are."""
+        old, new, delimiter = renamed
         for draft in (*self.spool, *self.spool.sent):
             for place in (draft.base, draft.attempt):
-                below = mailbox.delimiter and place and place.mailbox.startswith(old + mailbox.delimiter)
+                below = delimiter and place and place.mailbox.startswith(old + delimiter)
                 if place is not None and (place.mailbox == old or below):
                     place.mailbox = new + place.mailbox[len(old) :]
                     draft.save()

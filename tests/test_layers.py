@@ -24,6 +24,7 @@ LAYERS = (
     {"append", "ahead"},
     {"fetch", "operations", "push"},
     {"sync", "spool", "sample"},
+    {"moves"},
     {"bodies", "freshness", "events"},
     {"cache"},
     {"database"},

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.mounting import DEADLINE, ROOT, Mount, wait_until
+from tests.mounting import ROOT, Mount, wait_until
 
 
 class Watcher:
