@@ -5,14 +5,15 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from tests.mounting import ROOT, Mount, wait_until
 
 
 class Watcher:
-    """A program that prints a line for each event."""
+    """A program that prints a line for each event; it has begun to watch once this is made."""
 
     def __init__(self, command: Sequence[str | Path], ready: str) -> None:
         self.lines: list[str] = []
@@ -26,30 +27,36 @@ class Watcher:
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         self._threads = [
-            threading.Thread(target=self._collect, args=pair)
-            for pair in ((self.process.stdout, self.lines), (self.process.stderr, self.errors))
+            threading.Thread(target=_collect, args=(self.process.stdout, self.lines)),
+            threading.Thread(target=_collect, args=(self.process.stderr, self.errors)),
         ]
         for thread in self._threads:
             thread.start()
         wait_until(lambda: any(ready in line for line in self.errors), f"{command[0]} watches")
 
-    @staticmethod
-    def _collect(stream, lines):
-        for line in stream:
-            lines.append(line.rstrip("\n"))
+    def wait(self) -> int:
+        """Wait for its end, and return its exit code; all lines are there then."""
+        wait_until(lambda: self.process.poll() is not None, "the end of a watcher")
+        for thread in self._threads:
+            thread.join()
+        return self.process.returncode
 
     def close(self) -> None:
         self.process.kill()
-        self.process.wait()
-        for thread in self._threads:
-            thread.join()
+        self.wait()
+
+
+def _collect(stream: IO[str], lines: list[str]) -> None:
+    with stream:
+        lines.extend(line.rstrip("\n") for line in stream)
 
 
 @contextlib.contextmanager
-def inotifywait(directory: Path) -> Iterator[Watcher]:
+def inotifywait(*directories: Path) -> Iterator[Watcher]:
+    """Watch directories; a line has the events, the directory's name, and the entry's."""
+    events = "create,delete,move,attrib"
     watcher = Watcher(
-        ["inotifywait", "-m", "-e", "create,delete,move,attrib,delete_self", "--format", "%e %f", directory],
-        "Watches established",
+        ["inotifywait", "-m", "-e", events, "--format", "%e %w%f", *directories], "Watches established"
     )
     try:
         yield watcher
@@ -59,6 +66,7 @@ def inotifywait(directory: Path) -> Iterator[Watcher]:
 
 @contextlib.contextmanager
 def imapfs_watch(mount: Mount, *arguments: str) -> Iterator[Watcher]:
+    """Run `imapfs watch`."""
     watcher = Watcher([sys.executable, "-m", "imapfs", "watch", mount.path, *arguments], "watching")
     try:
         yield watcher
@@ -66,6 +74,17 @@ def imapfs_watch(mount: Mount, *arguments: str) -> Iterator[Watcher]:
         watcher.close()
 
 
-def look(directory: Path) -> None:
-    """Open a directory, which has the daemon ask the server, and read nothing of it."""
-    os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY))
+def look(*directories: Path) -> None:
+    """Open directories, which has the daemon ask the server, and read nothing of them."""
+    for directory in directories:
+        os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY))
+
+
+def wait_looking(condition: Callable[[], object], what: str, *directories: Path) -> None:
+    """Wait for ``condition``, which needs the news of ``directories``."""
+
+    def looked() -> object:
+        look(*directories)
+        return condition()
+
+    wait_until(looked, what)
