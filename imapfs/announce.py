@@ -83,6 +83,8 @@ class Announcer:
         self._news = trio.Event()
         self._overflow = False
         self._failures = 0
+        self._asked = False
+        """Whether the request of the event that is being announced has come: then it is not tried again."""
         self._expected: _Expected | None = None
         # On a mount that the kernel knows to be read-only the calls fail before they come here.
         self._active = not fs.config.read_only
@@ -130,13 +132,20 @@ class Announcer:
     async def _run(self) -> None:
         while True:
             while self._waiting:
-                await self._announce(self._waiting.popleft())
+                event = self._waiting.popleft()
+                try:
+                    await self._announce(event)
+                except BaseException:
+                    if not self._asked:
+                        self._waiting.appendleft(event)
+                    raise
                 self._failures = 0
             await self._news.wait()
             self._news = trio.Event()
 
     async def _announce(self, event: Event) -> None:
         """Raises OSError, ValueError or BrokenResourceError if there can be no announcements."""
+        self._asked = False
         if self._process is None:
             await self._start_process()
         for _ in range(_TRIES):
@@ -147,7 +156,7 @@ class Announcer:
             try:
                 code = await self._call(_CALLS[event.kind], *arguments)
             finally:
-                self._expected = None
+                self._expected, self._asked = None, expected.asked
             if expected.asked or code not in {0, errno.EEXIST}:
                 if code not in {0, errno.ENOENT, errno.EPERM}:
                     log.debug("%s %s was not announced: %s", event.kind, event.place, os.strerror(code))

@@ -108,8 +108,9 @@ async def _listener(directory: Path) -> AsyncIterator[trio.socket.SocketType]:
         (directory / SOCKET).unlink()
     with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         with address(directory) as short:
-            # The umask of the daemon and the mode of the directory keep others out; `_is_ours` does too.
             await listener.bind(short)
+        # Nobody else can have reached it before: the directory is closed to them.
+        (directory / SOCKET).chmod(0o600)
         listener.listen()
         try:
             yield listener

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from imapfs.errors import ImapfsError, UsageError
 
 FSTYPE = "fuse.imapfs"
 STATUS_XATTR = "user.imapfs.status"
+_BUSY_FOR_A_MOMENT = 1.0
+"""Seconds after which a mount that is busy is so because of somebody."""
 
 _PROBE = f"""
 import os, sys
@@ -192,17 +195,23 @@ def unmount(path: Path, timeout: float = 60.0) -> None:
 def _fusermount_unmount(where: Path, *, answers: bool) -> None:
     if shutil.which("fusermount3") is None:
         raise ImapfsError(f"{where}: fusermount3 is not installed: install the package fuse3")
-    result = subprocess.run(
-        ["fusermount3", "-u", where],
-        env={**os.environ, "LC_ALL": "C"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    if result.returncode == 0:
-        return
+    deadline = time.monotonic() + _BUSY_FOR_A_MOMENT
+    while True:
+        result = subprocess.run(
+            ["fusermount3", "-u", where],
+            env={**os.environ, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if result.returncode == 0:
+            return
+        if "busy" not in result.stderr or not answers or time.monotonic() > deadline:
+            break
+        # Perhaps the daemon itself uses it, which announces changes to who watches.
+        time.sleep(0.01)
     said = result.stderr.strip().rpartition("\n")[2]
     if "busy" in said and not answers:
         raise ImapfsError(

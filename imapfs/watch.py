@@ -12,7 +12,7 @@ from imapfs import mounts
 from imapfs.errors import ImapfsError
 from imapfs.events import address
 
-_PATIENCE: Final = 10.0
+_PATIENCE: Final = 3.0
 """Seconds that a mount may take to vanish once its daemon has ended the connection."""
 
 
