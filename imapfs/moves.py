@@ -5,7 +5,7 @@ Message-ID, INTERNALDATE and size of a message in another mailbox is a copy if t
 is asked; else it was moved. A mailbox that is new, with the UIDVALIDITY of one that is gone, is that one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -21,6 +21,9 @@ from imapfs.model import Ino, Uid
 _MOST: Final = 1000
 """Messages that come at once and are looked for in other mailboxes; more are somebody's archive."""
 _MOST_MAILBOXES: Final = 20
+"""New ones that are compared with those that are gone: each is a question to the server."""
+_PATIENCE: Final = 1.0
+"""Seconds that a synchronisation waits for others."""
 
 
 class Renamed(NamedTuple):
@@ -43,6 +46,60 @@ class Moved(NamedTuple):
     """What it was on the server, of a directory."""
 
 
+class Crossing:
+    """Where synchronisations of mailboxes wait for each other, so that what was moved between them is found
+    whichever of them is the first. Used on the trio thread.
+
+    ``running`` are the mailboxes that are synchronised, ``locks`` those that are in exclusive use.
+    """
+
+    def __init__(self, running: Collection[Ino], locks: Mapping[Ino, trio.Lock]) -> None:
+        self._running = running
+        self._locks = locks
+        self._waiting: set[Ino] = set()
+        """Mailboxes whose synchronisation waits here: from these messages can be taken."""
+        self._forgetting: set[Ino] = set()
+        """Those of them that are about to forget what is gone."""
+        self._changed = trio.Event()
+        self.is_in_use: Callable[[Ino], bool] = lambda _: False
+        """Whether a message has to stay where it is, because something that is written belongs to it."""
+
+    def may_take(self, ino: Ino, mailbox: Ino) -> bool:
+        """Whether a message that another client has moved can be taken from ``mailbox`` now."""
+        return self._is_at_rest(mailbox) and not self.is_in_use(ino)
+
+    def _is_at_rest(self, mailbox: Ino) -> bool:
+        lock = self._locks.get(mailbox)
+        return lock is None or not lock.locked() or mailbox in self._waiting
+
+    async def before_taking(self, mailbox: Ino, sources: Collection[Ino]) -> None:
+        """Wait a moment until messages that were moved to ``mailbox`` can be taken from ``sources``."""
+        await self._wait(mailbox, lambda: all(map(self._is_at_rest, sources)))
+
+    async def before_forgetting(self, mailbox: Ino) -> None:
+        """Wait a moment for the others, which may have got what ``mailbox`` is about to forget."""
+        self._forgetting.add(mailbox)
+        try:
+            await self._wait(mailbox, lambda: self._forgetting.issuperset(self._running))
+        finally:
+            self._forgetting.remove(mailbox)
+
+    async def _wait(self, mailbox: Ino, condition: Callable[[], bool]) -> None:
+        self._waiting.add(mailbox)
+        self.wake()
+        try:
+            with trio.move_on_after(_PATIENCE):
+                while not condition():
+                    await self._changed.wait()
+        finally:
+            self._waiting.remove(mailbox)
+
+    def wake(self) -> None:
+        """A synchronisation has come further, or to its end."""
+        self._changed.set()
+        self._changed = trio.Event()
+
+
 class Arrivals:
     """Messages that come into one mailbox. Used by one synchronisation: see there which thread calls what.
 
@@ -54,9 +111,10 @@ class Arrivals:
         self._mailbox = mailbox
         self._may_take = may_take
         self._held: dict[Uid, tuple[NewMessage, Node]] = {}
+        self._there: dict[Ino, set[int]] = {}
 
     def hold_back(self, messages: Sequence[NewMessage]) -> list[NewMessage]:
-        """On the trio thread: those that are new for sure; the others wait for `settle`."""
+        """On the trio thread: those that are new for sure; the others wait for `look` and `take`."""
         if len(self._held) + len(messages) > _MOST:
             return list(messages)
         new = []
@@ -69,23 +127,22 @@ class Arrivals:
                 self._held[message.uid] = message, twin
         return new
 
-    def settle(self, session: Session) -> tuple[list[NewMessage], list[Moved]]:
-        """In a thread: what was held back, as new messages and as moved ones, which the cache has already.
+    def look(self, session: Session) -> set[Ino]:
+        """In a thread: find out which of those that were held back are still elsewhere too; where that is.
 
         Another mailbox may be selected afterwards. Raises ImapfsError.
         """
-        held = list(self._held.values())
-        self._held.clear()
-        there: dict[Ino, set[int]] = {}
-        for source in {twin.parent for _, twin in held}:
-            uids = [twin.uid or 0 for _, twin in held if twin.parent == source]
+        sources = {twin.parent for _, twin in self._held.values()}
+        for source in sources:
+            uids = [twin.uid or 0 for _, twin in self._held.values() if twin.parent == source]
             box = trio.from_thread.run_sync(self._cache.mailbox, source)
-            there[source] = _still_there(session, box, uids)
-        return trio.from_thread.run_sync(self._take, held, there)
+            self._there[source] = _still_there(session, box, uids)
+        return sources
 
-    def _take(
-        self, held: list[tuple[NewMessage, Node]], there: dict[Ino, set[int]]
-    ) -> tuple[list[NewMessage], list[Moved]]:
+    def take(self) -> tuple[list[NewMessage], list[Moved]]:
+        """On the trio thread, after `look`: the new messages, and those that were moved, as they are now."""
+        held, there = list(self._held.values()), self._there
+        self._held.clear()
         new, moved = [], []
         for message, twin in held:
             now = self._cache.node(twin.ino)

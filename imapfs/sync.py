@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -27,7 +27,7 @@ from imapfs.imap.grammar import FetchData, ListEntry, parse_date
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import MailboxState, Session
 from imapfs.model import ROOT, Ino, ModSeq, Uid, UidValidity
-from imapfs.moves import Arrivals, Moved, Renamed, find_renamed
+from imapfs.moves import Arrivals, Crossing, Moved, Renamed, find_renamed
 from imapfs.names import decode_mailbox, entry_name
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,6 @@ _FIRST_BATCH: Final = 64
 """Messages in the first transaction of a listing: small, so that `ls` shows something soon."""
 _BATCH: Final = 1000
 """Most rows in one transaction, so that the trio thread is never busy with one for long."""
-_MOVE_PATIENCE: Final = 1.0
-"""Seconds for which messages that are gone are still known, as long as other mailboxes are looked at."""
 _STUCK: Final = 3
 """Attempts to list a mailbox that may end without any message more."""
 _ATTEMPTS: Final = 50
@@ -119,11 +117,7 @@ class Synchroniser:
         self._tree: Refresh | None = None
         self._mailboxes: dict[Ino, Refresh] = {}
         self._locks: dict[Ino, trio.Lock] = {}
-        self._parked: set[Ino] = set()
-        """Mailboxes whose synchronisation is about to forget messages, and has not begun to."""
-        self._unparked = trio.Event()
-        self.is_in_use: Callable[[Ino], bool] = lambda _: False
-        """Whether a message has to stay where it is, because something that is written belongs to it."""
+        self.crossing = Crossing(self._mailboxes.keys(), self._locks)
         self._prefix: bytes | None = None
         self.delimiter = b""
         """Hierarchy delimiter of the personal namespace, once the tree is known."""
@@ -227,7 +221,7 @@ class Synchroniser:
             mailbox = self._cache.mailbox(ino)
             if mailbox is None or mailbox.server_name is None or not mailbox.selectable:
                 raise MailboxGone("the mailbox is gone")
-            work = _MailboxSync(self._cache, ino, refresh, self.publish, self._may_take, self._let_take)
+            work = _MailboxSync(self._cache, ino, refresh, self.publish, self.crossing)
             async with self.exclusive(ino):
                 await self._list_messages(work, mailbox.server_name)
             self.freshness.asked(ino, started)
@@ -238,7 +232,7 @@ class Synchroniser:
                 self.refresh_tree(0)
         finally:
             del self._mailboxes[ino]
-            self._wake_parked()
+            self.crossing.wake()
             refresh.finish(error)
 
     async def _list_messages(self, work: "_MailboxSync", name: bytes) -> None:
@@ -249,27 +243,6 @@ class Synchroniser:
                 if not work.may_go_on(error):
                     raise
                 log.info("mailbox %d: going on where the listing ended: %s", work.ino, error)
-
-    def _may_take(self, ino: Ino, mailbox: Ino) -> bool:
-        """Whether a message that another client has moved can be taken from ``mailbox`` now."""
-        lock = self._locks.get(mailbox)
-        free = lock is None or not lock.locked() or mailbox in self._parked
-        return free and not self.is_in_use(ino)
-
-    async def _let_take(self, mailbox: Ino) -> None:
-        """Before messages are forgotten: those mailboxes that are looked at now may have got some of them."""
-        self._parked.add(mailbox)
-        self._wake_parked()
-        try:
-            with trio.move_on_after(_MOVE_PATIENCE):
-                while not self._parked.issuperset(self._mailboxes):
-                    await self._unparked.wait()
-        finally:
-            self._parked.remove(mailbox)
-
-    def _wake_parked(self) -> None:
-        self._unparked.set()
-        self._unparked = trio.Event()
 
     @contextlib.asynccontextmanager
     async def exclusive(self, *mailboxes: Ino) -> AsyncIterator[None]:
@@ -341,15 +314,14 @@ class _MailboxSync:
         ino: Ino,
         refresh: Refresh,
         publish: Callable[[Changes], None],
-        may_take: Callable[[Ino, Ino], bool],
-        let_take: Callable[[Ino], Awaitable[None]],
+        crossing: Crossing,
     ) -> None:
         self._cache = cache
         self.ino = ino
         self._refresh = refresh
         self._publish = publish
-        self._let_take = let_take
-        self._arrivals = Arrivals(cache, ino, may_take)
+        self._crossing = crossing
+        self._arrivals = Arrivals(cache, ino, crossing.may_take)
         self._listing = False
         """Whether metadata is coming in: a failure may be the fault of a message."""
         self._progress = False
@@ -546,13 +518,14 @@ class _MailboxSync:
 
     def _settle(self, session: Session) -> None:
         """Have what may have been moved here. Selects other mailboxes."""
-        new, moved = self._arrivals.settle(session)
-        if new or moved:
-            self._on_trio(self._apply_arrivals, new, moved)
+        sources = self._arrivals.look(session)
+        if sources:
+            trio.from_thread.run(self._crossing.before_taking, self.ino, sources)
+            self._on_trio(self._apply_arrivals)
 
     def _remove(self, ranges: Sequence[tuple[int, int]]) -> None:
         if ranges:
-            trio.from_thread.run(self._let_take, self.ino)
+            trio.from_thread.run(self._crossing.before_forgetting, self.ino)
         for start in range(0, len(ranges), _BATCH):
             while self._on_trio(self._apply_removal, ranges[start : start + _BATCH]) == _BATCH:
                 pass
@@ -575,9 +548,9 @@ class _MailboxSync:
         self._publish(Changes(self.ino, added, flagged=flagged, first_look=self._first_look))
         self._refresh.wake()
 
-    def _apply_arrivals(self, new: Sequence[NewMessage], moved: Sequence[Moved]) -> None:
-        added = self._cache.add_messages(self.ino, new)
-        self._publish(Changes(self.ino, added, moved=moved))
+    def _apply_arrivals(self) -> None:
+        new, moved = self._arrivals.take()
+        self._publish(Changes(self.ino, self._cache.add_messages(self.ino, new), moved=moved))
         self._refresh.wake()
 
     def _apply_removal(self, ranges: Sequence[tuple[int, int]]) -> int:

@@ -136,7 +136,7 @@ class Filesystem:
         self._bodies = BodyStore(cache, config.cache_size)
         self.spool = Spool(cache.directory / "spool")
         self.sync = Synchroniser(pool, cache, self._bodies, nursery, self._changed)
-        self.sync.is_in_use = lambda ino: self.spool.get(ino) is not None
+        self.sync.crossing.is_in_use = lambda ino: self.spool.get(ino) is not None
         fetcher = Fetcher(pool, cache, self._bodies, nursery, on_resize)
         ahead = FetchAhead(cache, fetcher.start_ahead, config.fetch_ahead)
         self.files = Files(cache, self._bodies, fetcher, ahead, self.spool, self._draft_of)

@@ -64,6 +64,15 @@ class Mirror:
         if refresh.error is not None:
             raise refresh.error
 
+    async def refresh_at_once(self, *mailboxes: str) -> None:
+        """Begin to synchronise all of them before the first one is done."""
+        self.changes.clear()
+        with trio.fail_after(DEADLINE):
+            for refresh in [self._sync.refresh_mailbox(self.ino(mailbox), -1) for mailbox in mailboxes]:
+                assert refresh is not None
+                await refresh.finished()
+                assert refresh.error is None
+
     def ino(self, mailbox: str) -> Ino:
         ino = ROOT
         for name in mailbox.split("/"):
@@ -286,6 +295,62 @@ async def test_body_of_a_message_that_goes_leaves_the_disk(user: Account, tmp_pa
 
 
 # -- the tree
+
+
+# -- moved and renamed by others
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("first", ["INBOX", "Archive"])
+async def test_message_that_another_client_moved_is_the_same_file(
+    user: Account, tmp_path: Path, tier: str, first: str
+) -> None:
+    user.deliver("INBOX", ((plain(n), DATE, "") for n in range(3)))
+    user.deliver("Archive", [(plain(7), DATE, "")])
+    async with mirror(user, tmp_path) as here:
+        for mailbox in ("INBOX", "Archive"):
+            await here.refresh(mailbox)
+        before = here.messages()
+        with user.client() as client:
+            client.select("INBOX")
+            client.uid("STORE", "2", "+FLAGS", "(\\Flagged)")
+            client.uid("MOVE", "2", "Archive")
+            client.uid("COPY", "3", "Archive")
+        await here.refresh_at_once(first, *({"INBOX", "Archive"} - {first}))
+        after = here.messages("Archive")
+        assert after[2] == before[2]
+        assert after[3][0] not in {ino for ino, _, _ in before.values()}, "a copy is another file"
+        assert here.messages() == {uid: before[uid] for uid in (1, 3)}
+        assert here.flags("Archive") == server_flags(user, "Archive")
+        (moved,) = [moved for changes in here.changes for moved in changes.moved]
+        assert (moved.ino, moved.parent) == (before[2][0], here.ino("INBOX"))
+        assert not [changes for changes in here.changes if changes.gone]
+
+
+@pytest.mark.trio
+async def test_mailbox_that_another_client_renamed_is_the_same_directory(
+    user: Account, tmp_path: Path
+) -> None:
+    for mailbox in ("Old", "Old/below", "Other"):
+        user.deliver(mailbox, [(plain(1), DATE, "")])
+    async with mirror(user, tmp_path) as here:
+        for mailbox in ("Old", "Old/below", "Other"):
+            await here.refresh(mailbox)
+        inodes = [here.ino(mailbox) for mailbox in ("Old", "Old/below")]
+        with user.client() as client:
+            client.rename("Old", "New")
+            # Made anew under the old name, it is another one.
+            client.delete("Other")
+            client.create("Another")
+        await here.refresh_tree()
+        assert [here.ino(mailbox) for mailbox in ("New", "New/below")] == inodes
+        assert here.cache.child(ROOT, b"Old") is None
+        assert here.cache.child(ROOT, b"Other") is None
+        messages = here.messages("New/below")
+        for mailbox in ("New", "New/below", "Another"):
+            await here.refresh(mailbox)
+        assert here.messages("New/below") == messages
+        assert here.messages("Another") == {}
 
 
 @pytest.mark.trio
