@@ -643,12 +643,6 @@ class Cache:
             row = db.execute("SELECT alias FROM node WHERE parent = ? AND uid = ?", (mailbox, uid)).fetchone()
         return bool(row and row[0])
 
-    def mailboxes(self) -> list[Mailbox]:
-        """All of the account."""
-        with self._database.read() as db:
-            rows = db.execute(f"SELECT {_MAILBOX} FROM mailbox WHERE server_name IS NOT NULL").fetchall()
-        return [Mailbox._make(row) for row in rows]
-
     def mailbox_named(self, server_name: bytes) -> Mailbox | None:
         with self._database.read() as db:
             row = db.execute(

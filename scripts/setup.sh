@@ -3,9 +3,10 @@
 
 BUILD_PACKAGES=(python3-venv python3-dev gcc pkg-config libfuse3-dev)
 SERVER_PACKAGES=(fuse3 dovecot-imapd)
-TOOL_PACKAGES=(rsync attr libglib2.0-bin vim nano ed emacs-nox)
+TOOL_PACKAGES=(rsync attr libglib2.0-bin vim nano ed emacs-nox inotify-tools)
 KEYRING_PACKAGES=(dbus-daemon gnome-keyring)
 PEER_PACKAGES=(isync)
+WINDOW_PACKAGES=(xvfb pcmanfm xdotool imagemagick)
 
 # The programs of a server are not in the PATH of an ordinary user.
 PATH=$PATH:/usr/sbin:/sbin
@@ -24,7 +25,7 @@ have_package() {
     case $1 in
         python3-venv) python_is 'import ensurepip, venv' ;;
         python3-dev) python_is 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' ;;
-        gcc | pkg-config | rsync | vim | nano | ed) command -v "$1" >/dev/null ;;
+        gcc | pkg-config | rsync | vim | nano | ed | pcmanfm | xdotool) command -v "$1" >/dev/null ;;
         libfuse3-dev) pkg-config --exists fuse3 2>/dev/null ;;
         fuse3) command -v fusermount3 >/dev/null ;;
         dovecot-imapd) command -v dovecot >/dev/null && { [[ -x /usr/lib/dovecot/imap || -x /usr/libexec/dovecot/imap ]]; } ;;
@@ -34,6 +35,9 @@ have_package() {
         dbus-daemon) command -v dbus-daemon >/dev/null ;;
         gnome-keyring) command -v gnome-keyring-daemon >/dev/null ;;
         isync) command -v mbsync >/dev/null ;;
+        inotify-tools) command -v inotifywait >/dev/null ;;
+        xvfb) command -v Xvfb >/dev/null ;;
+        imagemagick) command -v import >/dev/null ;;
     esac
 }
 
