@@ -6,6 +6,7 @@ slow loses events and is told how many; nobody else waits for it.
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import struct
@@ -16,8 +17,9 @@ from typing import Any, Final
 
 import trio
 
-from imapfs.errors import report
 from imapfs.events import SOCKET, Event, address
+
+log = logging.getLogger(__name__)
 
 _MOST: Final = 10_000
 """Events that wait for one reader."""
@@ -68,18 +70,16 @@ class Feed:
     async def serve(self) -> None:
         """Serve until cancelled. Raises nothing: without readers a mount is as good."""
         try:
-            async with _listener(self._directory) as listener, trio.open_nursery() as nursery:
-                while True:
-                    connection, _ = await listener.accept()
-                    if _is_ours(connection):
-                        nursery.start_soon(self._send, trio.SocketStream(connection))
-                    else:
-                        connection.close()
-        except Exception as error:
-            report(error, "nobody can watch this mount with 'imapfs watch'")
+            async with _listener(self._directory) as listener:
+                await trio.serve_listeners(self._send, [trio.SocketListener(listener)])
+        except OSError as error:
+            log.warning("nobody can use 'imapfs watch' on this mount: %s", error)
 
     async def _send(self, stream: trio.SocketStream) -> None:
         """Send events until the other end is closed."""
+        if not _is_ours(stream.socket):
+            await stream.aclose()
+            return
         reader = _Reader()
         self._readers.add(reader)
         reader.put(_line(event="watching"))

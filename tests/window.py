@@ -14,7 +14,7 @@ import pytest
 from tests.mail import plain
 from tests.mounting import DEADLINE, Mounter, wait_until
 from tests.servers.dovecot import Account
-from tests.watching import look
+from tests.watching import wait_looking
 
 DATE = 1_700_000_000
 CONFIGURATION = "[ui]\nview_mode=list\nwin_width=900\nwin_height=400\nsplitter_pos=150\n"
@@ -29,8 +29,8 @@ class Desktop:
         configuration.write_text(CONFIGURATION)
         receiver, sender = os.pipe()
         command = ["Xvfb", "-displayfd", str(sender), "-screen", "0", "900x400x24", "-nolisten", "tcp"]
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        server = subprocess.Popen(command, pass_fds=[sender], **quiet)
+        null = subprocess.DEVNULL
+        server = subprocess.Popen(command, pass_fds=[sender], stdin=null, stdout=null, stderr=null)
         stack.callback(_end, server)
         os.close(sender)
         with os.fdopen(receiver) as display:
@@ -43,7 +43,9 @@ class Desktop:
             "XDG_RUNTIME_DIR": str(directory),
             "LC_ALL": "C.UTF-8",
         }
-        manager = subprocess.Popen(["pcmanfm", "--no-desktop", shown], env=self._environment, **quiet)
+        manager = subprocess.Popen(
+            ["pcmanfm", "--no-desktop", shown], env=self._environment, stdin=null, stdout=null, stderr=null
+        )
         stack.callback(_end, manager)
         self._run("xdotool", "search", "--sync", "--onlyvisible", "--class", "pcmanfm")
 
@@ -101,7 +103,7 @@ def test_window_shows_what_another_client_does(
     (artefacts / "window-before.png").write_bytes(shown.picture())
 
     def wait_for_change(old: bytes, what: str) -> bytes:
-        wait_until(lambda: look(inbox) or shown.pixels() != old, what)
+        wait_looking(lambda: shown.pixels() != old, what, inbox)
         new = shown.pixels()
         (artefacts / f"window-{what}.png").write_bytes(shown.picture())
         shown.reload()
