@@ -165,19 +165,41 @@ def test_what_is_done_through_the_mount_is_told_by_the_kernel_only(user: Account
     }
 
 
-def test_what_somebody_else_has_seen_already_is_told_too(user: Account, mount: Mounter) -> None:
-    user.deliver("INBOX", [(plain(0), DATE, "")])
-    mounted = mount(user)
-    inbox = mounted.path / "INBOX"
-    assert len(os.listdir(inbox)) == 1
-    with inotifywait(inbox) as inotify:
-        user.deliver("INBOX", ((plain(n), DATE, "") for n in range(1, 30)))
-        wait_until(lambda: len(list(os.scandir(inbox))) == 30, "the messages")
-        names = {path.name for path in inbox.iterdir() if path.stat().st_size}
-        wait_until(lambda: len(inotify.lines) >= 29, "all is told")
-        assert len(inotify.lines) == 29
-        assert {line.removeprefix("CREATE INBOX/") for line in told(inotify, mounted)} < names
+def test_what_happens_before_it_is_told(user: Account, mount: Mounter) -> None:
+    user.deliver("INBOX", ((plain(n), DATE, "") for n in range(2)))
+    doveadm(user, "mailbox", "create", "Archive")
+    mounted = mount(user, "--names", "uid", "--delete", "expunge")
+    inbox, archive = mounted.path / "INBOX", mounted.path / "Archive"
+    assert os.listdir(archive) == []
+    assert len(os.listdir(inbox)) == 2
+    with inotifywait(inbox, archive) as inotify:
+        user.deliver("INBOX", [(plain(2), DATE, "")])
+        wait_looking(lambda: inotify.lines == [f"CREATE {inbox}/3.eml"], "the first", inbox)
+        (process,) = callers(mounted)
+        os.kill(process, signal.SIGSTOP)
+        try:
+            user.deliver("INBOX", ((plain(n), DATE, "") for n in range(3, 6)))
+            doveadm(user, "move", "Archive", "mailbox", "INBOX", "uid", "1")
+            # Somebody else sees all of it, and removes one.
+            seen = {"INBOX": {f"{uid}.eml" for uid in range(2, 7)}, "Archive": {"1.eml"}}
+            wait_until(
+                lambda: {box.name: set(os.listdir(box)) for box in (archive, inbox)} == seen, "all of it"
+            )
+            assert [path.stat().st_size for path in archive.iterdir()]
+            os.unlink(inbox / "5.eml")
+        finally:
+            os.kill(process, signal.SIGCONT)
+        wait_until(lambda: len(inotify.lines) >= 6, "all is told")
+        assert sorted(told(inotify, mounted)[1:]) == [
+            "CREATE INBOX/4.eml",
+            "CREATE INBOX/6.eml",
+            "DELETE INBOX/5.eml",
+            "MOVED_FROM INBOX/1.eml",
+            "MOVED_TO Archive/1.eml",
+        ]
     assert contents(inbox) == served(user)
+    assert sorted(contents(inbox)) == [2, 3, 4, 6]
+    assert sorted(contents(archive)) == sorted(served(user, "Archive")) == [1]
 
 
 def test_hundreds_at_once_are_told_in_their_order(user: Account, mount: Mounter) -> None:
