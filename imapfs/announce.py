@@ -24,7 +24,7 @@ import os
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 _MOST: Final = 10_000
 """Events that wait. The kernel's own queue for one who watches has 16,384 (max_queued_events)."""
-_TRIES: Final = 3
 _FAILURES: Final = 3
 """How often in a row the caller may die before there are no announcements any more."""
 _PATIENCE: Final = 5.0
@@ -69,15 +68,11 @@ class Announcer:
     """Announces events in the mount of ``fs``.
 
     ``holds(ino)`` says whether the kernel has a directory in its caches. One that is watched, it has.
-    ``drop(directory, name)`` makes it drop an entry, and may wait for requests in the same directory.
     """
 
-    def __init__(
-        self, fs: Filesystem, holds: Callable[[Ino], bool], drop: Callable[[Ino, bytes], Awaitable[None]]
-    ) -> None:
+    def __init__(self, fs: Filesystem, holds: Callable[[Ino], bool]) -> None:
         self._fs = fs
         self._holds = holds
-        self._drop = drop
         self._process: trio.Process | None = None
         self._waiting: deque[Event] = deque()
         self._news = trio.Event()
@@ -148,21 +143,17 @@ class Announcer:
         self._asked = False
         if self._process is None:
             await self._start_process()
-        for _ in range(_TRIES):
-            arguments = self._arguments(event)
-            if arguments is None or not self._is_so(event):
-                return  # it was undone before it was told
-            expected = self._expected = _Expected(event)
-            try:
-                code = await self._call(_CALLS[event.kind], *arguments)
-            finally:
-                self._expected, self._asked = None, expected.asked
-            if expected.asked or code not in {0, errno.EEXIST}:
-                if code not in {0, errno.ENOENT, errno.EPERM}:
-                    log.debug("%s %s was not announced: %s", event.kind, event.place, os.strerror(code))
-                return
-            # The kernel knows the name: somebody has just looked, who need not be the one who watches.
-            await self._drop(event.place.directory, event.place.name)
+        arguments = self._arguments(event)
+        if arguments is None or not self._is_so(event):
+            return  # it was undone before it was told
+        # The kernel may know a new name, for somebody has looked: before it makes one, it asks again.
+        expected = self._expected = _Expected(event)
+        try:
+            code = await self._call(_CALLS[event.kind], *arguments)
+        finally:
+            self._expected, self._asked = None, expected.asked
+        if code:
+            log.debug("%s %s was not announced: %s", event.kind, event.place, os.strerror(code))
 
     def _arguments(self, event: Event) -> list[str | int] | None:
         """Where to make the call; None if a directory is not there any more."""

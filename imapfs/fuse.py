@@ -218,12 +218,6 @@ class Adapter(pyfuse3.Operations):
         """Whether the kernel has an inode in its caches."""
         return ino == ROOT or ino in self._lookups
 
-    async def drop_entry(self, directory: Ino, name: bytes) -> None:
-        """Have the kernel drop a name of something that is still there."""
-        await trio.to_thread.run_sync(
-            _invalidate, _Invalid(names=[(directory, name)]), abandon_on_cancel=True
-        )
-
     def answer_announcer(self, request: str, *args: Any) -> object:
         """Answer a request of the announcer's own process: at once, and without any change."""
         announcer = self.announcer
@@ -619,7 +613,7 @@ async def _run(
         on_rewrite=adapter.on_rewrite,
     )
     adapter.xattrs = Attributes(fs)
-    announcer = adapter.announcer = Announcer(fs, adapter.holds, adapter.drop_entry)
+    announcer = adapter.announcer = Announcer(fs, adapter.holds)
     feed = Feed(cache.directory)
     try:
         await fs.start()

@@ -12,14 +12,21 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import trio
+from pyfuse3 import FUSEError
 
 from imapfs import caller
+from imapfs.announce import Announcer
+from imapfs.errors import NotPermitted
 from imapfs.events import SOCKET, Event, Place, Stream, address
 from imapfs.feed import Feed
+from imapfs.fuse import Adapter
 from imapfs.model import Ino, Uid
+from imapfs.vfs import Filesystem
 from tests.accounts import until
 from tests.compare import contents, served
 from tests.mail import plain
@@ -180,25 +187,25 @@ def test_what_happens_before_it_is_told(user: Account, mount: Mounter) -> None:
         try:
             user.deliver("INBOX", ((plain(n), DATE, "") for n in range(3, 6)))
             doveadm(user, "move", "Archive", "mailbox", "INBOX", "uid", "1")
-            # Somebody else sees all of it, and removes one.
+            # Somebody else sees all of it, and removes what is being announced.
             seen = {"INBOX": {f"{uid}.eml" for uid in range(2, 7)}, "Archive": {"1.eml"}}
             wait_until(
                 lambda: {box.name: set(os.listdir(box)) for box in (archive, inbox)} == seen, "all of it"
             )
             assert [path.stat().st_size for path in archive.iterdir()]
-            os.unlink(inbox / "5.eml")
+            os.unlink(inbox / "4.eml")
         finally:
             os.kill(process, signal.SIGCONT)
         wait_until(lambda: len(inotify.lines) >= 6, "all is told")
         assert sorted(told(inotify, mounted)[1:]) == [
-            "CREATE INBOX/4.eml",
+            "CREATE INBOX/5.eml",
             "CREATE INBOX/6.eml",
-            "DELETE INBOX/5.eml",
+            "DELETE INBOX/4.eml",
             "MOVED_FROM INBOX/1.eml",
             "MOVED_TO Archive/1.eml",
         ]
     assert contents(inbox) == served(user)
-    assert sorted(contents(inbox)) == [2, 3, 4, 6]
+    assert sorted(contents(inbox)) == [2, 3, 5, 6]
     assert sorted(contents(archive)) == sorted(served(user, "Archive")) == [1]
 
 
@@ -335,6 +342,28 @@ def test_announcements_go_on_with_another_process(user: Account, mount: Mounter)
         wait_looking(lambda: len(inotify.lines) == 2, "the second", inbox)
         assert callers(mounted) != [process]
         assert told(inotify, mounted) == ["CREATE INBOX/2.eml", "CREATE INBOX/3.eml"]
+
+
+def test_only_what_is_expected_is_answered() -> None:
+    adapter = Adapter(1, read_only=False)
+    adapter.announcer = Announcer(
+        cast(Filesystem, SimpleNamespace(config=SimpleNamespace(read_only=False))), bool
+    )
+    parent, name = Ino(2), b"1.eml"
+    for request, arguments in (
+        ("mknod", (parent, name, 0o600, 0)),
+        ("mkdir", (parent, name, 0o700)),
+        ("unlink", (parent, name)),
+        ("rmdir", (parent, name)),
+        ("rename", (parent, name, parent, b"2.eml", 0)),
+        ("setattr", (parent,)),
+    ):
+        with pytest.raises(NotPermitted):
+            adapter.answer_announcer(request, *arguments)
+    for request in ("create", "open", "setxattr", "removexattr", "opendir", "link", "symlink", "getxattr"):
+        with pytest.raises(FUSEError) as refused:
+            adapter.answer_announcer(request, parent, name)
+        assert refused.value.errno == errno.EPERM
 
 
 def test_nobody_else_can_announce(user: Account, mount: Mounter) -> None:
