@@ -29,7 +29,7 @@ _PAGES: Final = 2000
 """Changed pages (of 4 KiB) after which the write-ahead log is moved into the database."""
 _PAGES_EACH: Final = 4
 """What a transaction changes at least: tables, indexes, and the pages above them."""
-_VERSION: Final = 2
+_VERSION: Final = 3
 _SCHEMA: Final = """
 CREATE TABLE meta (
   key TEXT PRIMARY KEY,        -- 'next_ino': first inode number not yet given out; 'names': naming scheme
