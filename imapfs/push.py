@@ -139,7 +139,11 @@ class Push:
         self._wish()
         await trio.sleep(_SETTLE)
         self._settling = False
-        wanted = self._wanted()
+        try:
+            wanted = self._wanted()
+        except ImapfsError as error:
+            report(error, "the watches stay where they are")
+            return
         for ino, watcher in self._watchers.items():
             if ino not in wanted:
                 watcher.stop()
@@ -263,7 +267,7 @@ class Push:
         except NotSupported:
             raise
         except ImapfsError as error:
-            log.info("a watch ended: %s", error)
+            log.log(logging.INFO if watcher.live else logging.DEBUG, "a watch ended: %s", error)
             if isinstance(error, MailboxGone):
                 self._used.pop(key, None)
                 self._sync.refresh_tree(0)
@@ -320,8 +324,8 @@ class Push:
     def _is_news(self, ino: Ino, event: Event) -> bool:
         """Whether the cache does not know it yet. What was done here comes back, and it does."""
         match event:
-            case _ if self._fresh.has_news(ino):
-                return True  # and that is all there is to know
+            case _ if self._fresh.has_news(ino) or self._sync.is_refreshing(ino):
+                return True  # there may be more to it than can be said now
             case Exists(count):
                 return count != self._cache.counts(ino)[0]
             case Vanished(ranges):
@@ -388,7 +392,7 @@ class Push:
 
     async def _poll_forever(self) -> None:
         await self._chosen.wait()
-        if self._how != "notify" and any(box.complete for box in self._mailboxes()):
+        if self._how != "notify":
             await self._poll()
         while True:
             await trio.sleep(self._interval)
@@ -399,8 +403,10 @@ class Push:
         if self._pool.reason is not None:
             return
         started = self._last_poll = time.monotonic()
-        listed = [box for box in self._mailboxes() if box.complete]
         try:
+            listed = [box for box in self._mailboxes() if box.complete]
+            if not listed and not self._fresh.is_due(ROOT, self._interval):
+                return
             found = await self._sync.poll([box.server_name or b"" for box in listed])
             self._poll_took = time.monotonic() - started
             in_use = set(self._wanted())

@@ -256,6 +256,7 @@ def test_overflow_ends_the_watch(ca: CertificateAuthority) -> None:
         Watching(server, everywhere=True) as watching,
     ):
         watching.wait()
+        assert not watching.watch.stopped
     assert watching.usable
 
 

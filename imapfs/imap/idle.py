@@ -113,17 +113,23 @@ class Watch:
         self._post = post
         self._everywhere = everywhere
         self._events: deque[Event] = deque()
+        self._is_over = False
         self._stopped = False
         # Python's TLS connections stand no second thread, so that the one that waits has to be woken.
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     @property
     def stopped(self) -> bool:
+        """Whether it was made to end by `stop`."""
         return self._stopped
 
     def stop(self) -> None:
         """Make `run` return after one round trip."""
         self._stopped = True
+        self._end()
+
+    def _end(self) -> None:
+        self._is_over = True
         os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
@@ -144,7 +150,7 @@ class Watch:
                 self._say(Tree(session.list_mailboxes(on_response=self._take_but_lists)))
             self._say(Began())
             # With NOTIFY too: otherwise Dovecot tells nothing of the selected mailbox for the first second.
-            while not self._stopped and session.idle(self._take, self._wake, RENEWAL):
+            while not self._is_over and session.idle(self._take, self._wake, RENEWAL):
                 pass  # a server that ends IDLE by itself is not asked again at once
         except Refused as error:
             raise NotSupported(str(error)) from None
@@ -172,7 +178,7 @@ class Watch:
             self._say(Status(*status))
         elif _OVERFLOW.match(text):
             # The server tells no more (RFC 5465 section 5.8): it has to be begun anew.
-            self.stop()
+            self._end()
 
     def _say(self, event: Event) -> None:
         self._events.append(event)
