@@ -228,7 +228,7 @@ def test_one_connection_is_enough(user: Account, mount: Mounter) -> None:
         wait_until(lambda: push(mounted)["by"] == "notify", "a watch of all")
         wait_for_change(mounted.path / "INBOX", lambda: user.append("INBOX", plain(3), DATE))
         assert file_of(mounted, 1).read_bytes() == plain(0)
-        assert mounted.status()["connections"] == {"open": 1, "limit": 1}
+        assert mounted.status()["connections"]["open"] == 1
         assert proxy.connections() == 1
 
 

@@ -144,6 +144,7 @@ class SessionPool:
             try:
                 return await trio.to_thread.run_sync(work, session, limiter=self._threads)
             except ConnectionLost as error:
+                self._doubt_watchers()
                 if not (kept and repeat) or self._closed:
                     raise
                 log.info("connection lost, trying again with a new one: %s", error)
@@ -169,6 +170,11 @@ class SessionPool:
             self._watching.pop(session, None)
             self._leaving.discard(session)
             await self._give_back(session)
+
+    def _doubt_watchers(self) -> None:
+        """Have watchers find out whether their connections live, of which they would not notice for long."""
+        for watcher, _ in self._watching.values():
+            watcher.stop()
 
     def _ask_watcher(self) -> None:
         """Have a session given back by a watcher, if not enough are on their way for those who wait."""
