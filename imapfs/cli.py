@@ -11,22 +11,25 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import click
 
 from imapfs import __version__
 from imapfs.errors import ImapfsError, UsageError, one_line
-from imapfs.model import AuthMethod, Security
+from imapfs.model import Security
+from imapfs.parameters import (
+    DIRECTORY,
+    LIVE_MOUNT,
+    SOURCE,
+    connection_options,
+    setting_option,
+    setting_options,
+)
 
 if TYPE_CHECKING:
     from imapfs.check import Finding
     from imapfs.mounts import Mount
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-_DIRECTORY = click.Path(path_type=Path)
-_FILE = click.Path(path_type=Path)
 
 
 @click.group(context_settings={"max_content_width": 100})
@@ -35,96 +38,15 @@ def commands() -> None:
     """Mount an IMAP account as a directory: mailboxes are directories, messages are .eml files."""
 
 
-_CONNECTION = (
-    click.option(
-        "--password-command", metavar="CMD", help="Run CMD with sh; the first line it prints is the password."
-    ),
-    click.option(
-        "--password-file", metavar="FILE", type=_FILE, help="The first line of FILE is the password."
-    ),
-    click.option(
-        "--token-command",
-        metavar="CMD",
-        help="Run CMD with sh; the first line it prints is an OAuth 2.0 access token.",
-    ),
-    click.option(
-        "--ca-file", metavar="FILE", type=_FILE, help="Trust the PEM certificates in FILE, not the system's."
-    ),
-    click.option(
-        "--tls-fingerprint",
-        metavar="HEX",
-        help="Trust the one certificate with this SHA-256 fingerprint, whatever it says.",
-    ),
-    click.option(
-        "--client-cert", metavar="FILE", type=_FILE, help="Show the server the PEM certificate in FILE."
-    ),
-    click.option(
-        "--client-key", metavar="FILE", type=_FILE, help="Its private key.  [default: in the same file]"
-    ),
-    click.option(
-        "--auth",
-        type=click.Choice(get_args(AuthMethod)),
-        help="How to log in.  [default: auto, the strongest that the server has]",
-    ),
-    click.option(
-        "--insecure-plaintext",
-        is_flag=True,
-        default=None,
-        help="With imap://: send password and mail unencrypted if there is no STARTTLS.",
-    ),
-    click.option(
-        "--timeout", metavar="SECONDS", type=float, help="Longest wait for the server.  [default: 30]"
-    ),
-)
-
-
-def connection_options(command: Command) -> Command:
-    """Add the options that say how to reach an account; they arrive under their names in ``settings``."""
-    for option in reversed(_CONNECTION):
-        command = option(command)
-    return command
-
-
 @commands.command()
-@click.argument("source", required=False)
-@click.argument("mountpoint", type=_DIRECTORY, required=False)
+@click.argument("source", type=SOURCE, required=False)
+@click.argument("mountpoint", type=DIRECTORY, required=False)
 @click.option(
-    "--all", "everything", metavar="DIR", type=_DIRECTORY, help="Mount each account NAME on DIR/NAME."
+    "--all", "everything", metavar="DIR", type=DIRECTORY, help="Mount each account NAME on DIR/NAME."
 )
-@connection_options
-@click.option(
-    "--cache-dir", metavar="DIR", type=_DIRECTORY, help="Cache in DIR.  [default: the XDG cache directory]"
-)
-@click.option(
-    "--cache-size", metavar="SIZE", help="Keep at most SIZE of messages, such as 500M.  [default: 10GiB]"
-)
-@click.option("--read-only", is_flag=True, default=None, help="Refuse every change.")
-@click.option(
-    "--fetch-ahead",
-    metavar="SIZE",
-    help="Most that is fetched a day before it is wanted; 0 for nothing.  [default: 2GiB]",
-)
-@click.option(
-    "--delete",
-    type=click.Choice(["trash", "expunge"]),
-    help="What rm does outside Trash: move there, or delete for good.  [default: trash]",
-)
-@click.option(
-    "--names", type=click.Choice(["subject", "uid"]), help="How files are named.  [default: subject]"
-)
-@click.option("--connections", metavar="N", type=int, help="Most connections to the server.  [default: 4]")
-@click.option(
-    "--poll",
-    metavar="SECONDS",
-    type=float,
-    help="Time between looks for changes that the server does not tell.  [default: 60]",
-)
+@setting_options
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground; Ctrl-C unmounts.")
-@click.option("--log-file", metavar="FILE", type=_FILE, help="Log to FILE.  [default: the XDG log directory]")
 @click.option("-v", "--verbose", count=True, help="Log details.")
-@click.option(
-    "-o", "options", metavar="OPTIONS", multiple=True, help="Mount options: ro, allow_other, noexec ..."
-)
 def mount(
     source: str | None,
     mountpoint: Path | None,
@@ -155,7 +77,7 @@ def mount(
     from imapfs import config, credentials, daemon
 
     given["options"] = list(options)
-    resolved = config.resolve(source, mountpoint, given, _config_path())
+    resolved = config.resolve(source, mountpoint, given, config.default_path())
     # Once more in run(), but nobody should type a password to learn that the directory is missing.
     daemon.preflight(resolved.mount, resolved.log_file)
     password = credentials.resolve(resolved.mount.account, resolved.credentials)
@@ -171,16 +93,10 @@ def _given(settings: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-def _config_path() -> Path:
-    import platformdirs
-
-    return platformdirs.user_config_path("imapfs") / "config.toml"
-
-
 def _mount_all(directory: Path, given: Mapping[str, object], verbose: int, options: Sequence[str]) -> None:
-    from imapfs import accounts
+    from imapfs import accounts, config
 
-    for key in ("password-command", "password-file", "token-command", "log-file"):
+    for key in (*config.SECRETS, "log-file"):
         if key in given:
             raise click.UsageError(f"--{key} is for one account: with --all it comes from each one's entry")
     arguments = [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items()]
@@ -190,12 +106,12 @@ def _mount_all(directory: Path, given: Mapping[str, object], verbose: int, optio
         again = f"imapfs mount {shlex.quote(name)} {shlex.quote(str(directory / name))}"
         click.echo(one_line(f"{name}: mounted" if reason is None else f"{name}: {reason}; again: {again}"))
 
-    if not accounts.mount_all(_config_path(), directory, arguments, report):
+    if not accounts.mount_all(config.default_path(), directory, arguments, report):
         raise ImapfsError("not all accounts are mounted")
 
 
 @commands.command()
-@click.argument("account")
+@click.argument("account", type=SOURCE)
 @click.option("--device", is_flag=True, help="By a code that is entered in a browser on any machine.")
 def login(account: str, device: bool) -> None:
     """Consent to the use of ACCOUNT by OAuth 2.0, in a browser.
@@ -207,7 +123,7 @@ def login(account: str, device: bool) -> None:
     from imapfs.imap.connect import tls_context
     from imapfs.imap.session import Session
 
-    path = _config_path()
+    path = config.default_path()
     located = config.locate(account, {}, path)
     if located.credentials.oauth is None:
         raise UsageError(
@@ -215,19 +131,19 @@ def login(account: str, device: bool) -> None:
         )
     consent.ask(located.credentials.oauth, located.account, click.echo, device=device)
     provider = credentials.resolve(located.account, located.credentials)
-    timeout = located.options.get("timeout", config.DEFAULT_TIMEOUT)
+    timeout = located.options["timeout"]
     # Whoever consented as somebody else, or has no IMAP there, learns it now.
     Session.connect(located.account, provider, tls_context(located.account), timeout).close()
     click.echo(f"logged in as {located.account.user}")
 
 
 @commands.command()
-@click.argument("source")
+@click.argument("source", type=SOURCE)
 @connection_options
-@click.option("--cache-dir", metavar="DIR", type=_DIRECTORY, help="Where the cache would be.")
-@click.option("--cache-size", metavar="SIZE", help="How large its messages may grow.")
-@click.option("--connections", metavar="N", type=int, help="How many connections to try.  [default: 4]")
-@click.option("-o", "options", metavar="OPTIONS", multiple=True, help="Mount options to look at.")
+@setting_option("cache-dir")
+@setting_option("cache-size")
+@setting_option("connections", "How many connections to try.  [default: as for a mount]")
+@setting_option("options")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
 def check(source: str, as_json: bool, options: tuple[str, ...], **settings: object) -> None:
     """Find out what is in the way of mounting SOURCE, step by step.
@@ -241,7 +157,7 @@ def check(source: str, as_json: bool, options: tuple[str, ...], **settings: obje
     given = _given(settings)
     given["options"] = list(options)
     # There is no mountpoint, and nothing here looks at it.
-    resolved = config.resolve(source, Path("/"), given, _config_path())
+    resolved = config.resolve(source, Path("/"), given, config.default_path())
     account = resolved.mount.account
     if not as_json:
         click.echo(one_line(f"imapfs {__version__}, {account.url}"))
@@ -300,8 +216,8 @@ class _Printer:
 
 
 @commands.command()
-@click.argument("mountpoint", type=_DIRECTORY, required=False)
-@click.option("--all", "everything", metavar="DIR", type=_DIRECTORY, help="Unmount all there is below DIR.")
+@click.argument("mountpoint", type=LIVE_MOUNT, required=False)
+@click.option("--all", "everything", metavar="DIR", type=DIRECTORY, help="Unmount all there is below DIR.")
 def umount(mountpoint: Path | None, everything: Path | None) -> None:
     """Send what is waiting, unmount MOUNTPOINT and wait until its daemon has ended.
 
@@ -338,12 +254,10 @@ def _unmount_all(directory: Path) -> None:
 @commands.command()
 @click.option("--address", metavar="ADDRESS", help="Your e-mail address, from which the server is found.")
 @click.option("--name", metavar="NAME", help="What to call the account.")
-@click.option("--host", metavar="HOST", help="The IMAP server, which is then not looked for.")
-@click.option("--port", metavar="N", type=int, help="Its port.  [default: 993; 143 with STARTTLS]")
-@click.option(
-    "--security", type=click.Choice(get_args(Security)), help="TLS from the first byte, or STARTTLS."
-)
-@click.option("--user", metavar="USER", help="The user name there.  [default: as found, or the address]")
+@setting_option("host", "The IMAP server, which is then not looked for.")
+@setting_option("port")
+@setting_option("security")
+@setting_option("user", "The user name there.  [default: as found, or the address]")
 @click.option("--keyring", is_flag=True, help="The password is in the keyring, or is put there.")
 @click.option("--prompt", is_flag=True, help="The password is asked for at each mount.")
 @connection_options
@@ -373,6 +287,7 @@ def setup(
     Asks at the terminal for what no option says. A password is never an option: it is typed, or comes from
     a command, a file or the keyring.
     """
+    from imapfs import config
     from imapfs import setup as walk
     from imapfs.discovery import Network
 
@@ -383,7 +298,7 @@ def setup(
             options, name, address, host, port, security, user, keyring, prompt,
             lookup=not no_lookup, test=not no_test, replace=replace, yes=yes,
         ),
-        _config_path(),
+        config.default_path(),
         Network(ca_file=Path(str(ca_file)) if ca_file is not None else None),
     )  # fmt: skip
 
@@ -393,8 +308,9 @@ def setup(
 def accounts(as_json: bool) -> None:
     """List the accounts in the configuration file, and where each is mounted."""
     from imapfs import accounts as module
+    from imapfs import config
 
-    listed = module.accounts(_config_path())
+    listed = module.accounts(config.default_path())
     if as_json:
         click.echo(json.dumps([one._asdict() for one in listed], indent=2))
         return
@@ -406,7 +322,7 @@ def accounts(as_json: bool) -> None:
 
 
 @commands.command()
-@click.argument("mountpoint", type=_DIRECTORY)
+@click.argument("mountpoint", type=LIVE_MOUNT)
 def sync(mountpoint: Path) -> None:
     """Wait until everything written below MOUNTPOINT is on the server.
 
@@ -424,7 +340,7 @@ def sync(mountpoint: Path) -> None:
 
 
 @commands.command()
-@click.argument("directory", type=_DIRECTORY)
+@click.argument("directory", type=DIRECTORY)
 def fetch(directory: Path) -> None:
     """Fetch all messages below DIRECTORY, which is in a mount, into the cache.
 
@@ -455,7 +371,7 @@ def fetch(directory: Path) -> None:
 
 
 @commands.command()
-@click.argument("mountpoint", type=_DIRECTORY)
+@click.argument("mountpoint", type=LIVE_MOUNT)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: an object a line.")
 def watch(mountpoint: Path, as_json: bool) -> None:
     """Print what other clients change in the mount at MOUNTPOINT, as it happens.
@@ -480,7 +396,7 @@ def watch(mountpoint: Path, as_json: bool) -> None:
 
 
 @commands.command()
-@click.argument("mountpoint", type=_DIRECTORY)
+@click.argument("mountpoint", type=LIVE_MOUNT)
 def retry(mountpoint: Path) -> None:
     """Send again what the server refused."""
     from imapfs import mounts
@@ -507,7 +423,7 @@ def _end_progress() -> None:
 
 
 @commands.command()
-@click.argument("mountpoint", type=_DIRECTORY, required=False)
+@click.argument("mountpoint", type=LIVE_MOUNT, required=False)
 @click.option(
     "--json", "as_json", is_flag=True, help="Print JSON: an object for one MOUNTPOINT, else a list."
 )

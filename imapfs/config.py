@@ -28,15 +28,11 @@ from imapfs.model import (
     Security,
 )
 from imapfs.oauth import PROVIDERS, OAuthClient
+from imapfs.settings import SETTINGS
 
 MAX_CONNECTIONS = 50
 MAX_TIMEOUT = 3600
-DEFAULT_CACHE_SIZE = 10 * 2**30
-DEFAULT_FETCH_AHEAD = 2 << 30
-DEFAULT_CONNECTIONS = 4
-DEFAULT_TIMEOUT = 30.0
 MAX_POLL = 86400
-DEFAULT_POLL = 60.0
 
 Options = TypedDict(
     "Options",
@@ -79,7 +75,7 @@ class Located(NamedTuple):
     account: Account
     credentials: CredentialSources
     options: Options
-    """All that was set, the command line's over the entry's."""
+    """The command line's over the entry's over the defaults."""
     entry: Options
     """The account's entry in the configuration file alone; empty for a URL."""
     given: Options
@@ -358,7 +354,7 @@ def convert(key: str, value: object) -> object:
 
 
 _PATHS = frozenset({"ca-file", "client-cert", "client-key", "cache-dir", "password-file", "log-file"})
-_SECRETS = ("password-command", "password-file", "token-command", "oauth")
+SECRETS = ("password-command", "password-file", "token-command", "oauth")
 """The keys of which each alone says where the secret comes from."""
 
 
@@ -447,6 +443,13 @@ def sort_fuse_options(names: Iterable[str]) -> tuple[bool | None, frozenset[str]
 # ---- The configuration file
 
 
+def default_path() -> Path:
+    """Where the configuration file is, or would be."""
+    import platformdirs
+
+    return platformdirs.user_config_path("imapfs") / "config.toml"
+
+
 def load_accounts(path: Path) -> dict[str, Options]:
     """The accounts in the TOML file ``path``; none where there is no such file.
 
@@ -521,19 +524,19 @@ def locate(source: str, options: Mapping[str, object], config_path: Path) -> Loc
             mailbox=entry.get("mailbox"),
             security=security,
         )
-    merged: Options = {**entry, **given}
+    merged: Options = {**_defaults(), **entry, **given}
     account = dataclasses.replace(
         account,
-        insecure_plaintext=merged.get("insecure-plaintext", False),
+        insecure_plaintext=merged["insecure-plaintext"],
         ca_file=merged.get("ca-file"),
         tls_fingerprint=merged.get("tls-fingerprint"),
         client_cert=merged.get("client-cert"),
         client_key=merged.get("client-key"),
-        auth=merged.get("auth", "auto"),
+        auth=merged["auth"],
     )
     _check_account(account)
     # A source of secrets on the command line replaces the entry's, whichever kind either is.
-    named = given if any(key in given for key in _SECRETS) else entry
+    named = given if any(key in given for key in SECRETS) else entry
     credentials = CredentialSources(
         command=named.get("password-command"),
         file=named.get("password-file"),
@@ -569,13 +572,13 @@ def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config
         account=located.account,
         mountpoint=mounts.real_path(mountpoint),
         cache_dir=merged.get("cache-dir") or _default_cache_dir(),
-        cache_size=merged.get("cache-size", DEFAULT_CACHE_SIZE),
-        fetch_ahead=merged.get("fetch-ahead", DEFAULT_FETCH_AHEAD),
-        names=merged.get("names", "subject"),
-        delete=merged.get("delete", "trash"),
-        connections=merged.get("connections", DEFAULT_CONNECTIONS),
-        timeout=merged.get("timeout", DEFAULT_TIMEOUT),
-        poll=merged.get("poll", DEFAULT_POLL),
+        cache_size=merged["cache-size"],
+        fetch_ahead=merged["fetch-ahead"],
+        names=merged["names"],
+        delete=merged["delete"],
+        connections=merged["connections"],
+        timeout=merged["timeout"],
+        poll=merged["poll"],
         read_only=read_only,
         fuse_options=fuse_options,
     )
@@ -592,6 +595,11 @@ def _read_only(entry: Options, given: Options) -> tuple[bool, frozenset[str]]:
     if from_given is not None:
         return from_given, passed
     return entry.get("read-only", False) or bool(from_entry), passed
+
+
+def _defaults() -> Options:
+    table = {setting.key: setting.default for setting in SETTINGS if setting.default is not None}
+    return _checked(table, Path("/"), lambda key: f"default of {key}")
 
 
 def _default_cache_dir() -> Path:

@@ -324,18 +324,15 @@ class _Credential:
     """Puts it there, if it is not yet. Raises CredentialError."""
 
 
-_SOURCES = ("password-command", "password-file", "token-command")
-
-
 def _without_source(options: Mapping[str, object]) -> dict[str, object]:
-    return {key: value for key, value in options.items() if key not in _SOURCES}
+    return {key: value for key, value in options.items() if key not in config.SECRETS}
 
 
 def _credential(
     given: Given, path: Path, name: str, located: Located, server: Settings, person: _Person
 ) -> _Credential:
     account = located.account
-    if any(key in given.options for key in _SOURCES):
+    if any(key in given.options for key in config.SECRETS):
         # In the entry with all other options.
         return _Credential(credentials.resolve(account, located.credentials))
     if account.auth == "external":
@@ -437,7 +434,7 @@ def _try_out(located: Located, provider: CredentialProvider | None) -> str:
     """Log in once and look around; what to say about it. Raises ImapfsError."""
     assert provider is not None
     account = located.account
-    timeout = located.options.get("timeout", config.DEFAULT_TIMEOUT)
+    timeout = located.options["timeout"]
     session = Session.connect(account, provider, tls_context(account), timeout)
     try:
         count = len(session.list_mailboxes())

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from imapfs import config
 from imapfs.errors import UsageError
 from imapfs.model import Account
+from imapfs.settings import SETTINGS
 
 
 @pytest.mark.parametrize(
@@ -397,3 +398,12 @@ def test_mountpoint_behind_a_symbolic_link_is_resolved(tmp_path: Path) -> None:
     os.symlink("real", tmp_path / "link")
     resolved = config.resolve("imaps://u@h", tmp_path / "link", {}, tmp_path / "c")
     assert resolved.mount.mountpoint == tmp_path / "real"
+
+
+def test_every_key_is_told_of_in_the_table_of_settings_once() -> None:
+    keys = [setting.key for setting in SETTINGS]
+    assert keys == list(dict.fromkeys(keys))
+    assert set(keys) == set(config.Options.__annotations__)
+    for setting in SETTINGS:
+        if setting.default is not None:
+            config.resolve("imaps://a@h", Path("/mnt"), {setting.key: setting.default}, Path("/none"))

@@ -10,11 +10,12 @@ PACKAGE = Path(__file__).parent.parent / "imapfs"
 LAYERS = (
     {"__main__"},
     {"cli"},
+    {"parameters"},
     {"setup"},
     {"accounts", "discovery"},
     {"daemon", "download", "check", "watch"},
     {"config"},
-    {"credentials", "consent"},
+    {"credentials", "consent", "settings"},
     {"oauth"},
     {"keystore", "webform"},
     {"fuse", "mounts", "machine"},
