@@ -1,12 +1,14 @@
 """The command line: ``imapfs mount``, ``umount`` and ``status``.
 
-Exit codes: 0 done, 1 failed (one line on stderr), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 failed (one line on stderr), 2 wrong usage, 3 failed for want of the right password,
+130 interrupted.
 """
 
 # Everything heavy (rich, keyring, platformdirs, and behind daemon trio, pyfuse3 and IMAPClient) is imported
 # inside the function that needs it: --help, completion and a mistyped command must answer at once.
 import contextlib
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 import click
 
 from imapfs import __version__
-from imapfs.errors import ImapfsError, UsageError, one_line
+from imapfs.errors import AuthenticationFailed, CredentialError, ImapfsError, UsageError, one_line
 from imapfs.model import Security
 from imapfs.parameters import (
     DIRECTORY,
@@ -506,6 +508,10 @@ def main() -> NoReturn:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = 130
+    except (AuthenticationFailed, CredentialError) as error:
+        # Told apart so that nothing tries again by itself: a few wrong passwords may lock an account.
+        _fail(str(error))
+        code = 3
     except (ImapfsError, OSError) as error:
         code = _fail(str(error))
     except Exception as error:
@@ -514,5 +520,8 @@ def main() -> NoReturn:
 
 
 def _fail(line: str) -> int:
-    click.echo(one_line(f"imapfs: {line}"), err=True)
+    from imapfs import systemd
+
+    prefix = systemd.priority(logging.ERROR) if systemd.is_journal(2) else ""
+    click.echo(prefix + one_line(f"imapfs: {line}"), err=True)
     return 1

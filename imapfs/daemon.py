@@ -16,14 +16,16 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import NoReturn
 
-from imapfs import machine, mounts
-from imapfs.errors import ImapfsError, UsageError
+from imapfs import desktop, machine, mounts, systemd
+from imapfs.errors import AuthenticationFailed, ImapfsError, UsageError, one_line
 from imapfs.model import CredentialProvider, MountConfig
 
 _LOG_BYTES = 5 * 2**20
 _LOG_BACKUPS = 2
 _LIVE = b"+"
 _FAILED = b"-"
+_REFUSED = b"!"
+"""The login was refused."""
 
 _log = logging.getLogger(__name__)
 
@@ -39,8 +41,9 @@ def run(
     """Serve the mount: in the foreground until it is unmounted, else return once it is live.
 
     The log goes to ``log_file``; without one to stderr in the foreground, else to the account's file in the
-    XDG log directory. ``verbosity`` above 0 logs details. Raises ImapfsError if the mount does not come
-    about, or in the foreground ends because of a failure.
+    XDG log directory. ``verbosity`` above 0 logs details. In the foreground the service manager is told how
+    the mount is, if one has started it. Raises ImapfsError if the mount does not come about, or in the
+    foreground ends because of a failure.
 
     Must be called while the process has one thread only: it forks.
     """
@@ -48,7 +51,9 @@ def run(
     if foreground:
         os.umask(0o077)
         _start_log(log_file, verbosity)
-        _serve(config, credentials, _nobody_waits, log_file)
+        # A person at the terminal sees why there is no mount; a service manager does not care.
+        observer = _Observer(config, systemd.Manager.take(), person_waits=sys.stderr.isatty())
+        _serve(config, credentials, observer, log_file)
         return
     log_file = log_file or default_log_file(config)
     sys.stdout.flush()
@@ -122,21 +127,71 @@ def _check_mountpoint(path: Path) -> None:
 # ---- Serving
 
 
-def _nobody_waits() -> None:
-    """In the foreground the log alone says when the mount is live."""
+class _Observer:
+    """Passes on how the mount is: to who started it, to the service manager, to the person at the desktop.
+
+    ``on_live`` is called when the mount is live. Before that, ``person_waits`` for it and learns of a failure
+    by the error.
+    """
+
+    def __init__(
+        self,
+        config: MountConfig,
+        manager: systemd.Manager,
+        *,
+        person_waits: bool,
+        on_live: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._config = config
+        self._manager = manager
+        self._person_waits = person_waits
+        self._on_live = on_live
+        self._reason: str | None = None
+        self._notified = False
+
+    def live(self) -> None:
+        self._person_waits = False
+        self._on_live()
+        self._manager.tell(READY="1", STATUS=self._status())
+
+    def state(self, reason: str | None, needs_person: bool) -> None:
+        if reason != self._reason:
+            self._reason = reason
+            self._manager.tell(STATUS=self._status())
+        if needs_person and not self._notified and not self._person_waits:
+            self._notified = True
+            # Nothing of what the server said: who knows what it repeats.
+            desktop.notify(
+                f"{self._config.account.host} refuses the login",
+                f"The mail of {self._config.account.user} in {self._config.mountpoint} is offline until you "
+                "mount it again with a password or consent that is right.",
+            )
+
+    def ending(self) -> None:
+        self._manager.tell(STOPPING="1", STATUS="unmounted, sending what is waiting")
+
+    def _status(self) -> str:
+        where = f"{self._config.account.url} on {self._config.mountpoint}"
+        return f"{where}: offline: {self._reason}" if self._reason else f"{where}: online"
 
 
 def _serve(
-    config: MountConfig, credentials: CredentialProvider, on_ready: Callable[[], None], log_file: Path | None
+    config: MountConfig, credentials: CredentialProvider, observer: _Observer, log_file: Path | None
 ) -> None:
     """Returns after the unmount; any failure comes out as ImapfsError, the unexpected ones logged in full."""
     try:
         # pyfuse3 and trio, which must not be there yet when the process forks.
         from imapfs.fuse import serve
 
-        serve(config, credentials, on_ready)
+        serve(config, credentials, observer)
     except ImapfsError:
         raise
+    except ImportError as error:
+        # pyfuse3 is built against this machine's libfuse and Python; either may have been removed since.
+        raise ImapfsError(
+            f"a part of imapfs cannot be loaded ({error}): install the packages fuse3 and libfuse3-dev, then "
+            "imapfs again"
+        ) from None
     except Exception as error:
         _log.exception("internal error")
         where = f"see {log_file}" if log_file else "see above"
@@ -151,11 +206,12 @@ def _be_child(
     try:
         _detach(sender)
         _start_log(log_file, verbosity)
-        _serve(config, credentials, report.live, log_file)
+        observer = _Observer(config, systemd.Manager(None), person_waits=True, on_live=report.live)
+        _serve(config, credentials, observer, log_file)
         code = 0
     except ImapfsError as error:
         _log.error("%s", error)
-        report.failed(str(error))
+        report.failed(str(error), refused=isinstance(error, AuthenticationFailed))
     finally:
         # Whatever happens, this copy of the caller must not run the caller's code.
         logging.shutdown()
@@ -183,8 +239,8 @@ class _Report:
     def live(self) -> None:
         self._send(_LIVE)
 
-    def failed(self, line: str) -> None:
-        self._send(_FAILED + line.encode(errors="surrogateescape"))
+    def failed(self, line: str, *, refused: bool) -> None:
+        self._send((_REFUSED if refused else _FAILED) + line.encode(errors="surrogateescape"))
 
     def _send(self, data: bytes) -> None:
         if self._sender is None:
@@ -207,8 +263,9 @@ def _wait_for_report(child: int, receiver: int, log_file: Path) -> None:
         return
     # The cache is free again only when the child is gone.
     _, status = os.waitpid(child, 0)
-    if report.startswith(_FAILED):
-        raise ImapfsError(report[1:].decode(errors="surrogateescape"))
+    for kind, error in ((_FAILED, ImapfsError), (_REFUSED, AuthenticationFailed)):
+        if report.startswith(kind):
+            raise error(report[1:].decode(errors="surrogateescape"))
     code = os.waitstatus_to_exitcode(status)
     how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
     raise ImapfsError(f"the process of the mount {how} before the mount was live: see {log_file}")
@@ -221,13 +278,22 @@ class _OneLine(logging.Formatter):
     """Keeps what servers and messages put into a log line from looking like further lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is logging's
-        line = super().formatMessage(record)
-        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+        return one_line(super().formatMessage(record))
+
+
+class _ForJournal(logging.Formatter):
+    """Also a traceback on one line, as each line is an entry of its own; the journal adds the time."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return systemd.priority(record.levelno) + one_line(super().format(record))
 
 
 def _start_log(log_file: Path | None, verbosity: int) -> None:
     handler: logging.Handler
+    formatter: logging.Formatter = _OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s")
     if log_file is None:
+        if systemd.is_journal(sys.stderr.fileno()):
+            formatter = _ForJournal("%(name)s: %(message)s")
         handler = logging.StreamHandler()
     else:
         try:
@@ -244,7 +310,7 @@ def _start_log(log_file: Path | None, verbosity: int) -> None:
             raise UsageError(
                 f"log file {log_file}: cannot be written: {error.strerror}: choose another with --log-file"
             ) from None
-    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(formatter)
     root = logging.getLogger()
     root.addHandler(handler)
     # Of the libraries only warnings: at lower levels IMAP libraries log commands, LOGIN among them.

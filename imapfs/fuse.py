@@ -18,7 +18,7 @@ import signal
 import stat
 from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -555,16 +555,33 @@ def _invalidate(batch: _Invalid) -> None:
                 log.debug("the kernel did not drop the attributes of inode %d: %s", ino, error)
 
 
-def serve(config: MountConfig, credentials: CredentialProvider, on_ready: Callable[[], None]) -> None:
+class Observer(Protocol):
+    """Who is told how the mount is; called on the trio thread, where nothing may wait."""
+
+    def live(self) -> None:
+        """The mount answers: once, and not at all if there can be none."""
+
+    def state(self, reason: str | None, needs_person: bool) -> None:
+        """The account is offline for ``reason``, or online if that is None.
+
+        ``needs_person``: and stays so until somebody sets the credentials right.
+        """
+
+    def ending(self) -> None:
+        """The mount is gone; what is waiting is being sent."""
+
+
+def serve(config: MountConfig, credentials: CredentialProvider, observer: Observer) -> None:
     """Mount and serve until the mount ends: by umount, SIGINT or SIGTERM.
 
-    ``on_ready`` is called once, when the mount answers. Raises ImapfsError if there can be no mount.
+    Raises ImapfsError if there can be no mount.
     """
-    trio.run(_serve, config, credentials, on_ready)
+    trio.run(_serve, config, credentials, observer)
 
 
-async def _serve(config: MountConfig, credentials: CredentialProvider, on_ready: Callable[[], None]) -> None:
+async def _serve(config: MountConfig, credentials: CredentialProvider, observer: Observer) -> None:
     pool = SessionPool(config.account, credentials, config.connections, config.timeout)
+    pool.on_state = lambda: observer.state(pool.reason, pool.needs_person)
     cache = Cache.open(config.cache_dir / _cache_name(config), config.names)
     failure: ImapfsError | None = None
     try:
@@ -575,7 +592,7 @@ async def _serve(config: MountConfig, credentials: CredentialProvider, on_ready:
                     trio.CancelScope() as life,
                 ):
                     background.start_soon(_end_on_signal, signals, life)
-                    await _run(config, pool, cache, background, on_ready)
+                    await _run(config, pool, cache, background, observer)
             except ImapfsError as error:
                 # Out of the nursery as itself, not in a group.
                 failure = error
@@ -599,7 +616,7 @@ async def _run(
     pool: SessionPool,
     cache: Cache,
     background: trio.Nursery,
-    on_ready: Callable[[], None],
+    observer: Observer,
 ) -> None:
     """Mount, and serve until somebody unmounts or this is cancelled."""
     adapter = Adapter(config.timeout, config.read_only)
@@ -627,13 +644,14 @@ async def _run(
                 nursery.start_soon(adapter.invalidate_forever)
                 nursery.start_soon(announcer.run)
                 nursery.start_soon(feed.serve)
-                on_ready()
+                observer.live()
                 # With fewer, a task would be begun and ended for almost every request.
                 await pyfuse3.main(min_tasks=_TASKS)
                 nursery.cancel_scope.cancel()
         finally:
             pyfuse3.close(unmount=True)
             log.info("unmounted %s", config.mountpoint)
+            observer.ending()
             with trio.CancelScope(shield=True):
                 await announcer.end()
     finally:

@@ -3,7 +3,7 @@
 
 BUILD_PACKAGES=(python3-venv python3-dev gcc pkg-config libfuse3-dev)
 SERVER_PACKAGES=(fuse3 dovecot-imapd)
-TOOL_PACKAGES=(rsync attr libglib2.0-bin vim nano ed emacs-nox inotify-tools)
+TOOL_PACKAGES=(rsync attr libglib2.0-bin vim nano ed emacs-nox inotify-tools systemd)
 KEYRING_PACKAGES=(dbus-daemon gnome-keyring)
 PEER_PACKAGES=(isync)
 WINDOW_PACKAGES=(xvfb pcmanfm xdotool imagemagick)
@@ -32,6 +32,7 @@ have_package() {
         attr) command -v getfattr >/dev/null ;;
         libglib2.0-bin) command -v gio >/dev/null ;;
         emacs-nox) command -v emacs >/dev/null ;;
+        systemd) command -v systemd-analyze >/dev/null ;;
         dbus-daemon) command -v dbus-daemon >/dev/null ;;
         gnome-keyring) command -v gnome-keyring-daemon >/dev/null ;;
         isync) command -v mbsync >/dev/null ;;

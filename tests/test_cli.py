@@ -21,7 +21,8 @@ import pytest
 import trio
 
 from imapfs import __version__, mounts
-from imapfs.errors import ImapfsError
+from imapfs.errors import AuthenticationFailed, ImapfsError
+from imapfs.fuse import Observer
 from imapfs.model import CredentialProvider, MountConfig
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +64,7 @@ class EmptyMailbox(pyfuse3.Operations):
         return self.status
 
 
-def serve(config: MountConfig, credentials: CredentialProvider, on_ready: Callable[[], None]) -> None:
+def serve(config: MountConfig, credentials: CredentialProvider, observer: Observer) -> None:
     """What imapfs.fuse.serve promises, or one of the ways to break it that STAND_IN names."""
     log = logging.getLogger("imapfs.fuse")
     password = credentials.get()
@@ -75,6 +76,11 @@ def serve(config: MountConfig, credentials: CredentialProvider, on_ready: Callab
     (home / "pid.new").rename(home / "pid")
     if way == "refuse":
         raise ImapfsError("the server does not want this; ask it nicely")
+    if way == "reject":
+        observer.state("it said no", needs_person=True)
+        raise AuthenticationFailed("the server refuses the login")
+    if way == "unlinked":
+        raise ImportError("libfuse3.so.3: cannot open shared object file")
     if way == "break":
         raise RuntimeError("a bug")
     if way == "die":
@@ -104,9 +110,10 @@ def serve(config: MountConfig, credentials: CredentialProvider, on_ready: Callab
     async def serve_until_unmounted() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pyfuse3.main)
-            on_ready()
+            observer.live()
 
     trio.run(serve_until_unmounted)
+    observer.ending()
     pyfuse3.close()
     # What a daemon may still have to finish; nobody should have to guess when it is done.
     time.sleep(0.3)
@@ -137,6 +144,8 @@ class Cli:
         self.password.write_text(SECRET)
         self.password.chmod(0o600)
         self.log = home / "log"
+        self.extra: dict[str, str] = {}
+        """Added to the environment."""
 
     def environment(self, stand_in: str) -> dict[str, str]:
         return {
@@ -146,6 +155,7 @@ class Cli:
             "PYTHON_KEYRING_BACKEND": "keyring.backends.null.Keyring",
             "STAND_IN": stand_in,
             "STAND_IN_HOME": str(self.home),
+            **self.extra,
         }
 
     def start(self, *arguments: str | Path, stand_in: str = "mount") -> subprocess.Popen[str]:
@@ -179,7 +189,7 @@ class Cli:
     def refusal(self, *arguments: str | Path, stand_in: str = "mount") -> str:
         """The line on stderr of a command that must fail."""
         result = self.run(*arguments, stand_in=stand_in)
-        assert result.returncode == 1, result
+        assert result.returncode in (1, 3), result
         assert result.stdout == ""
         assert result.stderr.startswith("imapfs: ")
         assert result.stderr.count("\n") == 1

@@ -18,7 +18,7 @@ LAYERS = (
     {"credentials", "consent", "settings"},
     {"oauth"},
     {"keystore", "webform"},
-    {"fuse", "mounts", "machine"},
+    {"fuse", "mounts", "machine", "systemd", "desktop"},
     {"xattrs", "announce"},
     {"vfs", "feed"},
     {"files", "upload"},

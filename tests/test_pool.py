@@ -156,6 +156,8 @@ async def test_password_that_was_good_counts_as_changed_after_several_refusals(
     logins = Logins()
     async with scripted_pool(Scripted(ca, script=logins)) as made:
         await made.run(lambda session: session.abort())
+        told: list[bool] = []
+        made.on_state = lambda: told.append(made.needs_person)
         logins.refusal = WRONG
         refused = 0
         while logins.seen < 5:
@@ -171,6 +173,7 @@ async def test_password_that_was_good_counts_as_changed_after_several_refusals(
                 await made.run(_nothing)
         assert refused == 4
         assert logins.seen == 5
+        assert (told[0], told[-1]) == (False, True)
 
 
 @pytest.mark.trio

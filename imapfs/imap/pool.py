@@ -107,6 +107,13 @@ class SessionPool:
         """Why the account is offline; None while it is online."""
         self.since = datetime.now(UTC)
         """When the account went on- or offline."""
+        self.on_state: Callable[[], None] = lambda: None
+        """Called when `reason` or `needs_person` has changed."""
+
+    @property
+    def needs_person(self) -> bool:
+        """Whether no login will be tried before somebody sets the credentials right."""
+        return self._refused is not None
 
     @property
     def open(self) -> int:
@@ -271,6 +278,7 @@ class SessionPool:
             self.since = datetime.now(UTC)
             log.warning("offline: %s", self._why)
         self.reason = self._why
+        self.on_state()
 
     async def _connect(self) -> Session:
         """A new session, lent; whoever calls has counted it as open and connecting."""
@@ -298,6 +306,7 @@ class SessionPool:
             self.reason, self.since = None, datetime.now(UTC)
             self._online.set()
             self._online = trio.Event()
+            self.on_state()
         self._accepted = True
         self._failures = self._refusals = 0
         self._retry_at = -math.inf
