@@ -500,28 +500,33 @@ def _show(rows: list[tuple[str, str]]) -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line and exit; no exception gets out."""
+    """Run the command line and exit."""
+    sys.exit(run(commands, "imapfs"))
+
+
+def run(command: click.Command, name: str) -> int:
+    """Run ``command`` with the arguments of the process and return its exit code; no exception gets out."""
     try:
-        code = commands.main(prog_name="imapfs", standalone_mode=False)
+        # None from a command that has ended by itself, a code from --help and the like.
+        return int(command.main(prog_name=name, standalone_mode=False) or 0)
     except click.ClickException as error:
         error.show()
-        code = error.exit_code
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        code = 130
+        return 130
     except (AuthenticationFailed, CredentialError) as error:
         # Told apart so that nothing tries again by itself: a few wrong passwords may lock an account.
-        _fail(str(error))
-        code = 3
+        _fail(name, str(error))
+        return 3
     except (ImapfsError, OSError) as error:
-        code = _fail(str(error))
+        return _fail(name, str(error))
     except Exception as error:
-        code = _fail(f"internal error: {type(error).__name__}: {error}")
-    sys.exit(code)
+        return _fail(name, f"internal error: {type(error).__name__}: {error}")
 
 
-def _fail(line: str) -> int:
+def _fail(name: str, line: str) -> int:
     from imapfs import systemd
 
     prefix = systemd.priority(logging.ERROR) if systemd.is_journal(2) else ""
-    click.echo(prefix + one_line(f"imapfs: {line}"), err=True)
+    click.echo(prefix + one_line(f"{name}: {line}"), err=True)
     return 1

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "imapfs"
 LAYERS = (
-    {"__main__"},
+    {"__main__", "fstab"},
     {"cli"},
     {"parameters"},
     {"setup"},
