@@ -99,7 +99,7 @@ def become(name: str) -> None:
 @click.command()
 @click.argument("source", type=SOURCE)
 @click.argument("mountpoint", type=DIRECTORY)
-@click.option("-o", "options", metavar="OPTION,...", multiple=True, help="Mount options, see below.")
+@click.option("-o", "options", metavar="OPTION,...", multiple=True, help="Mount options, as said above.")
 @click.option("-s", "sloppy", is_flag=True, help="Ignore options that are not known.")
 @click.option("-f", "fake", is_flag=True, help="Only look whether the options are right.")
 @click.option("-n", "no_mtab", is_flag=True, help="Does nothing: there is no /etc/mtab to write.")

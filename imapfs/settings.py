@@ -83,9 +83,7 @@ SETTINGS = (
         "CMD",
         connects=True,
     ),
-    Setting(
-        "oauth", "How to log in by OAuth 2.0, after a consent with 'imapfs login'.", "table", option=None
-    ),
+    Setting("oauth", "How to log in by OAuth 2.0: see below.", "table", option=None),
     Setting(
         "ca-file",
         "Trust the PEM certificates in FILE.",
@@ -96,7 +94,7 @@ SETTINGS = (
     ),
     Setting(
         "tls-fingerprint",
-        "Trust the one certificate with this SHA-256 fingerprint, whatever it says.",
+        "Trust the one certificate with this SHA-256 fingerprint, with or without colons, and no other.",
         "text",
         "HEX",
         connects=True,
@@ -104,7 +102,7 @@ SETTINGS = (
     Setting("client-cert", "Show the server the PEM certificate in FILE.", "path", "FILE", connects=True),
     Setting(
         "client-key",
-        "The private key of the client's certificate.",
+        "The private key of that certificate, in PEM and without a passphrase.",
         "path",
         "FILE",
         default_shown="in the same file",
@@ -187,3 +185,20 @@ SETTINGS = (
     ),
 )
 """In the order in which they are shown."""
+
+OAUTH_SETTINGS = (
+    Setting(
+        "provider",
+        "What gives the addresses and the scope; keys beside it replace them.",
+        "choice",
+        choices=("google", "microsoft"),
+        option=None,
+    ),
+    Setting("client-id", "What the provider knows your program by: register one there.", "text", option=None),
+    Setting("client-secret", "What some providers give to clients, and want back.", "text", option=None),
+    Setting("authorize-url", "The https:// address for a consent in the browser.", "text", option=None),
+    Setting("device-url", "The https:// address for a consent by a code.", "text", option=None),
+    Setting("token-url", "The https:// address that gives tokens.", "text", option=None),
+    Setting("scope", "What the consent is for.", "text", option=None),
+)
+"""The keys of the table ``oauth``."""

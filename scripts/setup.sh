@@ -3,7 +3,7 @@
 
 BUILD_PACKAGES=(python3-venv python3-dev gcc pkg-config libfuse3-dev)
 SERVER_PACKAGES=(fuse3 dovecot-imapd)
-TOOL_PACKAGES=(rsync attr libglib2.0-bin vim nano ed emacs-nox inotify-tools systemd)
+TOOL_PACKAGES=(rsync attr libglib2.0-bin vim nano ed emacs-nox inotify-tools systemd groff-base)
 KEYRING_PACKAGES=(dbus-daemon gnome-keyring)
 PEER_PACKAGES=(isync)
 WINDOW_PACKAGES=(xvfb pcmanfm xdotool imagemagick)
@@ -33,6 +33,7 @@ have_package() {
         libglib2.0-bin) command -v gio >/dev/null ;;
         emacs-nox) command -v emacs >/dev/null ;;
         systemd) command -v systemd-analyze >/dev/null ;;
+        groff-base) command -v groff >/dev/null ;;
         dbus-daemon) command -v dbus-daemon >/dev/null ;;
         gnome-keyring) command -v gnome-keyring-daemon >/dev/null ;;
         isync) command -v mbsync >/dev/null ;;

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from imapfs import config
 from imapfs.errors import UsageError
 from imapfs.model import Account
-from imapfs.settings import SETTINGS
+from imapfs.oauth import PROVIDERS
+from imapfs.settings import OAUTH_SETTINGS, SETTINGS
 
 
 @pytest.mark.parametrize(
@@ -407,3 +408,9 @@ def test_every_key_is_told_of_in_the_table_of_settings_once() -> None:
     for setting in SETTINGS:
         if setting.default is not None:
             config.resolve("imaps://a@h", Path("/mnt"), {setting.key: setting.default}, Path("/none"))
+
+
+def test_every_key_of_the_oauth_table_is_told_of_once() -> None:
+    provider, *others = OAUTH_SETTINGS
+    assert provider.choices == tuple(PROVIDERS)
+    assert sorted(setting.key for setting in others) == sorted(config._OAUTH)

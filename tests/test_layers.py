@@ -8,7 +8,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "imapfs"
 LAYERS = (
-    {"__main__", "fstab"},
+    {"__main__", "manual"},
+    {"fstab"},
     {"cli"},
     {"parameters"},
     {"setup"},
