@@ -125,6 +125,9 @@ def helper(
         raise UsageError(
             f"cannot mount in another namespace: run nsenter --mount={namespace} and mount there"
         )
+    if source.startswith("/"):
+        # mount(8) makes a path of an account's name if there is a file of that name where it is called.
+        source = Path(source).name
     arguments, user = translate(",".join(options), sloppy=sloppy)
     if user is not None:
         become(user)

@@ -94,6 +94,12 @@ def test_exit_codes_are_those_of_mount(tmp_path: Path) -> None:
         assert result.stderr.count("\n") == 1
 
 
+def test_name_that_mount_took_for_a_path_is_a_name(tmp_path: Path) -> None:
+    (tmp_path / "mnt").mkdir()
+    result = mount_imapfs("/srv/work", str(tmp_path / "mnt"), home=tmp_path)
+    assert "no account 'work'" in result.stderr
+
+
 # ---- Through mount(8), which looks for its helpers in directories of the system's only
 
 by_root = pytest.mark.skipif(
