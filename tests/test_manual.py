@@ -30,7 +30,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rendered(page: Path) -> str:
-    command = ["groff", "-ww", "-man", "-Tutf8", "-P-c", "-P-b", "-P-u", "-rLL=110n", str(page)]
+    command = ["groff", "-ww", "-man", "-Tascii", "-P-c", "-P-b", "-P-u", "-rLL=110n", str(page)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, check=True)
     assert done.stderr == ""
     return done.stdout
