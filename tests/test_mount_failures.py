@@ -40,11 +40,11 @@ class At:
         return self
 
 
-def refusal(mount: Mounter, account: At | Scripted | Account, *arguments: str) -> str:
-    """Return the one line that mounting fails with."""
+def refusal(mount: Mounter, account: At | Scripted | Account, *arguments: str, code: int = 1) -> str:
+    """Return the one line that mounting fails with; the exit code is ``code``."""
     with pytest.raises(MountFailed) as failed:
         mount(account, *arguments)
-    assert failed.value.code == 1
+    assert failed.value.code == code
     line = failed.value.stderr
     assert re.fullmatch(r"imapfs: [^\n]+\n", line), line
     assert account.password not in line
@@ -56,7 +56,7 @@ def refusal(mount: Mounter, account: At | Scripted | Account, *arguments: str) -
 
 def test_wrong_password(dovecot: Dovecot, mount: Mounter) -> None:
     wrong = At(dovecot.authority, dovecot.port, password="correct-horse")
-    line = refusal(mount, wrong)
+    line = refusal(mount, wrong, code=3)
     assert "refused the password of alice" in line
     assert line.rstrip().endswith(explain("localhost", "AUTHENTICATIONFAILED", "").remedy)
 
