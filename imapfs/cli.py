@@ -1,4 +1,4 @@
-"""The command line: ``imapfs mount``, ``umount`` and ``status``.
+"""The command line: ``imapfs`` and its commands.
 
 Exit codes: 0 done, 1 failed (one line on stderr), 2 wrong usage, 3 failed for want of the right password,
 130 interrupted.
@@ -61,8 +61,8 @@ def mount(
     """Mount SOURCE on the empty directory MOUNTPOINT.
 
     SOURCE is imaps://user@host[:port][/Mailbox], imap:// for STARTTLS, or the name of an account in the
-    configuration file. Returns when the mount is live. The password comes from --password-command,
-    --password-file, the keyring, or a prompt on the terminal.
+    configuration file. Returns when the mount is live. The password or token comes from one of the options,
+    the account's entry, a systemd credential, the keyring, or a prompt on the terminal.
 
     With --all DIR, each account of the configuration file is mounted on the directory of its name in DIR, all
     at the same time; options are for each of them.

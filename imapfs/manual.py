@@ -155,12 +155,17 @@ _EXIT_CODES: Final = (
     ("2", "Wrong usage."),
     (
         "3",
-        "The server refused the login, or no password was to be had. No service should try again by itself.",
+        "The server refused the login, or no password or token was to be had. No service should try again by "
+        "itself.",
     ),
     ("130", "Interrupted."),
 )
 _ENVIRONMENT: Final = (
     ("XDG_CONFIG_HOME, XDG_CACHE_HOME, XDG_STATE_HOME", "Where the files below are instead of in ~."),
+    (
+        "CREDENTIALS_DIRECTORY",
+        "Set by systemd: has passwords in files called like the account, or else imapfs.",
+    ),
     (
         "NOTIFY_SOCKET, JOURNAL_STREAM",
         "Set by systemd: with --foreground it is told how the mount is, and the log goes to the journal line "
@@ -184,7 +189,12 @@ Mount an account, look at it, unmount it:
     ls -l ~/mail/INBOX
     imapfs umount ~/mail
 
-Mount the account "work" of the configuration file at each login, on ~/mail/work, and now:
+Give an account a name, from nothing but its address, and see whether anything is in the way of mounting it:
+
+    imapfs setup --name work
+    imapfs check work
+
+Mount it at each login, on ~/mail/work, and now:
 
     systemctl --user enable --now imapfs@work
 """

@@ -1,5 +1,6 @@
 """Help, manual pages, README and completion say the same, because they are made from the same."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -50,6 +51,20 @@ def test_readme_has_each_option_of_mount_as_help_has_it() -> None:
     readme = (ROOT / "README.md").read_text().splitlines()
     start = readme.index("| option | meaning | default |") + 2
     assert readme[start : start + len(rows) + 1] == [*rows, ""], "\n".join(["README should have:", *rows])
+
+
+def test_no_command_declares_an_option_that_the_table_of_settings_has() -> None:
+    flags = {f"--{setting.key}" for setting in SETTINGS} | {setting.flag for setting in SETTINGS}
+    tree = ast.parse((ROOT / "imapfs/cli.py").read_text())
+    declared = {
+        argument.value
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "click.option"
+        for argument in call.args
+        if isinstance(argument, ast.Constant)
+    }
+    assert "--json" in declared
+    assert not declared & flags
 
 
 @pytest.mark.parametrize("path", PAGES)
@@ -141,11 +156,13 @@ def test_shell_completes_commands_options_and_accounts(shell: str, prefix: Path,
     assert ask(shell, prefix, home, "imapfs", "mount", "--cache-s") == ["--cache-size"]
     assert ask(shell, prefix, home, "imapfs", "mount", "--delete", "t") == ["trash"]
     assert ask(shell, prefix, home, "imapfs", "mount", "") == ["private", "work"]
-    assert ask(shell, prefix, home, "imapfs", "mount", "w") == ["work"]
+    for command in ("mount", "check", "login"):
+        assert ask(shell, prefix, home, "imapfs", command, "w") == ["work"]
 
 
 def test_paths_are_left_to_the_shell(prefix: Path, home: Path) -> None:
     assert ask("bash", prefix, home, "imapfs", "mount", "work", "") == ["shell: -o dirnames"]
+    assert ask("bash", prefix, home, "imapfs", "mount", "--all", "") == ["shell: -o dirnames"]
     assert ask("bash", prefix, home, "imapfs", "mount", "--ca-file", "x") == ["shell: -o default"]
 
 
@@ -158,4 +175,5 @@ def test_mountpoints_are_completed_without_a_look_at_the_mount(
     prefix: Path, home: Path, user: Account, mount: Mounter
 ) -> None:
     made = mount(user)
-    assert ask("bash", prefix, home, "imapfs", "umount", str(made.path)[:-2]) == [str(made.path)]
+    for command in ("umount", "watch", "sync", "retry", "status"):
+        assert ask("bash", prefix, home, "imapfs", command, str(made.path)[:-2]) == [str(made.path)]
