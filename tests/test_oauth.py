@@ -285,7 +285,7 @@ def test_refused_consent_is_told_in_one_line(home: Home, server: TokenServer) ->
     server.refusal = (400, {"error": "access_denied", "error_description": "The user said no."})
     for arguments in ((), ("--device",)):
         done = home.login(*arguments)
-        assert done.returncode == 1
+        assert done.returncode == 3
         assert done.stderr.startswith("imapfs: no consent: localhost:")
         assert done.stderr.endswith("says access_denied: The user said no.\n")
         assert done.stderr.count("\n") == 1
@@ -294,7 +294,7 @@ def test_refused_consent_is_told_in_one_line(home: Home, server: TokenServer) ->
 def test_consent_of_somebody_else_is_noticed_at_once(home: Home, server: TokenServer) -> None:
     server.user = "bob"
     done = home.login()
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "localhost refused the access token of alice" in done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -302,7 +302,7 @@ def test_consent_of_somebody_else_is_noticed_at_once(home: Home, server: TokenSe
 def test_without_a_keyring_consent_is_of_no_use(home: Home, kept: Path) -> None:
     kept.unlink()
     done = home.login()
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "the keyring does not take the secret (KeyringLocked): unlock it" in done.stderr
 
 

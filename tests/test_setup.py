@@ -103,10 +103,10 @@ class Home:
         assert self.user.password not in done.stdout + done.stderr
         return done
 
-    def refusal(self, *arguments: str | Path) -> str:
+    def refusal(self, *arguments: str | Path, code: int = 1) -> str:
         """The one line on stderr of a setup that must fail and write nothing."""
         done = self.run("setup", *arguments)
-        assert done.returncode == 1, done
+        assert done.returncode == code, done
         assert done.stderr.count("\n") == 1, done.stderr
         assert not self.config.exists()
         return done.stderr
@@ -395,7 +395,7 @@ def test_login_that_fails_is_tried_once_and_writes_nothing(home: Home) -> None:
     home.publish()
     line = home.refusal(
         "--name", "work", "--address", home.address, "--ca-file", home.ca_file, "--yes",
-        "--password-file", home.password_file("wrong"),
+        "--password-file", home.password_file("wrong"), code=3,
     )  # fmt: skip
     assert "localhost" in line
     wait_until(lambda: home.logins() == 1, "as many logins as were asked for")
