@@ -353,7 +353,7 @@ def convert(key: str, value: object) -> object:
         raise ValueError(str(error)) from None
 
 
-_PATHS = frozenset({"ca-file", "client-cert", "client-key", "cache-dir", "password-file", "log-file"})
+_PATHS = frozenset(setting.key for setting in SETTINGS if setting.kind in ("path", "directory"))
 SECRETS = ("password-command", "password-file", "token-command", "oauth")
 """The keys of which each alone says where the secret comes from."""
 
@@ -512,11 +512,12 @@ def locate(source: str, options: Mapping[str, object], config_path: Path) -> Loc
     ``options`` holds only what was given, under the names of the configuration file. Raises UsageError.
     """
     given = _checked(options, Path.cwd(), lambda key: "-o" if key == "options" else f"--{key}")
+    entry = Options() if "://" in source else _account_options(source, config_path)
+    merged: Options = {**_defaults(), **entry, **given}
     if "://" in source:
-        entry, account = Options(), parse_source(source)
+        account = parse_source(source)
     else:
-        entry = _account_options(source, config_path)
-        security = entry.get("security", "tls")
+        security = merged["security"]
         account = Account(
             host=entry["host"],
             user=entry["user"],
@@ -524,7 +525,6 @@ def locate(source: str, options: Mapping[str, object], config_path: Path) -> Loc
             mailbox=entry.get("mailbox"),
             security=security,
         )
-    merged: Options = {**_defaults(), **entry, **given}
     account = dataclasses.replace(
         account,
         insecure_plaintext=merged["insecure-plaintext"],
