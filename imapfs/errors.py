@@ -73,7 +73,8 @@ class Refused(ImapfsError):
         "OVERQUOTA": errno.EDQUOT,
         "TOOBIG": errno.EFBIG,
         "TRYCREATE": errno.ENOENT,
-        "UNAVAILABLE": errno.EAGAIN,
+        # Not EAGAIN: programs take that for a file that is not ready, and some for the end of it.
+        "UNAVAILABLE": errno.EBUSY,
     }
 
     def __init__(self, problem: str, code: str = "", *, remedy: str = "") -> None:
@@ -82,16 +83,54 @@ class Refused(ImapfsError):
         self.errno = self._ERRNO.get(code, errno.EIO)
 
 
+class Throttled(Refused):
+    """The server asks to come back later: scope is the account. Nothing was carried out."""
+
+    def __init__(self, problem: str, code: str, wait: float, *, remedy: str = "") -> None:
+        super().__init__(problem, code, remedy=remedy)
+        self.errno = errno.EBUSY
+        self.wait = wait
+        """Seconds that the server named, else 0."""
+
+
 class ConnectionLost(ImapfsError):
     """The connection ended, or could not be made: scope is this connection; another may succeed."""
 
     errno = errno.EHOSTUNREACH
+    silent = False
+    """Whether nothing was heard any more, so that other connections may have ended as well."""
+
+
+class NetworkLost(ConnectionLost):
+    """The network, not the server, ended the connection."""
+
+    silent = True
+
+
+class Offline(ConnectionLost):
+    """The server is known to be away: nothing was tried. With the errno of what was tried last."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.errno = number
 
 
 class TimedOut(ConnectionLost):
     """The server did not answer within the timeout."""
 
     errno = errno.ETIMEDOUT
+    silent = True
+
+
+class ServerBusy(ConnectionLost):
+    """The server lets nobody in, or ended the connection, and asks to come back later."""
+
+    errno = errno.EBUSY
+
+    def __init__(self, problem: str, wait: float, *, remedy: str = "") -> None:
+        super().__init__(problem, remedy=remedy)
+        self.wait = wait
+        """Seconds that the server named, else 0."""
 
 
 class CredentialUnavailable(ConnectionLost):

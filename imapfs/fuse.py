@@ -33,6 +33,7 @@ from pyfuse3 import (
     SetattrFields,
 )
 
+from imapfs import network
 from imapfs.announce import Announcer
 from imapfs.cache import Cache
 from imapfs.caller import PROOF
@@ -80,7 +81,7 @@ def prompt_handler(method: Method[P, T]) -> Method[P, T]:
             raise
         except trio.TooSlowError:
             log.warning("%s: no answer from the server within %g s", name, self.timeout)
-            raise FUSEError(errno.ETIMEDOUT) from None
+            raise FUSEError(self.fs.late_errno) from None
         except ImapfsError as error:
             log.debug("%s%r: %s", name, args[:1], error)
             raise FUSEError(error.errno) from None
@@ -575,6 +576,8 @@ async def _serve(config: MountConfig, credentials: CredentialProvider, on_ready:
                     trio.CancelScope() as life,
                 ):
                     background.start_soon(_end_on_signal, signals, life)
+                    background.start_soon(pool.keep)
+                    background.start_soon(network.watch, pool.network_changed, pool.resumed)
                     await _run(config, pool, cache, background, on_ready)
             except ImapfsError as error:
                 # Out of the nursery as itself, not in a group.

@@ -69,6 +69,7 @@ class Refresh:
 
     def __init__(self) -> None:
         self.done = False
+        self.started = trio.current_time()
         self._error: ImapfsError | None = None
         self._changed = trio.Event()
 
@@ -254,7 +255,18 @@ class Synchroniser:
         async with contextlib.AsyncExitStack() as stack:
             for ino in sorted(set(mailboxes)):
                 await stack.enter_async_context(self._locks.setdefault(ino, trio.Lock()))
-            yield
+            try:
+                yield
+            except MailboxGone:
+                for ino in mailboxes:
+                    self.look_again(ino)
+                raise
+
+    def look_again(self, mailbox: Ino) -> None:
+        """A mailbox turned out not to be what is known of it: it was made anew, renamed or deleted."""
+        self.forget_age(mailbox)
+        if mailbox not in self._mailboxes:
+            self.refresh_mailbox(mailbox, 0)
 
     def publish(self, changes: Changes) -> None:
         """Tell of a transaction; first those who may want to keep a body that goes."""

@@ -6,9 +6,11 @@ freedesktop conventions.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Final
 
@@ -121,6 +123,7 @@ class Attributes:
     def status(self) -> dict[str, object]:
         """What ``imapfs status`` shows."""
         fs = self._fs
+        fs.pool.look()
         messages, bodies, size = fs.cache.totals()
         waiting = [
             {"path": fs.shown(draft), "state": draft.state, "error": draft.error, "size": draft.size}
@@ -132,11 +135,12 @@ class Attributes:
             "pid": os.getpid(),
             "source": fs.config.account.url,
             "mountpoint": str(fs.config.mountpoint),
-            "state": "offline" if fs.pool.reason else "online",
+            "state": fs.pool.state.value,
             "reason": fs.pool.reason,
             "since": fs.pool.since.isoformat(timespec="seconds"),
+            **self._next_try(),
             "read_only": fs.config.read_only,
-            "connections": {"open": fs.pool.open, "limit": fs.pool.limit},
+            "connections": {"open": fs.pool.open, "most": fs.pool.most, "limit": fs.pool.limit},
             "push": fs.push.status(),
             "cache": {
                 "path": str(fs.cache.directory),
@@ -147,6 +151,14 @@ class Attributes:
             },
             "waiting": waiting,
         }
+
+    def _next_try(self) -> dict[str, object]:
+        """When something is tried next: as a time, and in seconds. None while online, or where nothing is."""
+        wait = self._fs.pool.retry_in
+        if wait is None or math.isinf(wait):
+            return {"retry_at": None, "retry_in": None}
+        at = datetime.now(UTC) + timedelta(seconds=wait)
+        return {"retry_at": at.isoformat(timespec="seconds"), "retry_in": round(wait, 1)}
 
     # -- writing -------------------------------------------------------------------------------------------
 

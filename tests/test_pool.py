@@ -10,6 +10,7 @@ import trio
 import trio.testing
 
 from imapfs.errors import AuthenticationFailed, ConnectionLost
+from imapfs.imap import backoff
 from imapfs.imap import pool as pool_module
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
@@ -26,8 +27,9 @@ ExpectedLog = Callable[[str], None]
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the pool wait less between attempts."""
-    for name in ("_BACKOFF_FIRST", "_BACKOFF_MOST", "_BACKOFF_REFUSED"):
-        monkeypatch.setattr(pool_module, name, 0.01)
+    for name in ("_FIRST", "_MOST", "_WANTED", "_PAUSE_FIRST"):
+        monkeypatch.setattr(backoff, name, 0.01)
+    monkeypatch.setattr(backoff, "_REFUSED", (0.01, 0.01, 0.01, 3600.0))
 
 
 class Logins:
@@ -149,7 +151,7 @@ async def test_refusal_beside_connections_that_work_does_not_last(ca: Certificat
 
 
 @pytest.mark.trio
-async def test_password_that_was_good_counts_as_changed_after_several_refusals(
+async def test_password_that_was_good_is_tried_again_at_long_intervals_only(
     ca: CertificateAuthority, impatient: None, expected_log: ExpectedLog
 ) -> None:
     expected_log("offline: localhost refused the password")
@@ -157,20 +159,15 @@ async def test_password_that_was_good_counts_as_changed_after_several_refusals(
     async with scripted_pool(Scripted(ca, script=logins)) as made:
         await made.run(lambda session: session.abort())
         logins.refusal = WRONG
-        refused = 0
-        while logins.seen < 5:
-            try:
-                await made.run(_nothing)
-            except AuthenticationFailed:
-                refused += 1
-            except ConnectionLost as error:
-                assert "offline: localhost refused the password" in str(error)
-                await trio.sleep(0.001)
-        for _ in range(3):
+        made.look()
+        await until(lambda: logins.seen == 5)
+        for _ in range(300):
             with pytest.raises(AuthenticationFailed):
                 await made.run(_nothing)
-        assert refused == 4
         assert logins.seen == 5
+        assert made.state == "offline"
+        assert made.retry_in is not None
+        assert 3500 < made.retry_in <= 3600
 
 
 @pytest.mark.trio
@@ -199,7 +196,7 @@ async def test_pool_comes_back_after_any_number_of_failures(
     with server:
         pass
     made = SessionPool(address(server), Secret("secret"), 2, 5.0)
-    vars(made)["_failures"] = 5000
+    vars(vars(made)["_backoff"])["_failures"] = 5000
     with pytest.raises(ConnectionLost, match="refuses connections"):
         await made.run(_nothing)
     assert made.reason is not None

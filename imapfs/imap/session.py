@@ -16,7 +16,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from imapfs import __version__
-from imapfs.errors import AuthenticationFailed, ConnectionLost, MailboxGone, ProtocolError, Refused
+from imapfs.errors import (
+    AuthenticationFailed,
+    ConnectionLost,
+    MailboxGone,
+    ProtocolError,
+    Refused,
+    Throttled,
+)
 from imapfs.imap.grammar import (
     FetchData,
     ListEntry,
@@ -219,6 +226,14 @@ class Session:
     @property
     def alive(self) -> bool:
         return self._wire.alive
+
+    def has_hung_up(self) -> bool:
+        """Whether the server has ended the connection, or it broke; only while no command is under way."""
+        return self._wire.has_hung_up()
+
+    def is_stranded(self) -> bool:
+        """Whether this machine has lost the address that the connection is from."""
+        return self._wire.is_stranded()
 
     def abort(self) -> None:
         """From any thread: end the connection at once."""
@@ -809,6 +824,8 @@ def _copied_uid(completion: Completion, uid: int) -> int | None:
 
 def _mailbox_error(error: Refused) -> Exception:
     """What NO to EXAMINE or STATUS means: unless the server says otherwise, there is no such mailbox."""
-    if error.code in {"NOPERM", "LIMIT", "UNAVAILABLE", "INUSE", "SERVERBUG", "CONTACTADMIN"}:
+    if isinstance(error, Throttled):
+        return error
+    if error.code in {"NOPERM", "LIMIT", "INUSE", "SERVERBUG", "CONTACTADMIN"}:
         return error
     return MailboxGone(str(error))

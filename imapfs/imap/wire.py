@@ -16,6 +16,7 @@ called from another.
 import base64
 import binascii
 import contextlib
+import errno
 import imaplib
 import math
 import mmap
@@ -30,10 +31,20 @@ from typing import Final, NoReturn, Protocol
 
 import imapclient
 
-from imapfs.errors import ConnectionLost, ProtocolError, Refused, TimedOut, TlsError
+from imapfs.errors import (
+    ConnectionLost,
+    NetworkLost,
+    ProtocolError,
+    Refused,
+    ServerBusy,
+    Throttled,
+    TimedOut,
+    TlsError,
+)
 from imapfs.imap import connect, refusals
 from imapfs.imap.grammar import number
 from imapfs.imap.sasl import Mechanism
+from imapfs.imap.throttle import asked_wait
 from imapfs.model import Account
 
 MAX_LINE: Final = 8 << 20
@@ -318,6 +329,12 @@ class _Client(imapclient.IMAPClient):  # type: ignore[misc]  # IMAPClient is not
 
     def _set_read_timeout(self) -> None:
         """The stream bounds every read itself."""
+
+
+_NETWORK: Final = frozenset(
+    {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET}
+)
+"""What the kernel says when it is the network that has gone."""
 
 
 class Wire:
@@ -661,11 +678,12 @@ class Wire:
         verb = b" ".join(first.split()[:2]) if isinstance(first, bytes) else b"command"
         code = f" [{completion.code}]" if completion.code else ""
         words = completion.text or completion.status
-        raise Refused(
-            f"{self._account.host} refused {verb.decode('ascii', 'replace')}:{code} {words}",
-            completion.code,
-            remedy=refusals.explain_later(words),
-        )
+        said = f"{self._account.host} refused {verb.decode('ascii', 'replace')}:{code} {words}"
+        remedy = refusals.explain_later(words)
+        wait = asked_wait(completion.code, completion.text)
+        if wait is not None:
+            raise Throttled(said, completion.code, wait, remedy=remedy)
+        raise Refused(said, completion.code, remedy=remedy)
 
     def _fail(self, error: OSError | EOFError) -> NoReturn:
         """Turn what ended the connection into an error of ours."""
@@ -674,11 +692,36 @@ class Wire:
         if isinstance(error, TimeoutError) and error.errno is None:
             raise TimedOut(f"{host} did not answer within {self._stream.timeout:g} s") from None
         if self._bye:
-            raise ConnectionLost(f"{host} closed the connection: {self._bye}") from None
+            said = f"{host} closed the connection: {self._bye}"
+            farewell = Completion.parse(b"BYE " + self._bye.encode())
+            wait = asked_wait(farewell.code, farewell.text) if farewell else None
+            if wait is not None:
+                raise ServerBusy(said, wait) from None
+            raise ConnectionLost(said) from None
         if isinstance(error, ssl.SSLError) and error.reason:
             raise ConnectionLost(f"TLS to {host} broke: {connect.words(error.reason)}") from None
         detail = getattr(error, "strerror", None) or "the connection ended without a word"
-        raise ConnectionLost(f"lost the connection to {host}: {detail}") from None
+        lost = NetworkLost if getattr(error, "errno", None) in _NETWORK else ConnectionLost
+        raise lost(f"lost the connection to {host}: {detail}") from None
+
+    def has_hung_up(self) -> bool:
+        """Whether the server has ended the connection, or it broke; only while no command is under way."""
+        look = select.poll()
+        try:
+            look.register(self._stream.sock, select.POLLRDHUP)
+        except (OSError, ValueError):
+            return True
+        return bool(look.poll(0))
+
+    def is_stranded(self) -> bool:
+        """Whether this machine has lost the address that the connection is from."""
+        own = self._stream.sock
+        try:
+            with socket.socket(own.family, socket.SOCK_STREAM) as trial:
+                trial.bind((own.getsockname()[0], 0))
+        except OSError:
+            return True
+        return False
 
     def abort(self) -> None:
         """From any thread: end the connection at once, which wakes a thread that waits in it."""
