@@ -121,7 +121,7 @@ def connection_options(command: Command) -> Command:
 )
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground; Ctrl-C unmounts.")
 @click.option("--log-file", metavar="FILE", type=_FILE, help="Log to FILE.  [default: the XDG log directory]")
-@click.option("-v", "--verbose", count=True, help="Log details.")
+@click.option("-v", "--verbose", count=True, help="Log details; twice: also the protocol.")
 @click.option(
     "-o", "options", metavar="OPTIONS", multiple=True, help="Mount options: ro, allow_other, noexec ..."
 )

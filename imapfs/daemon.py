@@ -39,8 +39,8 @@ def run(
     """Serve the mount: in the foreground until it is unmounted, else return once it is live.
 
     The log goes to ``log_file``; without one to stderr in the foreground, else to the account's file in the
-    XDG log directory. ``verbosity`` above 0 logs details. Raises ImapfsError if the mount does not come
-    about, or in the foreground ends because of a failure.
+    XDG log directory. ``verbosity`` above 0 logs details, above 1 the protocol. Raises ImapfsError if the
+    mount does not come about, or in the foreground ends because of a failure.
 
     Must be called while the process has one thread only: it forks.
     """
@@ -250,3 +250,4 @@ def _start_log(log_file: Path | None, verbosity: int) -> None:
     # Of the libraries only warnings: at lower levels IMAP libraries log commands, LOGIN among them.
     root.setLevel(logging.WARNING)
     logging.getLogger("imapfs").setLevel(logging.DEBUG if verbosity else logging.INFO)
+    logging.getLogger("imapfs.protocol").setLevel(logging.DEBUG if verbosity > 1 else logging.INFO)

@@ -40,7 +40,7 @@ def slept() -> float:
 
 
 async def watch(on_change: Callable[[], None], on_resume: Callable[[], None]) -> None:
-    """Call ``on_change`` when addresses or routes are others, ``on_resume`` after a sleep, until cancelled."""
+    """Call ``on_change`` when addresses or routes are others, ``on_resume`` after a sleep."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_watch_addresses, on_change)
         nursery.start_soon(_watch_clock, on_resume)

@@ -176,7 +176,7 @@ class Mount:
 
     def _check_log(self) -> None:
         lines = [line for line in self.log_text().splitlines() if _LOGGED.match(line)]
-        allowed = [*self._expected, _ENDED]
+        allowed = [*self._expected, _ENDED.pattern]
         stray = [line for line in lines if not any(re.search(wanted, line) for wanted in allowed)]
         unmet = [wanted for wanted in self._expected if not any(re.search(wanted, line) for line in lines)]
         complaints = [f"logged unexpectedly: {line}" for line in stray]

@@ -33,7 +33,7 @@ LAYERS = (
     {"imap.login", "imap.probe"},
     {"imap.wire"},
     {"imap.connect", "imap.sasl", "imap.refusals"},
-    {"imap.grammar", "imap.throttle", "imap.backoff", "network"},
+    {"imap.grammar", "imap.throttle", "imap.backoff", "imap.trace", "network"},
     {"names", "headers", "providers"},
     {"errors", "caller"},
     {"model"},

@@ -45,6 +45,7 @@ from imapfs.imap import connect, refusals
 from imapfs.imap.grammar import number
 from imapfs.imap.sasl import Mechanism
 from imapfs.imap.throttle import asked_wait
+from imapfs.imap.trace import Trace
 from imapfs.model import Account
 
 MAX_LINE: Final = 8 << 20
@@ -349,6 +350,7 @@ class Wire:
         self._account = account
         self._tag = 0
         self._bye = ""
+        self._trace = Trace()
         self._challenge = b""
         """What the last continuation request said."""
         self._exists = 0
@@ -395,7 +397,7 @@ class Wire:
             raise connect.explain(error, account, timeout) from None
         wire = cls(stream, account)
         kind, _, wire.greeting = client.welcome.decode("utf-8", "replace").strip()[2:].partition(" ")
-        wire.preauthenticated = kind.upper() == "PREAUTH"
+        wire.preauthenticated = wire._trace.let_in = kind.upper() == "PREAUTH"
         wire.greeting_capabilities = frozenset(name.upper() for name in client._imap.capabilities)
         return wire
 
@@ -487,6 +489,8 @@ class Wire:
         sent.append(first)
         with self._breaking():
             self._stream.renew()
+            if self._trace.on:
+                self._trace.sent(tag, [b"AUTHENTICATE ", mechanism.name.encode()])
             # With an initial response a round trip is saved (RFC 4959).
             at_once = "SASL-IR" in self.greeting_capabilities
             self._stream.write(command + (b" " + (first or b"=") if at_once else b"") + b"\r\n")
@@ -510,6 +514,7 @@ class Wire:
 
     def _logged_in(self, completion: Completion, announced: "_Announced") -> None:
         if completion.status == "OK":
+            self._trace.let_in = True
             in_code = completion.argument if completion.code == "CAPABILITY" else b""
             self._learn_capabilities(in_code or announced.capabilities)
 
@@ -599,6 +604,8 @@ class Wire:
         self, command: Command, handle: Callable[[Response], None], done: dict[bytes, Completion]
     ) -> bytes:
         tag = self._next_tag()
+        if self._trace.on:
+            self._trace.sent(tag, [p if isinstance(p, bytes) else len(p.data) for p in command])
         out = bytearray(tag + b" ")
         for part in command:
             if isinstance(part, bytes):
@@ -642,12 +649,16 @@ class Wire:
             if completion is None or not tag:
                 raise ProtocolError(f"{self._account.host} sent what is not IMAP: {line[:80]!r}")
             done[tag] = completion
+            if self._trace.on:
+                self._trace.completed(tag, completion.status, line)
             return False
         response: Response = []
+        sizes: list[int] = []
         human = _HUMAN.match(line)
         while not human and (m := _LITERAL.search(line, max(0, len(line) - 24))):
             response.append(line[: m.start()])
             size = number(m.group(1))
+            sizes.append(size)
             sink = sink_for(response, size) if sink_for else None
             if sink is not None:
                 stream.pour(size, sink.write)
@@ -658,6 +669,8 @@ class Wire:
                 response.append(stream.read(size))
             line = stream.readline()
         response.append(line)
+        if self._trace.on:
+            self._trace.heard(response, sizes)
         if b" FETCH " in response[0][:24]:
             self._renewals -= 1
             if self._renewals > 0:
