@@ -233,10 +233,11 @@ class CacheError(ImapfsError):
 def report(error: Exception, what: str) -> ImapfsError:
     """Log the end of a background task and give the error for those who wait for it.
 
-    What the network does is worth a line; what the disk or our own mistake does is a warning or worse.
+    What the network does is worth a line, once; what the disk or our own mistake does is a warning or worse.
     """
     if isinstance(error, ImapfsError):
-        log.log(logging.WARNING if isinstance(error, CacheError) else logging.INFO, "%s: %s", what, error)
+        level = logging.DEBUG if isinstance(error, Offline) else logging.INFO
+        log.log(logging.WARNING if isinstance(error, CacheError) else level, "%s: %s", what, error)
         return error
     log.error("%s: internal error", what, exc_info=error)
     return ImapfsError(f"{what}: internal error, see the log")

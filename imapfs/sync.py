@@ -261,10 +261,15 @@ class Synchroniser:
                 for ino in mailboxes:
                     self.look_again(ino)
                 raise
+            except (ConnectionLost, trio.Cancelled):
+                # Who knows what the server has made of it.
+                for ino in mailboxes:
+                    self.freshness.forget(ino)
+                raise
 
     def look_again(self, mailbox: Ino) -> None:
         """A mailbox turned out not to be what is known of it: it was made anew, renamed or deleted."""
-        self.forget_age(mailbox)
+        self.freshness.forget(mailbox)
         if mailbox not in self._mailboxes:
             self.refresh_mailbox(mailbox, 0)
 

@@ -36,6 +36,7 @@ from imapfs.errors import (
     Invalid,
     MailboxGone,
     MessageGone,
+    Offline,
     Refused,
     Throttled,
     TooBig,
@@ -158,6 +159,20 @@ class Uploader:
         draft.save()
         self._wake(draft.parent)
         return job
+
+    async def deliver(self, draft: Draft) -> None:
+        """Have a draft sent and wait until it is on the server, over one connection that breaks meanwhile.
+
+        Raises why it is refused, or ConnectionLost if it has to wait.
+        """
+        try:
+            await self.submit(draft, now=True).wait()
+        except Offline:
+            raise
+        except ConnectionLost as error:
+            if error.silent or self._spool.get(draft.ino) is not draft:
+                raise
+            await self.submit(draft, now=True).wait()
 
     def _wake(self, mailbox: Ino) -> None:
         news = self._workers.get(mailbox)

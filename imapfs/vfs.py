@@ -154,6 +154,7 @@ class Filesystem:
             self._old_version, self._sent,
         )  # fmt: skip
         self._root = ROOT
+        self._patience = min(_PATIENCE, config.timeout / 2)
         self._quota: Quota | None = None
         self._quota_at = -math.inf
         self._renamed: dict[tuple[Ino, bytes], tuple[Ino, float]] = {}
@@ -408,7 +409,7 @@ class Filesystem:
         if found is None and not _is_noise(name):
             refresh, known = self._news_of(directory, names_message=name.lower().endswith(_SUFFIX))
             if refresh is not None and (not known or self.pool.state is State.ONLINE):
-                with trio.move_on_at(refresh.started + _PATIENCE if known else math.inf):
+                with trio.move_on_at(refresh.started + self._patience if known else math.inf):
                     while not refresh.done and found is None:
                         await refresh.progress()
                         found = self._child(directory, name)
@@ -435,7 +436,7 @@ class Filesystem:
         Not at all where it would be in vain. What others have waited for in vain is not waited for again.
         """
         if refresh is not None and self.pool.state is State.ONLINE:
-            with trio.move_on_at(refresh.started + _PATIENCE):
+            with trio.move_on_at(refresh.started + self._patience):
                 await refresh.finished()
 
     # -- directories ---------------------------------------------------------------------------------------
@@ -605,7 +606,7 @@ class Filesystem:
             return
         await draft.secure()
         if self._complete(draft, now=True):
-            await self.uploader.submit(draft, now=True).wait()
+            await self.uploader.deliver(draft)
 
     async def fsync_directory(self) -> None:
         """Return when everything that can be sent is on the server."""
@@ -784,7 +785,7 @@ class Filesystem:
         # Well before whoever waits for the answer is told that there was none.
         with trio.move_on_at(trio.current_effective_deadline() - self.config.timeout * 0.2):
             try:
-                await self.uploader.submit(draft, now=True).wait()
+                await self.uploader.deliver(draft)
                 return
             except (ConnectionLost, Throttled) as error:
                 log.info("%s is sent later: %s", draft.shown, error)
@@ -794,7 +795,7 @@ class Filesystem:
     async def _settle(self, draft: Draft) -> None:
         """Have a new version of a message on the server."""
         if self._complete(draft, now=True):
-            await self.uploader.submit(draft, now=True).wait()
+            await self.uploader.deliver(draft)
         elif draft.state == "open":
             self.spool.forget(draft)
         else:
@@ -913,7 +914,7 @@ class Filesystem:
             self._quota_at = time.monotonic()
             asked = trio.Event()
             self._nursery.start_soon(self._ask_quota, asked)
-            with trio.move_on_after(_PATIENCE if self.pool.state is State.ONLINE else 0):
+            with trio.move_on_after(self._patience if self.pool.state is State.ONLINE else 0):
                 await asked.wait()
         if self._quota is not None:
             return Space(self._quota.limit, max(0, self._quota.limit - self._quota.used))
