@@ -70,6 +70,10 @@ class Violation(AssertionError):
 class World:
     """One account, its mount through a proxy, and the model. Ends with `close`."""
 
+    mount_type: type[Mount] = RobustMount
+    arguments: tuple[str, ...] = ()
+    """Of the mount."""
+
     def __init__(self, user: Account, proxy: Proxy, directory: Path, seed: int) -> None:
         self.random = random.Random(seed)
         self.figures = Figures()
@@ -90,9 +94,10 @@ class World:
 
     def _start(self) -> Mount:
         self._mounts += 1
-        made = RobustMount(
+        made = self.mount_type(
             self._proxy.account(self._user),
             self._directory / str(self._mounts),
+            *self.arguments,
             cache=self._directory / "cache",
         )
         return made.__enter__()

@@ -254,7 +254,10 @@ def moving(world: World) -> tuple[Request, Request]:
             for message in held(world.user, mailbox).values()
             if message.content == content
         ]
-        wait_until(lambda: content in contents(world.mount.path / place).values(), "it is shown where it is")
+        there = world.mount.path / place
+        wait_until(
+            lambda: content in [path.read_bytes() for path in there.iterdir()], "it is shown where it is"
+        )
 
     return lambda: path.rename(target), right
 
