@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import re
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -134,6 +135,9 @@ def _serve(
         # pyfuse3 and trio, which must not be there yet when the process forks.
         from imapfs.fuse import serve
 
+        # An open file takes a descriptor here as well.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         serve(config, credentials, on_ready)
     except ImapfsError:
         raise

@@ -8,9 +8,13 @@ decides what the caller does next; the errno is a property of the class so that 
 import errno
 import logging
 import os
-from typing import ClassVar
+import time
+from typing import ClassVar, Final
 
 log = logging.getLogger(__name__)
+
+_REMINDER: Final = 60.0
+"""Seconds after which the log repeats what a disk says."""
 
 
 def one_line(text: str) -> str:
@@ -224,10 +228,31 @@ class CacheError(ImapfsError):
 
     @classmethod
     def from_os_error(cls, error: OSError, what: str) -> "CacheError":
-        """Keep the errno of ``error`` (ENOSPC, EROFS ...), so that the program sees the real cause."""
-        made = cls(f"{what}: {os.strerror(error.errno or cls.errno)}; free or repair that disk")
-        made.errno = error.errno or cls.errno
+        """Keep the errno of ``error`` (ENOSPC, EROFS ...), so that the program sees the real cause.
+
+        But not ENOENT, which would be understood of the file in the mount, or of its directory's end.
+        """
+        number = error.errno or cls.errno
+        if number in {errno.ENOENT, errno.ENOTDIR}:
+            return cls(f"{what}: it was deleted by another program: unmount, and mount again")
+        made = cls(f"{what}: {os.strerror(number)}; free or repair that disk")
+        made.errno = number
         return made
+
+
+class _Told:
+    """What was logged a moment ago."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, float] = {}
+
+    def is_news(self, text: str) -> bool:
+        now = time.monotonic()
+        self._at = {told: at for told, at in self._at.items() if now - at < _REMINDER}
+        return self._at.setdefault(text, now) == now
+
+
+_told = _Told()
 
 
 def report(error: Exception, what: str) -> ImapfsError:
@@ -236,8 +261,13 @@ def report(error: Exception, what: str) -> ImapfsError:
     What the network does is worth a line, once; what the disk or our own mistake does is a warning or worse.
     """
     if isinstance(error, ImapfsError):
-        level = logging.DEBUG if isinstance(error, Offline) else logging.INFO
-        log.log(logging.WARNING if isinstance(error, CacheError) else level, "%s: %s", what, error)
+        level = logging.INFO
+        if isinstance(error, CacheError):
+            # A full disk is met by every message of a mailbox.
+            level = logging.WARNING if _told.is_news(str(error)) else logging.DEBUG
+        elif isinstance(error, Offline):
+            level = logging.DEBUG
+        log.log(level, "%s: %s", what, error)
         return error
     log.error("%s: internal error", what, exc_info=error)
     return ImapfsError(f"{what}: internal error, see the log")

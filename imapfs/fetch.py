@@ -160,9 +160,11 @@ class Fetcher:
         try:
             self._cache.set_size(node.ino, spool.size)
         except Exception as error:
-            # Without the size in the cache the kernel would go on with the wrong one.
-            self._finish(download, report(error, f"message {node.uid} was not fetched"))
-            return
+            failure = report(error, f"the size of message {node.uid} was not kept")
+            if spool.size != node.size or not isinstance(failure, CacheError):
+                # Without the size in the cache the kernel would go on with the wrong one.
+                self._finish(download, failure)
+                return
         self._check_size(node, spool.size)
         download.wake()
 

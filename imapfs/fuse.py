@@ -37,7 +37,7 @@ from imapfs import network
 from imapfs.announce import Announcer
 from imapfs.cache import Cache
 from imapfs.caller import PROOF
-from imapfs.errors import ImapfsError, UsageError
+from imapfs.errors import CacheError, ImapfsError, UsageError, report
 from imapfs.events import Stream
 from imapfs.feed import Feed
 from imapfs.files import Opening
@@ -83,7 +83,10 @@ def prompt_handler(method: Method[P, T]) -> Method[P, T]:
             log.warning("%s: no answer from the server within %g s", name, self.timeout)
             raise FUSEError(self.fs.late_errno) from None
         except ImapfsError as error:
-            log.debug("%s%r: %s", name, args[:1], error)
+            if isinstance(error, CacheError):
+                report(error, name)
+            else:
+                log.debug("%s%r: %s", name, args[:1], error)
             raise FUSEError(error.errno) from None
         except OSError as error:
             log.warning("%s: %s", name, error)

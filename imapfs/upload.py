@@ -375,8 +375,11 @@ class Uploader:
         except (Invalid, TooBig) as error:
             self._refuse(job, error)
             return None
-        except FileNotFoundError:
-            job.settle(MessageGone("it was deleted before it was sent"))
+        except FileNotFoundError as error:
+            if self._spool.get(draft.ino) is draft:
+                self._refuse(job, CacheError.from_os_error(error, f"its bytes are lost: {draft.file}"))
+            else:
+                job.settle(MessageGone("it was deleted before it was sent"))
             return None
         except (CacheError, OSError) as error:
             # The others need not wait for what this disk cannot do now.

@@ -144,6 +144,7 @@ class Attributes:
             "push": fs.push.status(),
             "cache": {
                 "path": str(fs.cache.directory),
+                "deleted": fs.cache.is_gone,
                 "bytes": size,
                 "limit": fs.config.cache_size,
                 "messages": messages,

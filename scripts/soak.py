@@ -6,7 +6,6 @@ server, and the figures say whether anything was lost or doubled, and whether th
 """
 
 import contextlib
-import os
 import shutil
 import subprocess
 import sys
