@@ -618,7 +618,7 @@ async def _run(
         on_resize=adapter.on_resize,
         on_rewrite=adapter.on_rewrite,
     )
-    adapter.xattrs = Attributes(fs)
+    adapter.xattrs = Attributes(fs, lambda: len(adapter._lookups))
     announcer = adapter.announcer = Announcer(fs, adapter.holds)
     feed = Feed(cache.directory)
     try:

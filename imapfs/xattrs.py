@@ -49,10 +49,14 @@ Change = Callable[[list[str]], tuple[set[str], set[str]]]
 
 
 class Attributes:
-    """Reads and writes the extended attributes of one `Filesystem`."""
+    """Reads and writes the extended attributes of one `Filesystem`.
 
-    def __init__(self, fs: Filesystem) -> None:
+    ``inodes()`` is how many files and directories the kernel holds on to.
+    """
+
+    def __init__(self, fs: Filesystem, inodes: Callable[[], int]) -> None:
         self._fs = fs
+        self._inodes = inodes
 
     # -- reading -------------------------------------------------------------------------------------------
 
@@ -150,6 +154,7 @@ class Attributes:
                 "messages": messages,
                 "bodies": bodies,
             },
+            "inodes": self._inodes(),
             "waiting": waiting,
         }
 

@@ -6,6 +6,7 @@ server, and the figures say whether anything was lost or doubled, and whether th
 """
 
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,8 @@ TIMEOUT: Final = 4
 AT_ONCE: Final = 5
 FRAMES: Final = {"descriptors": 20, "threads": 10, "RSS": 40}
 """By how much each may have grown between the middle of the run and its end; RSS in MiB."""
+_SPARE_INODES: Final = 20
+"""Inodes that the kernel may hold beyond what there is: of what was deleted a moment ago."""
 _ACTIONS: Final[tuple[Action, ...]] = ("cut", "close", "half-close", "corrupt", "stall")
 _POINTS: Final[tuple[Point, ...]] = ("command", "answer", "upload", "literal")
 _BUSY: Final = b"NO [UNAVAILABLE] Try again in 1 second"
@@ -73,6 +76,10 @@ class Soak(World):
     @property
     def pid(self) -> int:
         return self._mount.pid
+
+    def inodes(self) -> int:
+        """How many the kernel holds on to."""
+        return int(self._mount.status()["inodes"])
 
     # -- faults --------------------------------------------------------------------------------------------
 
@@ -230,6 +237,10 @@ class Report(NamedTuple):
     commands: int
     logins: int
     samples: list[Sample]
+    inodes: int
+    """How many the kernel held on to in the end."""
+    files: int
+    """How many files and directories there were then."""
     violation: str
 
     @property
@@ -240,14 +251,14 @@ class Report(NamedTuple):
             f"{name}: {before} -> {after}"
             for (name, allowed), before, after in zip(FRAMES.items(), middle, end, strict=True)
             if after - before > allowed
-        ]
+        ] + ([f"inodes: {self.inodes} of {self.files}"] if self.inodes > self.files + _SPARE_INODES else [])
 
 
 def soak(directory: Path, seconds: float, seed: int) -> Report:
     """Run, compare, and return the figures."""
     commands: Counter[str] = Counter()
     samples: list[Sample] = []
-    violation = ""
+    violation, inodes, files = "", 0, 0
     with (
         Dovecot(CertificateAuthority(directory), max_userip_connections=100) as server,
         Proxy(server) as proxy,
@@ -265,6 +276,9 @@ def soak(directory: Path, seconds: float, seed: int) -> Report:
                     done = world.figures.operations.total()
                     show(f"{time.monotonic() - started:4.0f} s, {done} operations\r")
                 world._heal()
+            world._drain()
+            files = 1 + sum(len(there) + len(names) for _, there, names in os.walk(world.root))
+            inodes = world.inodes()
             world.check()
             count(proxy, commands)
         except (Violation, AssertionError, OSError) as error:
@@ -279,6 +293,8 @@ def soak(directory: Path, seconds: float, seed: int) -> Report:
         commands.total(),
         commands["AUTHENTICATE"],
         samples or [Sample(0, 0, 0)],
+        inodes,
+        files,
         violation,
     )
 
@@ -312,6 +328,7 @@ def lines(report: Report) -> Iterator[str]:
     middle = report.samples[len(report.samples) // 2]
     for name, first, mid, last in zip(FRAMES, report.samples[0], middle, report.samples[-1], strict=True):
         yield f"{name}{' (MiB)' if name == 'RSS' else ''}: start {first}, middle {mid}, end {last}"
+    yield f"inodes: {report.inodes} held by the kernel, {report.files} files and directories"
     for grown in report.grown:
         yield f"GROWN: {grown}"
 
