@@ -119,16 +119,12 @@ class Synchroniser:
         self._mailboxes: dict[Ino, Refresh] = {}
         self._locks: dict[Ino, trio.Lock] = {}
         self.crossing = Crossing(self._mailboxes.keys(), self._locks)
-        self._prefix: bytes | None = None
+        self.prefix = b""
+        """Prefix of the personal namespace, once the tree is known."""
         self.delimiter = b""
         """Hierarchy delimiter of the personal namespace, once the tree is known."""
 
     # -- the tree ------------------------------------------------------------------------------------------
-
-    @property
-    def prefix(self) -> bytes:
-        """Prefix of the personal namespace, once the tree is known."""
-        return self._prefix or b""
 
     def refresh_tree(self, max_age: float) -> Refresh | None:
         """Have the list of mailboxes not older than ``max_age`` seconds; None if it is so already."""
@@ -157,8 +153,7 @@ class Synchroniser:
         error: ImapfsError | None = None
 
         def ask(session: Session) -> list[ListEntry]:
-            if self._prefix is None:
-                self._prefix = session.personal_prefix()
+            self.prefix = session.personal_prefix
             return look(session)
 
         try:

@@ -171,8 +171,13 @@ class Filesystem:
         known = bool(self.cache.children(ROOT, 0, 1))
         refresh = self.sync.refresh_tree(0)
         if refresh is not None:
-            with trio.move_on_after(_PATIENCE_AT_START if known else math.inf):
+            # The server may ask to wait for longer than whoever mounts would.
+            with trio.move_on_after(_PATIENCE_AT_START if known else 3 * self.config.timeout):
                 await refresh.finished()
+            if not refresh.done and not known:
+                raise ConnectionLost(
+                    self.pool.reason or f"{self.config.account.host} does not answer in time"
+                )
             if not refresh.done:
                 log.warning("mounted from the cache: no answer from the server so far")
             elif refresh.error is not None:

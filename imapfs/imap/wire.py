@@ -731,7 +731,8 @@ class Wire:
         own = self._stream.sock
         try:
             with socket.socket(own.family, socket.SOCK_STREAM) as trial:
-                trial.bind((own.getsockname()[0], 0))
+                address, _, *scope = own.getsockname()
+                trial.bind((address, 0, *scope))
         except OSError:
             return True
         return False
