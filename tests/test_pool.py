@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from imapfs.errors import AuthenticationFailed, ConnectionLost
+from imapfs.errors import AuthenticationFailed, ConnectionLost, Offline, TimedOut
 from imapfs.imap import backoff
 from imapfs.imap import pool as pool_module
 from imapfs.imap.pool import SessionPool
@@ -218,6 +218,49 @@ async def test_error_that_is_raised_again_does_not_grow(
             if attempt:
                 depths.add(len(caught.traceback))
     assert len(depths) == 1
+
+
+@pytest.mark.trio
+async def test_a_caller_that_gives_up_ends_the_command(ca: CertificateAuthority) -> None:
+    """Else its thread, and with it the caller, would wait for as long as the connection does."""
+
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        return server.hang() if command.startswith(b"EXAMINE") and server.accepted == 1 else None
+
+    server = Scripted(ca, script=script)
+    with server, trio.fail_after(DEADLINE):
+        async with pool(server, 1, timeout=2 * DEADLINE) as made:
+            with trio.move_on_after(0.05) as scope:
+                await made.run(lambda session: session.examine(b"INBOX"))
+            assert scope.cancelled_caught
+            assert made.state == "connecting"
+            await made.run(lambda session: session.examine(b"INBOX"))
+            assert (made.open, made.state) == (1, "online")
+
+
+@pytest.mark.trio
+async def test_after_a_silence_requests_do_not_try_by_themselves(
+    ca: CertificateAuthority, monkeypatch: pytest.MonkeyPatch, expected_log: ExpectedLog
+) -> None:
+    expected_log("offline: localhost")
+    silent = False
+
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        return server.hang() if silent else None
+
+    monkeypatch.setattr(pool_module, "_GRACE", 0.01)
+    server = Scripted(ca, script=script)
+    with server, trio.fail_after(DEADLINE):
+        async with pool(server, 4, timeout=0.5) as made:
+            await made.run(_nothing)
+            silent = True
+            with pytest.raises(TimedOut):
+                await made.run(lambda session: session.examine(b"INBOX"))
+            for _ in range(20):
+                with pytest.raises(Offline):
+                    await made.run(_nothing)
+            assert server.accepted == 2
+            await until(lambda: made.state == "offline")
 
 
 # -- watchers

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,12 @@ def descriptors(mount: Mount) -> int:
 def test_thousands_of_open_files(user: Account, mount: Mounter) -> None:
     """More than the 1024 descriptors that a process usually may have, of drafts and of messages."""
     user.deliver("INBOX", ((plain(n), DATE, "") for n in range(200)))
-    inbox = mount(user).path / "INBOX"
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, most))
+    try:
+        inbox = mount(user).path / "INBOX"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, most))
     command = [sys.executable, "-c", MANY, str(inbox)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3 * DEADLINE)
     assert done.stdout == "200 1200\n", done.stderr
