@@ -83,7 +83,7 @@ MATRIX: dict[str, dict[str, str]] = {
     "move": {**dict.fromkeys(("cut", "close", "half-close", "corrupt", "delay"), OK), "stall": LATE},
     "moved": {**dict.fromkeys(("cut", "close", "half-close", "corrupt"), OK), "stall": LATE},
 }
-"""Stage -> fault -> what is seen. What is not there makes no difference to a cell beside it."""
+"""Stage -> fault -> what is seen."""
 ALERT = b"\x15\x03\x03\x00\x02\x02\x28"
 """handshake_failure."""
 
