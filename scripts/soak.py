@@ -350,7 +350,6 @@ def main(minutes: float, seed: int) -> int:
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:3]
-    sys.exit(
-        main(float([*arguments, "10"][0]), int(([*arguments, "1", "1"])[1] if len(arguments) > 1 else 1))
-    )
+    given = [float(argument) for argument in sys.argv[1:3]]
+    minutes, seed = (*given, *(10.0, 1.0)[len(given) :])
+    sys.exit(main(minutes, int(seed)))
