@@ -413,7 +413,7 @@ class Filesystem:
         found = self._child(directory, name)
         if found is None and not _is_noise(name):
             refresh, known = self._news_of(directory, names_message=name.lower().endswith(_SUFFIX))
-            if refresh is not None and (not known or self.pool.state is State.ONLINE):
+            if refresh is not None and not (known and self.pool.is_away):
                 with trio.move_on_at(refresh.started + self._patience if known else math.inf):
                     while not refresh.done and found is None:
                         await refresh.progress()
@@ -440,7 +440,7 @@ class Filesystem:
 
         Not at all where it would be in vain. What others have waited for in vain is not waited for again.
         """
-        if refresh is not None and self.pool.state is State.ONLINE:
+        if refresh is not None and not self.pool.is_away:
             with trio.move_on_at(refresh.started + self._patience):
                 await refresh.finished()
 
@@ -919,7 +919,7 @@ class Filesystem:
             self._quota_at = time.monotonic()
             asked = trio.Event()
             self._nursery.start_soon(self._ask_quota, asked)
-            with trio.move_on_after(self._patience if self.pool.state is State.ONLINE else 0):
+            with trio.move_on_after(0 if self.pool.is_away else self._patience):
                 await asked.wait()
         if self._quota is not None:
             return Space(self._quota.limit, max(0, self._quota.limit - self._quota.used))

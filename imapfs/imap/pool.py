@@ -145,6 +145,11 @@ class SessionPool:
         return self._backoff.state(time.monotonic())
 
     @property
+    def is_away(self) -> bool:
+        """Whether it is known that the server will not answer soon."""
+        return self.state in {State.OFFLINE, State.THROTTLED}
+
+    @property
     def reason(self) -> str | None:
         """Why the account is not online; None while it is."""
         return self._backoff.why(time.monotonic()) or None
