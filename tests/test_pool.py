@@ -286,15 +286,19 @@ class Patient:
 @pytest.mark.trio
 async def test_the_least_watcher_yields_to_a_request(ca: CertificateAuthority) -> None:
     more, less = Patient(2), Patient(1)
-    async with scripted_pool(Scripted(ca), limit=2) as made, trio.open_nursery() as nursery:
+    release = threading.Event()
+    async with scripted_pool(Scripted(ca)) as made, trio.open_nursery() as nursery:
         nursery.start_soon(made.watch, more, None)
         nursery.start_soon(made.watch, less, None)
         await until(lambda: more.running and less.running)
+        for _ in range(2):
+            nursery.start_soon(made.run, lambda _: release.wait(DEADLINE))
         await made.run(_nothing)
         await until(lambda: not less.running)
         assert more.running
-        assert made.open == 2
+        assert made.open == 4
         more.stop()
+        release.set()
 
 
 @pytest.mark.trio

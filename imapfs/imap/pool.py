@@ -574,7 +574,8 @@ class SessionPool:
             # Beside connections that work it is their number that is refused, whatever the server says.
             log.info("no further connection, going on with %d: %s", beside, error)
             self._works()
-            self._backoff.crowded(beside, now)
+            # Of those that are being made some may still be let in.
+            self._backoff.crowded(beside + self._connecting, now)
             return
         self._error = error
         if isinstance(error, ServerBusy) and self._accepted:
@@ -592,7 +593,8 @@ class SessionPool:
             async with self._turn:
                 self._lent.discard(session)
                 self._dropped.discard(session)
-                if session.alive and not self._closed and self._open <= self.most:
+                is_one_too_many = self._open - self._connecting > self.most
+                if session.alive and not self._closed and not is_one_too_many:
                     self._idle.append(session)
                 else:
                     session.abort()
