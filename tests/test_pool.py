@@ -1,5 +1,7 @@
 """How many connections there are, and what becomes of requests when there could be more."""
 
+import errno
+import math
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -9,7 +11,15 @@ import pytest
 import trio
 import trio.testing
 
-from imapfs.errors import AuthenticationFailed, ConnectionLost, Offline, TimedOut
+from imapfs.errors import (
+    AuthenticationFailed,
+    ConnectionLost,
+    CredentialError,
+    CredentialUnavailable,
+    Offline,
+    Throttled,
+    TimedOut,
+)
 from imapfs.imap import backoff
 from imapfs.imap import pool as pool_module
 from imapfs.imap.pool import SessionPool
@@ -330,3 +340,180 @@ async def test_watchers_wait_until_nobody_else_needs_a_session(
         await until(lambda: second.running)
         assert done == ["watcher", *["request"] * 3]
         second.stop()
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let watchers have sessions without waiting for calm."""
+    monkeypatch.setattr(pool_module, "_CALM", 0.0)
+
+
+class Listening(Patient):
+    """Uses a session as IDLE does: until told to stop, or until its connection ends."""
+
+    def run(self, session: Session) -> None:
+        self.running = True
+        while not self._over.wait(0.005):
+            if not session.alive:
+                raise ConnectionLost("ended")
+        session.examine(b"INBOX")
+
+
+async def watch(made: SessionPool, watcher: Patient, ended: list[Exception | None]) -> None:
+    try:
+        await made.watch(watcher, None)
+    except (ConnectionLost, Throttled) as error:
+        ended.append(error)
+    else:
+        ended.append(None)
+
+
+@pytest.mark.trio
+async def test_a_watcher_waits_for_the_server_and_hurries_nobody(
+    ca: CertificateAuthority, expected_log: ExpectedLog
+) -> None:
+    expected_log("offline: ")
+    away = False
+
+    def hang_up(connection: socket.socket, number: int) -> None:
+        if away:
+            connection.close()
+
+    server = Scripted(ca, before_tls=hang_up)
+    async with scripted_pool(server) as made, trio.open_nursery() as nursery:
+        away = True
+        with pytest.raises(ConnectionLost):
+            await made.run(_nothing)
+        tried = server.accepted
+        watcher, ended = Patient(), list[Exception | None]()
+        # An attempt is due within a second, and would be at once if somebody had asked for it.
+        vars(vars(made)["_backoff"])["_retry_at"] = math.inf
+        nursery.start_soon(watch, made, watcher, ended)
+        await trio.testing.wait_all_tasks_blocked()
+        assert (made.retry_in, server.accepted, ended) == (math.inf, tried, [])
+        away = False
+        await until_it_works(made)
+        await until(lambda: watcher.running)
+        watcher.stop()
+
+
+@pytest.mark.trio
+async def test_the_end_of_a_watchers_connection_is_noticed(ca: CertificateAuthority, at_once: None) -> None:
+    async with scripted_pool(Scripted(ca)) as made, trio.open_nursery() as nursery:
+        ended: list[Exception | None] = []
+        watcher = Listening()
+        nursery.start_soon(watch, made, watcher, ended)
+        await until(lambda: watcher.running)
+        (session,) = vars(made)["_lent"]
+        session.abort()
+        await until(lambda: ended)
+        assert isinstance(ended[0], ConnectionLost)
+        await until(lambda: (made.open, made.state) == (1, "online"))
+
+
+@pytest.mark.trio
+async def test_after_a_sleep_watchers_lose_their_connections_too(
+    ca: CertificateAuthority, at_once: None
+) -> None:
+    server = Scripted(ca)
+    async with scripted_pool(server) as made, trio.open_nursery() as nursery:
+        ended: list[Exception | None] = []
+        watchers = [Listening(), Listening()]
+        for watcher in watchers:
+            nursery.start_soon(watch, made, watcher, ended)
+        await until(lambda: all(watcher.running for watcher in watchers))
+        made.resumed()
+        assert made.state == "connecting"
+        await until(lambda: [type(error) for error in ended] == [ConnectionLost] * 2)
+        await until(lambda: (made.open, made.state) == (1, "online"))
+        assert server.accepted == 3
+
+
+@pytest.mark.trio
+async def test_where_there_have_to_be_fewer_watchers_go_first(
+    ca: CertificateAuthority, at_once: None, expected_log: ExpectedLog
+) -> None:
+    expected_log("slowing down for 60 s, to 2 connections: slower")
+    release = threading.Event()
+    async with scripted_pool(Scripted(ca)) as made, trio.open_nursery() as nursery:
+        ended: list[Exception | None] = []
+        more, less = Listening(2), Listening(1)
+        for watcher in (more, less):
+            nursery.start_soon(watch, made, watcher, ended)
+        await until(lambda: more.running and less.running)
+        for _ in range(2):
+            nursery.start_soon(made.run, lambda _: release.wait(DEADLINE))
+        await until(lambda: made.open == 4)
+        made.slow_down(Throttled("slower", "", 60.0))
+        await until(lambda: ended == [None, None])
+        assert (made.open, made.most) == (2, 2)
+        release.set()
+
+
+@pytest.mark.trio
+async def test_a_watcher_that_is_throttled_slows_all_down(
+    ca: CertificateAuthority, expected_log: ExpectedLog
+) -> None:
+    expected_log("slowing down for 60 s, to 1 connections: slower")
+
+    class Throttling(Patient):
+        def run(self, session: Session) -> None:
+            raise Throttled("slower", "", 60.0)
+
+    async with scripted_pool(Scripted(ca)) as made:
+        with pytest.raises(Throttled):
+            await made.watch(Throttling(), None)
+        assert (made.state, made.open) == ("throttled", 1)
+
+
+# -- what nobody foresaw, and what is not there
+
+
+class Broken:
+    """Credentials that cannot be had."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.asked = 0
+
+    def get(self, refused: Secret | None = None) -> Secret:
+        self.asked += 1
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "logged", "number"),
+    [
+        (RuntimeError("a mistake"), "connecting to localhost: internal error", errno.EHOSTUNREACH),
+        (CredentialUnavailable("no token"), "offline: no token", errno.EACCES),
+        (CredentialError("no password"), "offline: no password", errno.EHOSTUNREACH),
+    ],
+    ids=["mistake", "token", "password"],
+)
+@pytest.mark.trio
+async def test_without_credentials_it_is_tried_later(
+    ca: CertificateAuthority,
+    impatient: None,
+    expected_log: ExpectedLog,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    logged: str,
+    number: int,
+) -> None:
+    expected_log(logged)
+    expected_log("offline: ")
+    with Scripted(ca) as server, trio.fail_after(DEADLINE):
+        credentials = Broken(error)
+        made = SessionPool(address(server), credentials, 2, 5.0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(made.keep)
+            with pytest.raises(ConnectionLost):
+                await made.run(_nothing)
+            assert made.state == "offline"
+            with pytest.raises(Offline) as caught:
+                await made.run(_nothing)
+            assert caught.value.errno == number
+            await until(lambda: credentials.asked >= 3)
+            await made.close()
+            nursery.cancel_scope.cancel()
+    assert sum(logged in record.getMessage() for record in caplog.records) == 1
