@@ -327,7 +327,12 @@ class BodyStore:
     def _note_use(self, ino: Ino) -> None:
         self._used.add(ino)
         if len(self._used) >= 512:
-            self.flush_use()
+            try:
+                self.flush_use()
+            except CacheError as error:
+                # Full, the disk can be read all the same.
+                self._used.clear()
+                report(error, "the order of use was not kept")
 
     def flush_use(self) -> None:
         """Write down what was used since the last time: exact order within it does not matter."""

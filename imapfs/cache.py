@@ -164,6 +164,11 @@ class Cache:
     def close(self) -> None:
         self._database.close()
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether somebody has deleted the cache directory: what it is asked for it still knows."""
+        return self._database.is_gone
+
     # -- looking -------------------------------------------------------------------------------------------
 
     def node(self, ino: Ino) -> Node | None:

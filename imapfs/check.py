@@ -305,7 +305,7 @@ class _Check:
 
     def mailboxes(self) -> Iterator[_Said]:
         session = self._live()
-        prefix = session.personal_prefix()
+        prefix = session.personal_prefix
         self._entries = session.list_mailboxes()
         tree = plan_tree(self._entries, prefix)
         delimiters = {entry.delimiter.decode("ascii", "replace") for entry in self._entries}

@@ -48,7 +48,7 @@ def commands() -> None:
 )
 @setting_options
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground; Ctrl-C unmounts.")
-@click.option("-v", "--verbose", count=True, help="Log details.")
+@click.option("-v", "--verbose", count=True, help="Log details; twice: also the protocol.")
 def mount(
     source: str | None,
     mountpoint: Path | None,

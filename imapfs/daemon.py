@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import re
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -41,9 +42,9 @@ def run(
     """Serve the mount: in the foreground until it is unmounted, else return once it is live.
 
     The log goes to ``log_file``; without one to stderr in the foreground, else to the account's file in the
-    XDG log directory. ``verbosity`` above 0 logs details. In the foreground the service manager is told how
-    the mount is, if one has started it. Raises ImapfsError if the mount does not come about, or in the
-    foreground ends because of a failure.
+    XDG log directory. ``verbosity`` above 0 logs details, above 1 the protocol. In the foreground the service
+    manager is told how the mount is, if one has started it. Raises ImapfsError if the mount does not come
+    about, or in the foreground ends because of a failure.
 
     Must be called while the process has one thread only: it forks.
     """
@@ -183,6 +184,9 @@ def _serve(
         # pyfuse3 and trio, which must not be there yet when the process forks.
         from imapfs.fuse import serve
 
+        # An open file takes a descriptor here as well.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         serve(config, credentials, observer)
     except ImapfsError:
         raise
@@ -316,3 +320,4 @@ def _start_log(log_file: Path | None, verbosity: int) -> None:
     # Of the libraries only warnings: at lower levels IMAP libraries log commands, LOGIN among them.
     root.setLevel(logging.WARNING)
     logging.getLogger("imapfs").setLevel(logging.DEBUG if verbosity else logging.INFO)
+    logging.getLogger("imapfs.protocol").setLevel(logging.DEBUG if verbosity > 1 else logging.INFO)

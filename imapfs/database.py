@@ -106,6 +106,14 @@ class Database:
             os.close(lock)
             raise
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether somebody has deleted the directory, or the lock in it, that this process works in."""
+        try:
+            return not os.path.samestat(os.fstat(self._lock), (self.directory / "lock").stat())
+        except OSError:
+            return True
+
     def close(self) -> None:
         """Close the database and let another mount have it."""
         if self._checkpoint is not None:

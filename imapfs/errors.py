@@ -8,9 +8,13 @@ decides what the caller does next; the errno is a property of the class so that 
 import errno
 import logging
 import os
-from typing import ClassVar
+import time
+from typing import ClassVar, Final
 
 log = logging.getLogger(__name__)
+
+_REMINDER: Final = 60.0
+"""Seconds after which the log repeats what a disk says."""
 
 
 def one_line(text: str) -> str:
@@ -73,7 +77,8 @@ class Refused(ImapfsError):
         "OVERQUOTA": errno.EDQUOT,
         "TOOBIG": errno.EFBIG,
         "TRYCREATE": errno.ENOENT,
-        "UNAVAILABLE": errno.EAGAIN,
+        # Not EAGAIN: programs take that for a file that is not ready, and some for the end of it.
+        "UNAVAILABLE": errno.EBUSY,
     }
 
     def __init__(self, problem: str, code: str = "", *, remedy: str = "") -> None:
@@ -82,16 +87,54 @@ class Refused(ImapfsError):
         self.errno = self._ERRNO.get(code, errno.EIO)
 
 
+class Throttled(Refused):
+    """The server asks to come back later: scope is the account. Nothing was carried out."""
+
+    def __init__(self, problem: str, code: str, wait: float, *, remedy: str = "") -> None:
+        super().__init__(problem, code, remedy=remedy)
+        self.errno = errno.EBUSY
+        self.wait = wait
+        """Seconds that the server named, else 0."""
+
+
 class ConnectionLost(ImapfsError):
     """The connection ended, or could not be made: scope is this connection; another may succeed."""
 
     errno = errno.EHOSTUNREACH
+    silent = False
+    """Whether nothing was heard any more, so that other connections may have ended as well."""
+
+
+class NetworkLost(ConnectionLost):
+    """The network, not the server, ended the connection."""
+
+    silent = True
+
+
+class Offline(ConnectionLost):
+    """The server is known to be away: nothing was tried. With the errno of what was tried last."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.errno = number
 
 
 class TimedOut(ConnectionLost):
     """The server did not answer within the timeout."""
 
     errno = errno.ETIMEDOUT
+    silent = True
+
+
+class ServerBusy(ConnectionLost):
+    """The server lets nobody in, or ended the connection, and asks to come back later."""
+
+    errno = errno.EBUSY
+
+    def __init__(self, problem: str, wait: float, *, remedy: str = "") -> None:
+        super().__init__(problem, remedy=remedy)
+        self.wait = wait
+        """Seconds that the server named, else 0."""
 
 
 class CredentialUnavailable(ConnectionLost):
@@ -185,19 +228,46 @@ class CacheError(ImapfsError):
 
     @classmethod
     def from_os_error(cls, error: OSError, what: str) -> "CacheError":
-        """Keep the errno of ``error`` (ENOSPC, EROFS ...), so that the program sees the real cause."""
-        made = cls(f"{what}: {os.strerror(error.errno or cls.errno)}; free or repair that disk")
-        made.errno = error.errno or cls.errno
+        """Keep the errno of ``error`` (ENOSPC, EROFS ...), so that the program sees the real cause.
+
+        But not ENOENT, which would be understood of the file in the mount, or of its directory's end.
+        """
+        number = error.errno or cls.errno
+        if number in {errno.ENOENT, errno.ENOTDIR}:
+            return cls(f"{what}: it was deleted by another program: unmount, and mount again")
+        made = cls(f"{what}: {os.strerror(number)}; free or repair that disk")
+        made.errno = number
         return made
+
+
+class _Told:
+    """What was logged a moment ago."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, float] = {}
+
+    def is_news(self, text: str) -> bool:
+        now = time.monotonic()
+        self._at = {told: at for told, at in self._at.items() if now - at < _REMINDER}
+        return self._at.setdefault(text, now) == now
+
+
+_told = _Told()
 
 
 def report(error: Exception, what: str) -> ImapfsError:
     """Log the end of a background task and give the error for those who wait for it.
 
-    What the network does is worth a line; what the disk or our own mistake does is a warning or worse.
+    What the network does is worth a line, once; what the disk or our own mistake does is a warning or worse.
     """
     if isinstance(error, ImapfsError):
-        log.log(logging.WARNING if isinstance(error, CacheError) else logging.INFO, "%s: %s", what, error)
+        level = logging.INFO
+        if isinstance(error, CacheError):
+            # A full disk is met by every message of a mailbox.
+            level = logging.WARNING if _told.is_news(str(error)) else logging.DEBUG
+        elif isinstance(error, Offline):
+            level = logging.DEBUG
+        log.log(level, "%s: %s", what, error)
         return error
     log.error("%s: internal error", what, exc_info=error)
     return ImapfsError(f"{what}: internal error, see the log")

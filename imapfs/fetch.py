@@ -86,7 +86,7 @@ class Download:
 
 class Fetcher:
     """Downloads in progress. ``on_resize`` is called, before any reader goes on, with each message whose
-    exact size is not what was shown so far."""
+    exact size is not what was shown so far; ``on_mailbox_gone`` with a mailbox that is not what it was."""
 
     def __init__(
         self,
@@ -95,12 +95,14 @@ class Fetcher:
         bodies: BodyStore,
         nursery: trio.Nursery,
         on_resize: Callable[[Ino], None],
+        on_mailbox_gone: Callable[[Ino], None],
     ) -> None:
         self._pool = pool
         self._cache = cache
         self._bodies = bodies
         self._nursery = nursery
         self._on_resize = on_resize
+        self._on_mailbox_gone = on_mailbox_gone
         self._downloads: dict[Ino, Download] = {}
         # One connection stays free for what somebody waits for.
         self._ahead = trio.CapacityLimiter(max(1, pool.limit - 1))
@@ -140,6 +142,8 @@ class Fetcher:
             error = MessageGone("it was expunged on the server")
         except Exception as failure:
             error = report(failure, f"{len(downloads)} messages of mailbox {directory} were not fetched")
+            if isinstance(failure, MailboxGone):
+                self._on_mailbox_gone(directory)
         finally:
             for download in downloads:
                 if not download.done:
@@ -156,9 +160,11 @@ class Fetcher:
         try:
             self._cache.set_size(node.ino, spool.size)
         except Exception as error:
-            # Without the size in the cache the kernel would go on with the wrong one.
-            self._finish(download, report(error, f"message {node.uid} was not fetched"))
-            return
+            failure = report(error, f"the size of message {node.uid} was not kept")
+            if spool.size != node.size or not isinstance(failure, CacheError):
+                # Without the size in the cache the kernel would go on with the wrong one.
+                self._finish(download, failure)
+                return
         self._check_size(node, spool.size)
         download.wake()
 

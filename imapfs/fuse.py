@@ -33,13 +33,15 @@ from pyfuse3 import (
     SetattrFields,
 )
 
+from imapfs import network
 from imapfs.announce import Announcer
 from imapfs.cache import Cache
 from imapfs.caller import PROOF
-from imapfs.errors import ImapfsError, UsageError
+from imapfs.errors import CacheError, ImapfsError, UsageError, report
 from imapfs.events import Stream
 from imapfs.feed import Feed
 from imapfs.files import Opening
+from imapfs.imap.backoff import State
 from imapfs.imap.pool import SessionPool
 from imapfs.model import ROOT, CredentialProvider, Ino, MountConfig
 from imapfs.sync import Changes
@@ -80,9 +82,12 @@ def prompt_handler(method: Method[P, T]) -> Method[P, T]:
             raise
         except trio.TooSlowError:
             log.warning("%s: no answer from the server within %g s", name, self.timeout)
-            raise FUSEError(errno.ETIMEDOUT) from None
+            raise FUSEError(self.fs.late_errno) from None
         except ImapfsError as error:
-            log.debug("%s%r: %s", name, args[:1], error)
+            if isinstance(error, CacheError):
+                report(error, name)
+            else:
+                log.debug("%s%r: %s", name, args[:1], error)
             raise FUSEError(error.errno) from None
         except OSError as error:
             log.warning("%s: %s", name, error)
@@ -581,7 +586,10 @@ def serve(config: MountConfig, credentials: CredentialProvider, observer: Observ
 
 async def _serve(config: MountConfig, credentials: CredentialProvider, observer: Observer) -> None:
     pool = SessionPool(config.account, credentials, config.connections, config.timeout)
-    pool.on_state = lambda: observer.state(pool.reason, pool.needs_person)
+    # Nobody is called when a pause that the server asked for is over: it is not told of.
+    pool.on_state = lambda: observer.state(
+        pool.reason if pool.state is State.OFFLINE else None, pool.needs_person
+    )
     cache = Cache.open(config.cache_dir / _cache_name(config), config.names)
     failure: ImapfsError | None = None
     try:
@@ -592,6 +600,8 @@ async def _serve(config: MountConfig, credentials: CredentialProvider, observer:
                     trio.CancelScope() as life,
                 ):
                     background.start_soon(_end_on_signal, signals, life)
+                    background.start_soon(pool.keep)
+                    background.start_soon(network.watch, pool.network_changed, pool.resumed)
                     await _run(config, pool, cache, background, observer)
             except ImapfsError as error:
                 # Out of the nursery as itself, not in a group.
@@ -629,7 +639,7 @@ async def _run(
         on_resize=adapter.on_resize,
         on_rewrite=adapter.on_rewrite,
     )
-    adapter.xattrs = Attributes(fs)
+    adapter.xattrs = Attributes(fs, lambda: len(adapter._lookups))
     announcer = adapter.announcer = Announcer(fs, adapter.holds)
     feed = Feed(cache.directory)
     try:

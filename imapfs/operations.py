@@ -27,6 +27,7 @@ from imapfs.errors import (
     MessageGone,
     NotSupported,
     Refused,
+    Throttled,
     report,
 )
 from imapfs.headers import parse_headers
@@ -168,6 +169,9 @@ class Operations:
     async def _run_transfer(self, transfer: "_Transfer", source: "Box") -> None:
         try:
             await self._pool.run(transfer.run, source.name, repeat=False)
+        except Throttled:
+            # Perhaps between two of its commands; the pool waits as long as it was asked to.
+            await self._pool.run(transfer.run, source.name)
         except ConnectionLost as error:
             log.info("a move was cut off, looking what became of it: %s", error)
             await self._pool.run(transfer.run, source.name)
@@ -237,7 +241,7 @@ class Operations:
         was carried out, which gives None."""
         try:
             return await self._pool.run(work, repeat=False)
-        except ConnectionLost as error:
+        except (ConnectionLost, Throttled) as error:
             log.info("a change of mailboxes was cut off, looking what became of it: %s", error)
         if is_done({entry.name for entry in await self._pool.run(Session.list_mailboxes)}):
             return None

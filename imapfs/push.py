@@ -185,8 +185,9 @@ class Push:
     # -- watching ------------------------------------------------------------------------------------------
 
     async def _watch_forever(self) -> None:
-        pause = _Pause(self._pool)
+        pause = _Pause()
         while True:
+            await self._pool.until_online()
             try:
                 how = await self._pool.run(self._choose)
                 if how != self._how or not self._chosen.is_set():
@@ -234,7 +235,7 @@ class Push:
                 nursery.start_soon(self._watch_one_after_another)
 
     async def _watch_one_after_another(self) -> None:
-        pause = _Pause(self._pool)
+        pause = _Pause()
         while "IDLE" not in self._unsupported:
             started = time.monotonic()
             try:
@@ -485,18 +486,20 @@ class _Watcher:
 
 
 class _Pause:
-    """Time between attempts, longer with each that fails."""
+    """Time between attempts, longer with each that fails.
 
-    def __init__(self, pool: SessionPool) -> None:
-        self._pool = pool
+    Coming online again does not shorten it, as a server may end each connection that watches. It need not: an
+    attempt waits for being online, and does not fail meanwhile.
+    """
+
+    def __init__(self) -> None:
         self._next = _PAUSE_FIRST
 
     async def after(self, lasted: float) -> None:
-        """Wait after an attempt that lasted so many seconds, or until the account is online again."""
+        """Wait after an attempt that lasted so many seconds."""
         if lasted > _SOUND:
             self._next = _PAUSE_FIRST
-        with trio.move_on_after(max(self._next, self._pool.retry_in or 0.0)):
-            await self._pool.came_online()
+        await trio.sleep(self._next)
         self._next = min(_PAUSE_MOST, 2 * self._next)
 
 

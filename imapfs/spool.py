@@ -83,6 +83,8 @@ class Draft:
     attempt: Attempt | None = None
     dirty: bool = False
     """Whether it was written to since it was last complete."""
+    known_size: int = 0
+    """What `size` was when it was last looked at; not on disk."""
     writes: int = 0
     """Counts the changes of its bytes; not on disk."""
 
@@ -93,10 +95,10 @@ class Draft:
     @property
     def size(self) -> int:
         """Bytes."""
-        try:
-            return self.file.stat().st_size
-        except OSError as error:
-            raise CacheError.from_os_error(error, f"cannot read {self.file}") from None
+        # Without its file it stays in sight: to leave it out would make others believe that it was removed.
+        with contextlib.suppress(OSError):
+            self.known_size = self.file.stat().st_size
+        return self.known_size
 
     @property
     def shown(self) -> str:
@@ -277,8 +279,10 @@ class Spool:
                     os.fsync(fd)
                 finally:
                     os.close(fd)
-        except FileNotFoundError:
-            return  # deleted meanwhile: nothing to secure
+        except FileNotFoundError as error:
+            if not self.directory.exists():
+                raise CacheError.from_os_error(error, f"cannot write to the spool {self.directory}") from None
+            return  # the draft was deleted meanwhile: nothing to secure
         except OSError as error:
             raise CacheError.from_os_error(error, f"cannot write to the spool {self.directory}") from None
 

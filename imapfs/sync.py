@@ -69,6 +69,7 @@ class Refresh:
 
     def __init__(self) -> None:
         self.done = False
+        self.started = trio.current_time()
         self._error: ImapfsError | None = None
         self._changed = trio.Event()
 
@@ -118,16 +119,12 @@ class Synchroniser:
         self._mailboxes: dict[Ino, Refresh] = {}
         self._locks: dict[Ino, trio.Lock] = {}
         self.crossing = Crossing(self._mailboxes.keys(), self._locks)
-        self._prefix: bytes | None = None
+        self.prefix = b""
+        """Prefix of the personal namespace, once the tree is known."""
         self.delimiter = b""
         """Hierarchy delimiter of the personal namespace, once the tree is known."""
 
     # -- the tree ------------------------------------------------------------------------------------------
-
-    @property
-    def prefix(self) -> bytes:
-        """Prefix of the personal namespace, once the tree is known."""
-        return self._prefix or b""
 
     def refresh_tree(self, max_age: float) -> Refresh | None:
         """Have the list of mailboxes not older than ``max_age`` seconds; None if it is so already."""
@@ -156,8 +153,7 @@ class Synchroniser:
         error: ImapfsError | None = None
 
         def ask(session: Session) -> list[ListEntry]:
-            if self._prefix is None:
-                self._prefix = session.personal_prefix()
+            self.prefix = session.personal_prefix
             return look(session)
 
         try:
@@ -254,7 +250,23 @@ class Synchroniser:
         async with contextlib.AsyncExitStack() as stack:
             for ino in sorted(set(mailboxes)):
                 await stack.enter_async_context(self._locks.setdefault(ino, trio.Lock()))
-            yield
+            try:
+                yield
+            except MailboxGone:
+                for ino in mailboxes:
+                    self.look_again(ino)
+                raise
+            except (ConnectionLost, trio.Cancelled):
+                # Who knows what the server has made of it.
+                for ino in mailboxes:
+                    self.freshness.forget(ino)
+                raise
+
+    def look_again(self, mailbox: Ino) -> None:
+        """A mailbox turned out not to be what is known of it: it was made anew, renamed or deleted."""
+        self.freshness.forget(mailbox)
+        if mailbox not in self._mailboxes:
+            self.refresh_mailbox(mailbox, 0)
 
     def publish(self, changes: Changes) -> None:
         """Tell of a transaction; first those who may want to keep a body that goes."""

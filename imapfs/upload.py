@@ -36,7 +36,9 @@ from imapfs.errors import (
     Invalid,
     MailboxGone,
     MessageGone,
+    Offline,
     Refused,
+    Throttled,
     TooBig,
     report,
 )
@@ -158,6 +160,20 @@ class Uploader:
         self._wake(draft.parent)
         return job
 
+    async def deliver(self, draft: Draft) -> None:
+        """Have a draft sent and wait until it is on the server, over one connection that breaks meanwhile.
+
+        Raises why it is refused, or ConnectionLost if it has to wait.
+        """
+        try:
+            await self.submit(draft, now=True).wait()
+        except Offline:
+            raise
+        except ConnectionLost as error:
+            if error.silent or self._spool.get(draft.ino) is not draft:
+                raise
+            await self.submit(draft, now=True).wait()
+
     def _wake(self, mailbox: Ino) -> None:
         news = self._workers.get(mailbox)
         if news is None:
@@ -201,6 +217,13 @@ class Uploader:
                 await job.wait()
         await self._remove_all_old()
         await self._operations.recover()
+
+    def hurry(self) -> None:
+        """Try now what waits for the server."""
+        for job in self._jobs.values():
+            if not job.settled and job.draft.state == "sending":
+                job.due = min(job.due, time.monotonic() + GRACE)
+                self._wake(job.draft.parent)
 
     def resume(self) -> None:
         """Go on with what an earlier process left."""
@@ -252,7 +275,7 @@ class Uploader:
                 try:
                     await self._send(mailbox, batch)
                     delay = 0.5
-                except (ConnectionLost, AuthenticationFailed) as error:
+                except (ConnectionLost, AuthenticationFailed, Throttled) as error:
                     log.info("%d uploads wait for the server: %s", len(batch), error)
                     for job in batch:
                         if not job.settled:
@@ -288,7 +311,7 @@ class Uploader:
                 self._wake(parent)
 
     async def _send(self, mailbox: Ino, batch: Sequence[Job]) -> None:
-        """Send a batch, or the first part of it. Raises ConnectionLost, AuthenticationFailed."""
+        """Send a batch, or the first part of it. Raises ConnectionLost, Throttled, AuthenticationFailed."""
         ready: list[_Prepared] = []
         try:
             with self._flight([job.draft for job in batch]):
@@ -305,7 +328,7 @@ class Uploader:
                         await self._append(mailbox, ready)
             if ready:
                 await self._remove_all_old()
-        except (ConnectionLost, AuthenticationFailed):
+        except (ConnectionLost, AuthenticationFailed, Throttled):
             raise
         except Exception as error:
             failure = report(error, f"{len(batch)} files were not sent")
@@ -352,8 +375,11 @@ class Uploader:
         except (Invalid, TooBig) as error:
             self._refuse(job, error)
             return None
-        except FileNotFoundError:
-            job.settle(MessageGone("it was deleted before it was sent"))
+        except FileNotFoundError as error:
+            if self._spool.get(draft.ino) is draft:
+                self._refuse(job, CacheError.from_os_error(error, f"its bytes are lost: {draft.file}"))
+            else:
+                job.settle(MessageGone("it was deleted before it was sent"))
             return None
         except (CacheError, OSError) as error:
             # The others need not wait for what this disk cannot do now.
@@ -412,9 +438,12 @@ class Uploader:
         finally:
             self._being_sent -= being_sent
         unnamed: dict[Ino, tuple[_Prepared, int | None]] = {}
+        throttled: Throttled | None = None
         for prepared, outcome in zip(ready, flight.outcomes, strict=True):
             draft = prepared.job.draft
-            if isinstance(outcome, Refused):
+            if isinstance(outcome, Throttled):
+                draft.attempt, throttled = None, outcome
+            elif isinstance(outcome, Refused):
                 draft.attempt = None
                 self._refuse(prepared.job, outcome)
             elif outcome is not None and (data := flight.listed(outcome)) is not None:
@@ -431,6 +460,9 @@ class Uploader:
                 self._adopt(box, prepared.job.draft, None, prepared.item.fit, prepared.item.flags)
             else:
                 self._refuse(prepared.job, Refused("the server took it but does not show it: look there"))
+        if throttled is not None:
+            self._pool.slow_down(throttled)
+            raise throttled
 
     async def _look_up(self, uncertain: Sequence[Draft]) -> set[Ino]:
         """Adopt those that are on the server already, and return which; whatever is left is not."""

@@ -18,6 +18,7 @@ subtree that is mounted. Failures are `imapfs.errors`; nothing here knows the ke
 """
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -44,6 +45,7 @@ from imapfs.errors import (
     NotFound,
     NotPermitted,
     Refused,
+    Throttled,
     TlsError,
     UsageError,
     report,
@@ -51,6 +53,7 @@ from imapfs.errors import (
 from imapfs.events import Event, Kind, Place
 from imapfs.fetch import Fetcher
 from imapfs.files import Files, Opening
+from imapfs.imap.backoff import State
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Quota, Session
 from imapfs.model import ROOT, Ino, MountConfig
@@ -68,6 +71,9 @@ MAX_AGE: Final = 5.0
 """Seconds for which a listing is served without asking the server again."""
 _PATIENCE: Final = 3.0
 """Seconds that a known listing waits for news from the server before it is served as it is."""
+_PATIENCE_AT_START: Final = 10.0
+"""Seconds that the mount of an account that is cached waits for the server: long enough for any login, so
+that a wrong password is reported, but nobody should have to wait for a network that is not there."""
 _QUOTA_AGE: Final = 60.0
 _PAGE: Final = 500
 _EDITORS_PAUSE: Final = 10.0
@@ -137,7 +143,7 @@ class Filesystem:
         self.spool = Spool(cache.directory / "spool")
         self.sync = Synchroniser(pool, cache, self._bodies, nursery, self._changed)
         self.sync.crossing.is_in_use = lambda ino: self.spool.get(ino) is not None
-        fetcher = Fetcher(pool, cache, self._bodies, nursery, on_resize)
+        fetcher = Fetcher(pool, cache, self._bodies, nursery, on_resize, self.sync.look_again)
         ahead = FetchAhead(cache, fetcher.start_ahead, config.fetch_ahead)
         self.files = Files(cache, self._bodies, fetcher, ahead, self.spool, self._draft_of)
         self.push = Push(pool, cache, self.sync, nursery, config.poll)
@@ -148,6 +154,7 @@ class Filesystem:
             self._old_version, self._sent,
         )  # fmt: skip
         self._root = ROOT
+        self._patience = min(_PATIENCE, config.timeout / 2)
         self._quota: Quota | None = None
         self._quota_at = -math.inf
         self._renamed: dict[tuple[Ino, bytes], tuple[Ino, float]] = {}
@@ -161,13 +168,22 @@ class Filesystem:
 
         An account that is cached can be mounted without its server.
         """
+        known = bool(self.cache.children(ROOT, 0, 1))
         refresh = self.sync.refresh_tree(0)
         if refresh is not None:
-            await refresh.finished()
-            if refresh.error is not None:
-                transient = isinstance(refresh.error, ConnectionLost)
+            # The server may ask to wait for longer than whoever mounts would.
+            with trio.move_on_after(_PATIENCE_AT_START if known else 3 * self.config.timeout):
+                await refresh.finished()
+            if not refresh.done and not known:
+                raise ConnectionLost(
+                    self.pool.reason or f"{self.config.account.host} does not answer in time"
+                )
+            if not refresh.done:
+                log.warning("mounted from the cache: no answer from the server so far")
+            elif refresh.error is not None:
+                transient = isinstance(refresh.error, ConnectionLost | Throttled)
                 transient = transient and not isinstance(refresh.error, TlsError)
-                if not transient or not self.cache.children(ROOT, 0, 1):
+                if not transient or not known:
                     raise refresh.error
                 log.warning("mounted from the cache: %s", refresh.error)
         if self.config.account.mailbox is not None:
@@ -177,8 +193,15 @@ class Filesystem:
         if not self.config.read_only:
             self._nursery.start_soon(self.operations.recover_forever)
             self.uploader.resume()
+            self._nursery.start_soon(self._resend_forever)
         self._nursery.start_soon(self._bodies.sweep)
         self.push.start(self._root)
+
+    async def _resend_forever(self) -> None:
+        """Send what waits for the server as soon as it is there again."""
+        while True:
+            await self.pool.came_online()
+            self.uploader.hurry()
 
     def _find_root(self, path: str) -> Ino:
         ino = ROOT
@@ -306,6 +329,11 @@ class Filesystem:
         path = (*draft.path, draft.name)[len(self.cache.path(self._root)) :]
         return b"/".join(path).decode("utf-8", "replace")
 
+    @property
+    def late_errno(self) -> int:
+        """What a request that has taken too long fails with."""
+        return errno.EBUSY if self.pool.state is State.THROTTLED else errno.ETIMEDOUT
+
     # -- names and attributes ------------------------------------------------------------------------------
 
     def node(self, ino: Ino) -> Node:
@@ -385,10 +413,11 @@ class Filesystem:
         found = self._child(directory, name)
         if found is None and not _is_noise(name):
             refresh, known = self._news_of(directory, names_message=name.lower().endswith(_SUFFIX))
-            with trio.move_on_after(_PATIENCE if known else math.inf):
-                while refresh is not None and not refresh.done and found is None:
-                    await refresh.progress()
-                    found = self._child(directory, name)
+            if refresh is not None and not (known and self.pool.is_away):
+                with trio.move_on_at(refresh.started + self._patience if known else math.inf):
+                    while not refresh.done and found is None:
+                        await refresh.progress()
+                        found = self._child(directory, name)
             found = found or self._child(directory, name)
             if found is None and not known and refresh is not None and refresh.error is not None:
                 raise refresh.error.with_traceback(None)
@@ -407,9 +436,12 @@ class Filesystem:
         return self.sync.refresh_mailbox(ino, MAX_AGE), bool(mailbox.complete)
 
     async def wait_for_news(self, refresh: Refresh | None) -> None:
-        """Wait for a synchronisation, but not long, and whatever comes of it."""
-        if refresh is not None:
-            with trio.move_on_after(_PATIENCE):
+        """Wait for a synchronisation, but not long, and whatever comes of it.
+
+        Not at all where it would be in vain. What others have waited for in vain is not waited for again.
+        """
+        if refresh is not None and not self.pool.is_away:
+            with trio.move_on_at(refresh.started + self._patience):
                 await refresh.finished()
 
     # -- directories ---------------------------------------------------------------------------------------
@@ -579,7 +611,7 @@ class Filesystem:
             return
         await draft.secure()
         if self._complete(draft, now=True):
-            await self.uploader.submit(draft, now=True).wait()
+            await self.uploader.deliver(draft)
 
     async def fsync_directory(self) -> None:
         """Return when everything that can be sent is on the server."""
@@ -758,9 +790,9 @@ class Filesystem:
         # Well before whoever waits for the answer is told that there was none.
         with trio.move_on_at(trio.current_effective_deadline() - self.config.timeout * 0.2):
             try:
-                await self.uploader.submit(draft, now=True).wait()
+                await self.uploader.deliver(draft)
                 return
-            except ConnectionLost as error:
+            except (ConnectionLost, Throttled) as error:
                 log.info("%s is sent later: %s", draft.shown, error)
         if self.spool.get(draft.ino) is draft:
             await draft.secure()
@@ -768,7 +800,7 @@ class Filesystem:
     async def _settle(self, draft: Draft) -> None:
         """Have a new version of a message on the server."""
         if self._complete(draft, now=True):
-            await self.uploader.submit(draft, now=True).wait()
+            await self.uploader.deliver(draft)
         elif draft.state == "open":
             self.spool.forget(draft)
         else:
@@ -887,7 +919,7 @@ class Filesystem:
             self._quota_at = time.monotonic()
             asked = trio.Event()
             self._nursery.start_soon(self._ask_quota, asked)
-            with trio.move_on_after(_PATIENCE):
+            with trio.move_on_after(0 if self.pool.is_away else self._patience):
                 await asked.wait()
         if self._quota is not None:
             return Space(self._quota.limit, max(0, self._quota.limit - self._quota.used))

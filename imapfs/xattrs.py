@@ -6,9 +6,11 @@ freedesktop conventions.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Final
 
@@ -47,10 +49,14 @@ Change = Callable[[list[str]], tuple[set[str], set[str]]]
 
 
 class Attributes:
-    """Reads and writes the extended attributes of one `Filesystem`."""
+    """Reads and writes the extended attributes of one `Filesystem`.
 
-    def __init__(self, fs: Filesystem) -> None:
+    ``inodes()`` is how many files and directories the kernel holds on to.
+    """
+
+    def __init__(self, fs: Filesystem, inodes: Callable[[], int]) -> None:
         self._fs = fs
+        self._inodes = inodes
 
     # -- reading -------------------------------------------------------------------------------------------
 
@@ -121,6 +127,7 @@ class Attributes:
     def status(self) -> dict[str, object]:
         """What ``imapfs status`` shows."""
         fs = self._fs
+        fs.pool.look()
         messages, bodies, size = fs.cache.totals()
         waiting = [
             {"path": fs.shown(draft), "state": draft.state, "error": draft.error, "size": draft.size}
@@ -132,21 +139,32 @@ class Attributes:
             "pid": os.getpid(),
             "source": fs.config.account.url,
             "mountpoint": str(fs.config.mountpoint),
-            "state": "offline" if fs.pool.reason else "online",
+            "state": fs.pool.state.value,
             "reason": fs.pool.reason,
             "since": fs.pool.since.isoformat(timespec="seconds"),
+            **self._next_try(),
             "read_only": fs.config.read_only,
-            "connections": {"open": fs.pool.open, "limit": fs.pool.limit},
+            "connections": {"open": fs.pool.open, "most": fs.pool.most, "limit": fs.pool.limit},
             "push": fs.push.status(),
             "cache": {
                 "path": str(fs.cache.directory),
+                "deleted": fs.cache.is_gone,
                 "bytes": size,
                 "limit": fs.config.cache_size,
                 "messages": messages,
                 "bodies": bodies,
             },
+            "inodes": self._inodes(),
             "waiting": waiting,
         }
+
+    def _next_try(self) -> dict[str, object]:
+        """When something is tried next: as a time, and in seconds. None while online, or where nothing is."""
+        wait = self._fs.pool.retry_in
+        if wait is None or math.isinf(wait):
+            return {"retry_at": None, "retry_in": None}
+        at = datetime.now(UTC) + timedelta(seconds=wait)
+        return {"retry_at": at.isoformat(timespec="seconds"), "retry_in": round(wait, 1)}
 
     # -- writing -------------------------------------------------------------------------------------------
 

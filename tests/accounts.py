@@ -37,10 +37,13 @@ def session(account: MailAccount, timeout: float = TIMEOUT) -> Iterator[Session]
 async def pool(account: MailAccount, limit: int = 2, timeout: float = TIMEOUT) -> AsyncIterator[SessionPool]:
     """Return a pool that is closed when the block ends."""
     made = SessionPool(address(account), Secret(account.password), limit, timeout)
-    try:
-        yield made
-    finally:
-        await made.close()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(made.keep)
+        try:
+            yield made
+        finally:
+            await made.close()
+            nursery.cancel_scope.cancel()
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, *capabilities: str) -> None:

@@ -1,5 +1,7 @@
 """How many connections there are, and what becomes of requests when there could be more."""
 
+import errno
+import math
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -9,7 +11,16 @@ import pytest
 import trio
 import trio.testing
 
-from imapfs.errors import AuthenticationFailed, ConnectionLost
+from imapfs.errors import (
+    AuthenticationFailed,
+    ConnectionLost,
+    CredentialError,
+    CredentialUnavailable,
+    Offline,
+    Throttled,
+    TimedOut,
+)
+from imapfs.imap import backoff
 from imapfs.imap import pool as pool_module
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
@@ -26,8 +37,9 @@ ExpectedLog = Callable[[str], None]
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the pool wait less between attempts."""
-    for name in ("_BACKOFF_FIRST", "_BACKOFF_MOST", "_BACKOFF_REFUSED"):
-        monkeypatch.setattr(pool_module, name, 0.01)
+    for name in ("_FIRST", "_MOST", "_WANTED", "_PAUSE_FIRST"):
+        monkeypatch.setattr(backoff, name, 0.01)
+    monkeypatch.setattr(backoff, "_REFUSED", (0.01, 0.01, 0.01, 3600.0))
 
 
 class Logins:
@@ -149,7 +161,7 @@ async def test_refusal_beside_connections_that_work_does_not_last(ca: Certificat
 
 
 @pytest.mark.trio
-async def test_password_that_was_good_counts_as_changed_after_several_refusals(
+async def test_password_that_was_good_is_tried_again_at_long_intervals_only(
     ca: CertificateAuthority, impatient: None, expected_log: ExpectedLog
 ) -> None:
     expected_log("offline: localhost refused the password")
@@ -159,20 +171,15 @@ async def test_password_that_was_good_counts_as_changed_after_several_refusals(
         told: list[bool] = []
         made.on_state = lambda: told.append(made.needs_person)
         logins.refusal = WRONG
-        refused = 0
-        while logins.seen < 5:
-            try:
-                await made.run(_nothing)
-            except AuthenticationFailed:
-                refused += 1
-            except ConnectionLost as error:
-                assert "offline: localhost refused the password" in str(error)
-                await trio.sleep(0.001)
-        for _ in range(3):
+        made.look()
+        await until(lambda: logins.seen == 5)
+        for _ in range(300):
             with pytest.raises(AuthenticationFailed):
                 await made.run(_nothing)
-        assert refused == 4
         assert logins.seen == 5
+        assert made.state == "offline"
+        assert made.retry_in is not None
+        assert 3500 < made.retry_in <= 3600
         assert (told[0], told[-1]) == (False, True)
 
 
@@ -202,7 +209,7 @@ async def test_pool_comes_back_after_any_number_of_failures(
     with server:
         pass
     made = SessionPool(address(server), Secret("secret"), 2, 5.0)
-    vars(made)["_failures"] = 5000
+    vars(vars(made)["_backoff"])["_failures"] = 5000
     with pytest.raises(ConnectionLost, match="refuses connections"):
         await made.run(_nothing)
     assert made.reason is not None
@@ -224,6 +231,49 @@ async def test_error_that_is_raised_again_does_not_grow(
             if attempt:
                 depths.add(len(caught.traceback))
     assert len(depths) == 1
+
+
+@pytest.mark.trio
+async def test_a_caller_that_gives_up_ends_the_command(ca: CertificateAuthority) -> None:
+    """Else its thread, and with it the caller, would wait for as long as the connection does."""
+
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        return server.hang() if command.startswith(b"EXAMINE") and server.accepted == 1 else None
+
+    server = Scripted(ca, script=script)
+    with server, trio.fail_after(DEADLINE):
+        async with pool(server, 1, timeout=2 * DEADLINE) as made:
+            with trio.move_on_after(0.05) as scope:
+                await made.run(lambda session: session.examine(b"INBOX"))
+            assert scope.cancelled_caught
+            assert made.state == "connecting"
+            await made.run(lambda session: session.examine(b"INBOX"))
+            assert (made.open, made.state) == (1, "online")
+
+
+@pytest.mark.trio
+async def test_after_a_silence_requests_do_not_try_by_themselves(
+    ca: CertificateAuthority, monkeypatch: pytest.MonkeyPatch, expected_log: ExpectedLog
+) -> None:
+    expected_log("offline: localhost")
+    silent = False
+
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        return server.hang() if silent else None
+
+    monkeypatch.setattr(pool_module, "_GRACE", 0.01)
+    server = Scripted(ca, script=script)
+    with server, trio.fail_after(DEADLINE):
+        async with pool(server, 4, timeout=0.5) as made:
+            await made.run(_nothing)
+            silent = True
+            with pytest.raises(TimedOut):
+                await made.run(lambda session: session.examine(b"INBOX"))
+            for _ in range(20):
+                with pytest.raises(Offline):
+                    await made.run(_nothing)
+            assert server.accepted == 2
+            await until(lambda: made.state == "offline")
 
 
 # -- watchers
@@ -249,15 +299,19 @@ class Patient:
 @pytest.mark.trio
 async def test_the_least_watcher_yields_to_a_request(ca: CertificateAuthority) -> None:
     more, less = Patient(2), Patient(1)
-    async with scripted_pool(Scripted(ca), limit=2) as made, trio.open_nursery() as nursery:
+    release = threading.Event()
+    async with scripted_pool(Scripted(ca)) as made, trio.open_nursery() as nursery:
         nursery.start_soon(made.watch, more, None)
         nursery.start_soon(made.watch, less, None)
         await until(lambda: more.running and less.running)
+        for _ in range(2):
+            nursery.start_soon(made.run, lambda _: release.wait(DEADLINE))
         await made.run(_nothing)
         await until(lambda: not less.running)
         assert more.running
-        assert made.open == 2
+        assert made.open == 4
         more.stop()
+        release.set()
 
 
 @pytest.mark.trio
@@ -289,3 +343,180 @@ async def test_watchers_wait_until_nobody_else_needs_a_session(
         await until(lambda: second.running)
         assert done == ["watcher", *["request"] * 3]
         second.stop()
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let watchers have sessions without waiting for calm."""
+    monkeypatch.setattr(pool_module, "_CALM", 0.0)
+
+
+class Listening(Patient):
+    """Uses a session as IDLE does: until told to stop, or until its connection ends."""
+
+    def run(self, session: Session) -> None:
+        self.running = True
+        while not self._over.wait(0.005):
+            if not session.alive:
+                raise ConnectionLost("ended")
+        session.examine(b"INBOX")
+
+
+async def watch(made: SessionPool, watcher: Patient, ended: list[Exception | None]) -> None:
+    try:
+        await made.watch(watcher, None)
+    except (ConnectionLost, Throttled) as error:
+        ended.append(error)
+    else:
+        ended.append(None)
+
+
+@pytest.mark.trio
+async def test_a_watcher_waits_for_the_server_and_hurries_nobody(
+    ca: CertificateAuthority, expected_log: ExpectedLog
+) -> None:
+    expected_log("offline: ")
+    away = False
+
+    def hang_up(connection: socket.socket, number: int) -> None:
+        if away:
+            connection.close()
+
+    server = Scripted(ca, before_tls=hang_up)
+    async with scripted_pool(server) as made, trio.open_nursery() as nursery:
+        away = True
+        with pytest.raises(ConnectionLost):
+            await made.run(_nothing)
+        tried = server.accepted
+        watcher, ended = Patient(), list[Exception | None]()
+        # An attempt is due within a second, and would be at once if somebody had asked for it.
+        vars(vars(made)["_backoff"])["_retry_at"] = math.inf
+        nursery.start_soon(watch, made, watcher, ended)
+        await trio.testing.wait_all_tasks_blocked()
+        assert (made.retry_in, server.accepted, ended) == (math.inf, tried, [])
+        away = False
+        await until_it_works(made)
+        await until(lambda: watcher.running)
+        watcher.stop()
+
+
+@pytest.mark.trio
+async def test_the_end_of_a_watchers_connection_is_noticed(ca: CertificateAuthority, at_once: None) -> None:
+    async with scripted_pool(Scripted(ca)) as made, trio.open_nursery() as nursery:
+        ended: list[Exception | None] = []
+        watcher = Listening()
+        nursery.start_soon(watch, made, watcher, ended)
+        await until(lambda: watcher.running)
+        (session,) = vars(made)["_lent"]
+        session.abort()
+        await until(lambda: ended)
+        assert isinstance(ended[0], ConnectionLost)
+        await until(lambda: (made.open, made.state) == (1, "online"))
+
+
+@pytest.mark.trio
+async def test_after_a_sleep_watchers_lose_their_connections_too(
+    ca: CertificateAuthority, at_once: None
+) -> None:
+    server = Scripted(ca)
+    async with scripted_pool(server) as made, trio.open_nursery() as nursery:
+        ended: list[Exception | None] = []
+        watchers = [Listening(), Listening()]
+        for watcher in watchers:
+            nursery.start_soon(watch, made, watcher, ended)
+        await until(lambda: all(watcher.running for watcher in watchers))
+        made.resumed()
+        assert made.state == "connecting"
+        await until(lambda: [type(error) for error in ended] == [ConnectionLost] * 2)
+        await until(lambda: (made.open, made.state) == (1, "online"))
+        assert server.accepted == 3
+
+
+@pytest.mark.trio
+async def test_where_there_have_to_be_fewer_watchers_go_first(
+    ca: CertificateAuthority, at_once: None, expected_log: ExpectedLog
+) -> None:
+    expected_log("slowing down for 60 s, to 2 connections: slower")
+    release = threading.Event()
+    async with scripted_pool(Scripted(ca)) as made, trio.open_nursery() as nursery:
+        ended: list[Exception | None] = []
+        more, less = Listening(2), Listening(1)
+        for watcher in (more, less):
+            nursery.start_soon(watch, made, watcher, ended)
+        await until(lambda: more.running and less.running)
+        for _ in range(2):
+            nursery.start_soon(made.run, lambda _: release.wait(DEADLINE))
+        await until(lambda: made.open == 4)
+        made.slow_down(Throttled("slower", "", 60.0))
+        await until(lambda: ended == [None, None])
+        assert (made.open, made.most) == (2, 2)
+        release.set()
+
+
+@pytest.mark.trio
+async def test_a_watcher_that_is_throttled_slows_all_down(
+    ca: CertificateAuthority, expected_log: ExpectedLog
+) -> None:
+    expected_log("slowing down for 60 s, to 1 connections: slower")
+
+    class Throttling(Patient):
+        def run(self, session: Session) -> None:
+            raise Throttled("slower", "", 60.0)
+
+    async with scripted_pool(Scripted(ca)) as made:
+        with pytest.raises(Throttled):
+            await made.watch(Throttling(), None)
+        assert (made.state, made.open) == ("throttled", 1)
+
+
+# -- what nobody foresaw, and what is not there
+
+
+class Broken:
+    """Credentials that cannot be had."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.asked = 0
+
+    def get(self, refused: Secret | None = None) -> Secret:
+        self.asked += 1
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "logged", "number"),
+    [
+        (RuntimeError("a mistake"), "connecting to localhost: internal error", errno.EHOSTUNREACH),
+        (CredentialUnavailable("no token"), "offline: no token", errno.EACCES),
+        (CredentialError("no password"), "offline: no password", errno.EHOSTUNREACH),
+    ],
+    ids=["mistake", "token", "password"],
+)
+@pytest.mark.trio
+async def test_without_credentials_it_is_tried_later(
+    ca: CertificateAuthority,
+    impatient: None,
+    expected_log: ExpectedLog,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    logged: str,
+    number: int,
+) -> None:
+    expected_log(logged)
+    expected_log("offline: ")
+    with Scripted(ca) as server, trio.fail_after(DEADLINE):
+        credentials = Broken(error)
+        made = SessionPool(address(server), credentials, 2, 5.0)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(made.keep)
+            with pytest.raises(ConnectionLost):
+                await made.run(_nothing)
+            assert made.state == "offline"
+            with pytest.raises(Offline) as caught:
+                await made.run(_nothing)
+            assert caught.value.errno == number
+            await until(lambda: credentials.asked >= 3)
+            await made.close()
+            nursery.cancel_scope.cancel()
+    assert sum(logged in record.getMessage() for record in caplog.records) == 1

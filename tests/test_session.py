@@ -64,7 +64,7 @@ def test_mailboxes_are_listed_as_the_server_spells_them(user: Account) -> None:
         user.deliver(name, [])
     with session(user) as connected:
         entries = {entry.name: entry for entry in connected.list_mailboxes()}
-        assert connected.personal_prefix() == b""
+        assert connected.personal_prefix == b""
     assert {
         b"INBOX", b"a b", b"Z&APw-rich", b"R&-D", b'quo"ted', b"back\\slash", b"100%", b"x/y/z",
     } <= set(entries)  # fmt: skip
@@ -84,7 +84,7 @@ def test_prefix_of_the_personal_namespace(ca: CertificateAuthority) -> None:
         user = server.account("alice")
         user.deliver("x/y", [(plain(1), DATE, "")])
         with session(user) as connected:
-            assert connected.personal_prefix() == b"INBOX."
+            assert connected.personal_prefix == b"INBOX."
             assert {b"INBOX", b"INBOX.x.y"} <= {entry.name for entry in connected.list_mailboxes()}
             assert connected.examine(b"INBOX.x.y").exists == 1
 

@@ -10,7 +10,8 @@ import socket
 import ssl
 from typing import Final
 
-from imapfs.errors import CertificateRejected, ConnectionLost, TimedOut, TlsError
+from imapfs.errors import CertificateRejected, ConnectionLost, ServerBusy, TimedOut, TlsError
+from imapfs.imap.throttle import asked_wait
 from imapfs.model import Account
 
 _DEAD_AFTER: Final = 10
@@ -205,6 +206,9 @@ def explain(error: Exception, account: Account, timeout: float) -> ConnectionLos
         case _:
             # imaplib: the greeting was BYE, or no IMAP greeting at all.
             said = " ".join(str(error).split())[:200]
+            wait = asked_wait("", said)
+            if wait is not None:
+                return ServerBusy(f"{where} lets nobody in now: {said}", wait)
             return ConnectionLost(f"{where} did not greet as an IMAP server: {said or 'it hung up'}")
 
 

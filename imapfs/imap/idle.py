@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from imapfs.errors import NotSupported, Refused
+from imapfs.errors import NotSupported, Refused, Throttled
 from imapfs.imap.grammar import ListEntry, Response, parse_fetch, parse_list, parse_sequence_set, parse_status
 from imapfs.imap.session import MailboxState, Session
 
@@ -140,7 +140,7 @@ class Watch:
         """In a thread: wait for news until stopped, or until the server ends it.
 
         Raises MailboxGone and Refused for the mailbox, NotSupported if the server does not do what it offers,
-        ConnectionLost.
+        ConnectionLost, Throttled.
         """
         if self.mailbox is not None:
             self._say(Opened(session.examine(self.mailbox)))
@@ -152,6 +152,8 @@ class Watch:
             # With NOTIFY too: otherwise Dovecot tells nothing of the selected mailbox for the first second.
             while not self._is_over and session.idle(self._take, self._wake, RENEWAL):
                 pass  # a server that ends IDLE by itself is not asked again at once
+        except Throttled:
+            raise
         except Refused as error:
             raise NotSupported(str(error)) from None
         if self._everywhere:

@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from imapfs.errors import AuthenticationFailed, ConnectionLost, ProtocolError
+from imapfs.errors import AuthenticationFailed, ConnectionLost, ProtocolError, ServerBusy
 from imapfs.imap import refusals, sasl
+from imapfs.imap.throttle import asked_wait
 from imapfs.imap.wire import Completion, Wire, astring
 from imapfs.model import AccessToken, Account, Secret
 
@@ -39,7 +40,8 @@ def log_in(wire: Wire, account: Account, secret: Secret | None) -> None:
         refusal = refusals.explain(host, completion.code, words, of_token=isinstance(secret, AccessToken))
         code = f"[{completion.code}] " if completion.code else ""
         if refusal.transient:
-            raise ConnectionLost(f"{host} does not let {user} in now: {code}{words}", remedy=refusal.remedy)
+            wait = asked_wait(completion.code, completion.text) or 0.0
+            raise ServerBusy(f"{host} does not let {user} in now: {code}{words}", wait, remedy=refusal.remedy)
         if completion.status == "BAD":
             # The credentials were not looked at.
             raise ConnectionLost(f"{host} does not understand the login of {user}: {code}{words}")

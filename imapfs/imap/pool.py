@@ -1,29 +1,44 @@
 """The connections of one account: how many, which one next, and what happens when there is none.
 
-The only mutable state is in `SessionPool`, touched on the trio thread alone. Sessions work in threads.
+The only mutable state is in `SessionPool`, touched on the trio thread alone. Sessions work in threads. When
+an attempt to connect is due is `imapfs.imap.backoff`'s to say.
 
 INVARIANTS: a session is in ``_idle`` or in ``_lent``, to exactly one task; ``_open`` counts both and the
 ``_connecting`` ones, and is at most ``_limit``.
 
 Whoever needs a session and cannot have a new one waits for one that is open, as long as there is one: at the
-server's limit of connections things take longer but do not fail. Only with none open does a request fail.
+server's limit of connections things take longer but do not fail. While the server asks to wait, everybody
+waits. Once a connection was lost, `keep` alone makes the next one: a request waits for that if it may be a
+matter of a moment, and else fails at once, so that a network that is away costs nobody a timeout.
 
-Watchers have sessions that nobody else needs, and give them back when somebody does.
+Watchers have sessions that nobody else needs, and give them back when somebody does, or when there have to
+be fewer. They never hurry anybody: while the account is not online they wait, however long that is. As they
+only listen, theirs are no proof that the server is there, and after a loss they have to find out.
 """
 
 import contextlib
 import logging
 import math
-import random
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Final, NoReturn, Protocol, TypeVar
 
 import trio
 
-from imapfs.errors import AuthenticationFailed, ConnectionLost
+from imapfs.errors import (
+    AuthenticationFailed,
+    ConnectionLost,
+    CredentialUnavailable,
+    ImapfsError,
+    Offline,
+    ServerBusy,
+    Throttled,
+    TimedOut,
+    TlsError,
+)
+from imapfs.imap.backoff import Backoff, State
 from imapfs.imap.connect import tls_context
 from imapfs.imap.session import Session
 from imapfs.model import Account, CredentialProvider
@@ -32,14 +47,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_BACKOFF_FIRST: Final = 1.0
-_BACKOFF_MOST: Final = 60.0
-_BACKOFF_REFUSED: Final = 15.0
-"""Seconds to wait at least after a refused login, for an account may be locked after a few of them."""
-_REFUSALS: Final = 4
-"""Refusals in a row after which a password that was good once counts as changed."""
-
-
+_GRACE: Final = 2.0
+"""Seconds that requests wait for another connection after the network or the server fell silent."""
+_LATE: Final = 1.0
+"""Seconds beyond the timeout after which an attempt to connect that has not failed by itself is given up."""
 _CALM: Final = 2.0
 """Seconds without a want of connections after which a watcher may have one again: at first, and"""
 _CALM_MOST: Final = 16.0
@@ -54,18 +65,17 @@ class Watcher(Protocol):
         """The one with the lowest is the first to give its session back."""
 
     def run(self, session: Session) -> None:
-        """In a thread: use the session, until told to stop."""
+        """In a thread: use the session, until told to stop; has heard from the server when it returns."""
 
     def stop(self) -> None:
         """On the trio thread: make `run` return soon."""
 
 
 class SessionPool:
-    """Up to ``limit`` connections to ``account``, made when needed and kept.
+    """Up to ``limit`` connections to ``account``, made when needed and kept; `keep` has to run.
 
-    ``timeout`` in seconds bounds each wait for the server. After a failed attempt no other is made for a
-    while that grows with each failure. A password that was never accepted is tried once only; one that was
-    is given up after several refusals in a row, as servers also refuse a login when they are busy.
+    ``timeout`` in seconds bounds each wait for the server. A password that was never accepted is tried once
+    only; one that was is tried again, at long intervals, as servers also refuse a login when they are busy.
     """
 
     def __init__(self, account: Account, credentials: CredentialProvider, limit: int, timeout: float) -> None:
@@ -75,45 +85,48 @@ class SessionPool:
         self._context: ssl.SSLContext = tls_context(account)
         self._idle: list[Session] = []
         self._lent: set[Session] = set()
+        self._dropped: set[Session] = set()
+        """Lent sessions that were ended from here, or are in doubt: what they were at may be tried again."""
         self._open = 0
         self._connecting = 0
         self._limit = limit
         self._turn = trio.Condition()
-        self._online = trio.Event()
         self._threads = trio.CapacityLimiter(limit)
+        # An attempt that was given up may sit in a name look-up for long.
+        self._connecting_threads = trio.CapacityLimiter(limit)
         self._watching: dict[Session, tuple[Watcher, float]] = {}
         """Those that were not told yet to give their sessions back, and since when they have them."""
         self._leaving: set[Session] = set()
         """Sessions of watchers that were."""
+        self._spare = 0
+        """How many watchers have a session, or are getting one."""
         self._waiting = 0
-        """Requests that wait for a session."""
+        """Requests that wait for a session that a watcher may have."""
         self._calm = _CALM
         self._calm_at = -math.inf
         """When watchers may have sessions again."""
         self._closed = False
-        self._failures = 0
-        self._retry_at = -math.inf
-        self._beside = False
-        """Whether the last attempt failed while other connections were open: perhaps for their number."""
-        self._why = ""
+        self._backoff = Backoff(limit)
+        self._started = time.monotonic()
+        self._error: ConnectionLost | AuthenticationFailed | None = None
         """What the last attempt to connect failed of."""
+        self._mistake = ""
+        """The last failure to connect that nobody foresaw."""
         self._accepted = False
         """Whether the password was accepted once."""
-        self._refusals = 0
-        """Refused logins in a row, while no connection was open."""
-        self._refused: AuthenticationFailed | None = None
-        """Why no further login will be tried."""
-        self.reason: str | None = None
-        """Why the account is offline; None while it is online."""
-        self.since = datetime.now(UTC)
-        """When the account went on- or offline."""
+        self._trouble = trio.Event()
+        """Set when `keep` has something to do."""
+        self._online = trio.Event()
+        """Set, and made anew, each time that the account comes online again."""
         self.on_state: Callable[[], None] = lambda: None
-        """Called when `reason` or `needs_person` has changed."""
+        """Called when the account has gone on- or offline, or `needs_person` has changed."""
+
+    # -- how it is -----------------------------------------------------------------------------------------
 
     @property
     def needs_person(self) -> bool:
-        """Whether no login will be tried before somebody sets the credentials right."""
-        return self._refused is not None
+        """Whether the login is refused, and that will hardly change before somebody sets it right."""
+        return self._backoff.needs_person
 
     @property
     def open(self) -> int:
@@ -121,21 +134,91 @@ class SessionPool:
 
     @property
     def limit(self) -> int:
+        """The most connections that there may ever be."""
         return self._limit
 
     @property
-    def watch_limit(self) -> int:
-        """Most sessions that watchers may have, so that they are rarely in anybody's way."""
-        return max(1, self._limit - 2)
+    def most(self) -> int:
+        """The most connections that there may be now, by what the server has said."""
+        return self._backoff.most(time.monotonic())
 
     @property
-    def retry_in(self) -> float:
-        """Seconds until another attempt to connect may be made."""
-        return max(0.0, self._retry_at - time.monotonic())
+    def watch_limit(self) -> int:
+        """Most sessions that watchers may ever have, so that they are rarely in anybody's way."""
+        return _for_watchers(self._limit)
+
+    @property
+    def state(self) -> State:
+        return self._backoff.state(time.monotonic())
+
+    @property
+    def is_away(self) -> bool:
+        """Whether it is known that the server will not answer soon."""
+        return self.state in {State.OFFLINE, State.THROTTLED}
+
+    @property
+    def reason(self) -> str | None:
+        """Why the account is not online; None while it is."""
+        return self._backoff.why(time.monotonic()) or None
+
+    @property
+    def since(self) -> datetime:
+        """When the state began."""
+        now = time.monotonic()
+        began = max(self._started, self._backoff.since(now))
+        return datetime.now(UTC) - timedelta(seconds=now - began)
+
+    @property
+    def retry_in(self) -> float | None:
+        """Seconds until something is tried next; None while online, infinite where nothing will be."""
+        now = time.monotonic()
+        at = self._backoff.retry_at(now)
+        return None if at is None else max(0.0, at - now)
+
+    def look(self) -> None:
+        """Notice idle connections that the server has ended: nobody else does before they are needed."""
+        self._drop_dead()
+        if self._accepted and not self._open and self.state is State.ONLINE:
+            self._lost("the server closed the connection", self._timeout)
 
     async def came_online(self) -> None:
         """Wait until the account comes online again."""
         await self._online.wait()
+
+    async def until_online(self) -> None:
+        """Return once the account is online, or as long as nothing speaks against it."""
+        while (state := self.state) is not State.ONLINE:
+            with trio.move_on_after((self.retry_in or 0.0) if state is State.THROTTLED else math.inf):
+                await self._online.wait()
+
+    # -- what is new of the network ------------------------------------------------------------------------
+
+    def network_changed(self) -> None:
+        """Addresses or routes of this machine are others now."""
+        self._drop(lambda session: session.is_stranded(), "the network changed")
+        self._hurry()
+
+    def resumed(self) -> None:
+        """The machine was asleep: whatever is at the other end may have forgotten the connections."""
+        self._drop(lambda _: True, "the machine was asleep")
+        self._hurry()
+
+    def _hurry(self) -> None:
+        self._backoff.changed(time.monotonic())
+        self._trouble.set()
+
+    def _drop(self, which: Callable[[Session], bool], why: str) -> None:
+        dropped = [session for session in (*self._idle, *self._lent) if which(session)]
+        self._dropped.update(session for session in dropped if session in self._lent)
+        for session in dropped:
+            session.abort()
+        self._drop_dead()
+        if dropped:
+            log.info("%d connections dropped: %s", len(dropped), why)
+            self._doubt_watchers()
+            self._lost(why, self._timeout)
+
+    # -- work ----------------------------------------------------------------------------------------------
 
     async def run(
         self, work: Callable[[Session], T], mailbox: bytes | None = None, *, repeat: bool = True
@@ -143,76 +226,212 @@ class SessionPool:
         """Run ``work`` in a thread with a session, if possible one that has ``mailbox`` selected.
 
         With ``repeat``, ``work`` is tried once more with a new connection if a kept one turns out to be
-        dead; without, that is for the caller, as its command may have been carried out. Raises what ``work``
-        raises, and ConnectionLost (TlsError among them) or AuthenticationFailed.
+        dead, and again whenever the server asks to wait; without, that is for the caller, as its command may
+        have been carried out. A caller that is cancelled ends the connection, as it may stand still.
+
+        Raises what ``work`` raises, and ConnectionLost (TlsError among them) or AuthenticationFailed.
         """
+        again = repeat
         while True:
             session, kept = await self._take(mailbox)
             try:
-                return await trio.to_thread.run_sync(work, session, limiter=self._threads)
-            except ConnectionLost as error:
-                self._doubt_watchers()
-                if not (kept and repeat) or self._closed:
+                result = await self._in_thread(work, session)
+                self._works()
+                return result
+            except Throttled as error:
+                self._works()
+                self.slow_down(error)
+                if not repeat:
                     raise
+            except ConnectionLost as error:
+                blameless = kept or session in self._dropped or isinstance(error, ServerBusy)
+                self._ended(session, error)
+                if not (blameless and again) or self._closed or isinstance(error, TimedOut):
+                    raise
+                again = False
                 log.info("connection lost, trying again with a new one: %s", error)
-                # The others were made in the same past and have most likely died of the same cause.
-                for other in self._idle:
-                    other.abort()
             finally:
                 await self._give_back(session)
 
     async def watch(self, watcher: Watcher, mailbox: bytes | None) -> None:
         """Let ``watcher`` run in a thread with a session, as soon as there is one that nobody else needs.
 
-        At most `watch_limit` at once. Raises as `run` does, but nothing is repeated.
+        Waits for the account to be online, for any time. Raises what ``watcher`` raises, and ConnectionLost
+        when its connection ends; nothing is repeated.
         """
         session, _ = await self._take(mailbox, spare=True)
         self._watching[session] = watcher, time.monotonic()
         try:
-            await trio.to_thread.run_sync(watcher.run, session, limiter=self._threads)
-        except ConnectionLost:
+            await self._in_thread(watcher.run, session)
+            self._works()
+        except Throttled as error:
+            self._works()
+            self.slow_down(error)
+            raise
+        except ConnectionLost as error:
+            self._ended(session, error)
             if not self._closed:
                 raise
         finally:
             self._watching.pop(session, None)
             self._leaving.discard(session)
+            self._spare -= 1
             await self._give_back(session)
+
+    async def _in_thread(self, work: Callable[[Session], T], session: Session) -> T:
+        if trio.current_effective_deadline() == math.inf:
+            return await trio.to_thread.run_sync(work, session, limiter=self._threads)
+        ended = False
+
+        async def watch() -> None:
+            try:
+                await trio.sleep_forever()
+            except trio.Cancelled:
+                # Not passed on: whoever is cancelled will see it, after the thread has ended.
+                if not ended:
+                    session.abort()
+
+        outcome: list[T] = []
+        failure: list[Exception] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch)
+            try:
+                outcome.append(await trio.to_thread.run_sync(work, session, limiter=self._threads))
+            except Exception as error:
+                failure.append(error)
+            ended = True
+            nursery.cancel_scope.cancel()
+        if failure:
+            if isinstance(failure[0], ConnectionLost):
+                try:
+                    await trio.lowlevel.checkpoint_if_cancelled()
+                except trio.Cancelled:
+                    # It stood still for as long as anybody was willing to wait.
+                    self._ended(session, TimedOut(f"{self._account.host} did not answer in time"))
+                    raise
+            raise failure[0]
+        return outcome[0]
+
+    def _works(self) -> None:
+        """The server has let us in, or has answered: whatever was wrong is over."""
+        now, was_troubled = time.monotonic(), self._backoff.is_troubled
+        if self._backoff.state(now) is State.OFFLINE:
+            log.info("online again: %s, after %.0f s", self._account.url, now - self._backoff.since(now))
+        self._backoff.works(now)
+        self._error = None
+        if was_troubled:
+            self._online.set()
+            self._online = trio.Event()
+            self.on_state()
+
+    def _ended(self, session: Session, error: ConnectionLost) -> None:
+        """A session has ended in the middle of its work."""
+        if self._closed or session in self._dropped:
+            return
+        if isinstance(error, ServerBusy):
+            self.slow_down(error)
+            return
+        # Those that nobody is at work with were made in the same past and have most likely died of the same
+        # cause.
+        for other in (*self._idle, *(self._watching if error.silent else ())):
+            other.abort()
+        self._drop_dead()
+        self._doubt_watchers()
+        if error.silent:
+            self._lost(str(error), _GRACE)
+        elif self._lent - self._leaving - self._watching.keys() <= {session}:
+            self._lost(str(error), self._timeout)
+
+    def _lost(self, why: str, patience: float) -> None:
+        self._backoff.lost(why, time.monotonic(), patience)
+        self._trouble.set()
+
+    def slow_down(self, error: Throttled | ServerBusy) -> None:
+        """Do as a server asks; `run` does so by itself for what its work raises."""
+        now, why = time.monotonic(), str(error)
+        was = self._backoff.state(now)
+        self._backoff.throttled(error.wait, why, max(1, self._open), now)
+        if was is not State.THROTTLED:
+            pause = (self._backoff.retry_at(now) or now) - now
+            log.warning("slowing down for %.0f s, to %d connections: %s", pause, self.most, why)
+        while self._watching and self._open - len(self._leaving) > self.most:
+            self._send_watcher_away()
+        while self._idle and self._open - len(self._leaving) > self.most:
+            self._idle[0].abort()
+            self._drop_dead()
+
+    # -- watchers ------------------------------------------------------------------------------------------
 
     def _doubt_watchers(self) -> None:
         """Have watchers find out whether their connections live, of which they would not notice for long."""
         for watcher, _ in self._watching.values():
             watcher.stop()
+        # If not, it is no news: those that were made meanwhile may be well.
+        self._dropped.update(self._watching)
 
-    def _ask_watcher(self) -> None:
-        """Have a session given back by a watcher, if not enough are on their way for those who wait."""
-        now = time.monotonic()
-        if self._watching and len(self._leaving) < self._waiting:
-            session = min(self._watching, key=lambda s: self._watching[s][0].rank)
-            watcher, since = self._watching.pop(session)
-            self._leaving.add(session)
-            watcher.stop()
-            self._calm = min(_CALM_MOST, self._calm * 2) if now - since < _CALM_MOST else _CALM
-        self._calm_at = now + self._calm
+    def _send_watcher_away(self) -> float:
+        """Have the session of the least of them given back; since when it had it."""
+        session = min(self._watching, key=lambda s: self._watching[s][0].rank)
+        watcher, since = self._watching.pop(session)
+        self._leaving.add(session)
+        watcher.stop()
+        return since
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Somebody waits, so that watchers have to go: as many as wait, if not as many are leaving."""
+        self._waiting += 1
+        try:
+            now = time.monotonic()
+            if self._watching and len(self._leaving) < self._waiting:
+                had_it_for = now - self._send_watcher_away()
+                self._calm = min(_CALM_MOST, self._calm * 2) if had_it_for < _CALM_MOST else _CALM
+            self._calm_at = now + self._calm
+            yield
+        finally:
+            self._waiting -= 1
+
+    def _spare_in(self, state: State, now: float) -> float:
+        """Seconds until a watcher may look for a session; infinite for not before something happens."""
+        if state is not State.ONLINE:
+            return math.inf
+        if self._spare >= _for_watchers(self._backoff.most(now)):
+            return self._backoff.more_in(now)
+        if not self._open:
+            return 0.0
+        return math.inf if self._waiting else max(0.0, self._calm_at - now)
+
+    # -- sessions ------------------------------------------------------------------------------------------
 
     async def _take(self, mailbox: bytes | None, *, spare: bool = False) -> tuple[Session, bool]:
         """A session and whether it is one that was kept (and may have died meanwhile).
 
-        ``spare``: one that nobody else needs.
+        ``spare``: one that nobody else needs, for a watcher.
         """
         while True:
             async with self._turn:
                 session = await self._wait_for_one(mailbox, spare)
+                self._spare += spare
                 if session is not None:
                     self._idle.remove(session)
                     self._lent.add(session)
                     return session, True
                 self._open += 1
                 self._connecting += 1
+            connected = False
             try:
-                return await self._connect(), False
-            except (AuthenticationFailed, ConnectionLost):
-                if not self._open:
+                session = await self._connect()
+                connected = True
+                with trio.CancelScope(shield=True):
+                    async with self._turn:
+                        self._turn.notify_all()  # for those who did not dare
+                return session, False
+            except (AuthenticationFailed, ConnectionLost) as error:
+                may_wait = self._open or spare or (self._accepted and isinstance(error, ServerBusy))
+                if not may_wait:
                     raise
+            finally:
+                self._spare -= spare and not connected
 
     async def _wait_for_one(self, mailbox: bytes | None, spare: bool) -> Session | None:
         """An idle session to be used, or None when it is time to make one."""
@@ -220,65 +439,76 @@ class SessionPool:
             if self._closed:
                 raise ConnectionLost("the mount is ending")
             self._drop_dead()
-            calm_in = self._calm_at - time.monotonic() if spare else 0.0
-            if spare and self._open and (self._waiting or calm_in > 0):
-                with trio.move_on_after(calm_in if calm_in > 0 else math.inf):
-                    await self._turn.wait()
-                continue
-            if self._idle:
+            now = time.monotonic()
+            state = self._backoff.state(now)
+            wait = math.inf
+            waiting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if state is State.THROTTLED:
+                wait = (self._backoff.retry_at(now) or now) - now
+            elif spare and (hold := self._spare_in(state, now)):
+                wait = hold
+            elif self._idle:
                 # To select another mailbox costs one round trip, to connect five. Of those that have it
                 # selected the last used, so that what lies longest can be closed by the server; of the
                 # others the one that lies longest, as its mailbox is the least wanted.
                 same = [s for s in self._idle if s.selected == mailbox]
                 return same[-1] if same else self._idle[0]
-            if self._may_connect():
-                return None
-            if not self._open:
-                self._raise_offline()
-            # Until a session is given back, or another attempt may be made.
-            with self._counted(spare), trio.move_on_after(self.retry_in or math.inf):
+            elif state is State.ONLINE:
+                if self._may_connect(now):
+                    return None
+                if not spare:
+                    waiting = self._counted()
+            else:
+                self._backoff.wanted(now)
+                self._trouble.set()
+                wait = self._backoff.may_wait(now)
+                if not wait:
+                    self._raise_offline()
+            # Until a session is given back, or something else may be done.
+            with waiting, trio.move_on_after(wait):
                 await self._turn.wait()
 
-    @contextlib.contextmanager
-    def _counted(self, spare: bool) -> Iterator[None]:
-        """Somebody waits, and unless it is a watcher, watchers have to go."""
-        if spare:
-            yield
-            return
-        self._waiting += 1
-        try:
-            self._ask_watcher()
-            yield
-        finally:
-            self._waiting -= 1
-
-    def _may_connect(self) -> bool:
-        if self._open >= self._limit or self._refused is not None:
-            return False
-        if time.monotonic() < self._retry_at and (self._open or not self._beside):
+    def _may_connect(self, now: float) -> bool:
+        if self._open >= self._backoff.most(now):
             return False
         # Where it is doubtful whether the server lets anybody in, one attempt at a time is enough.
-        return not self._connecting or (self._accepted and not self._failures)
+        return not self._connecting or (self._accepted and self._backoff.is_certain)
 
     def _drop_dead(self) -> None:
-        for session in [s for s in self._idle if not s.alive]:
+        for session in [s for s in self._idle if not s.alive or s.has_hung_up()]:
             self._idle.remove(session)
             self._open -= 1
+            session.abort()
             session.close()
 
     def _raise_offline(self) -> NoReturn:
-        self._note_offline()
-        if self._refused is not None:
+        if isinstance(self._error, AuthenticationFailed):
             # The same object for everybody: without this its traceback would grow each time.
-            raise self._refused.with_traceback(None)
-        raise ConnectionLost(f"offline: {self._why}")
+            raise self._error.with_traceback(None)
+        why = self._error if isinstance(self._error, TlsError | CredentialUnavailable) else ConnectionLost
+        raise Offline(f"offline: {self.reason}", why.errno)
 
-    def _note_offline(self) -> None:
-        if self.reason is None:
-            self.since = datetime.now(UTC)
-            log.warning("offline: %s", self._why)
-        self.reason = self._why
-        self.on_state()
+    async def keep(self) -> NoReturn:
+        """Connect again whenever the connection is lost; wakes for nothing else."""
+        while True:
+            self._trouble = trio.Event()
+            with trio.move_on_after(self._due_in()):
+                await self._trouble.wait()
+            if self._due_in():
+                continue
+            self._open += 1
+            self._connecting += 1
+            try:
+                session = await self._connect()
+            except (AuthenticationFailed, ConnectionLost):
+                continue
+            await self._give_back(session)
+
+    def _due_in(self) -> float:
+        """Seconds until `keep` has to connect; infinite for not before something happens."""
+        if self._closed or self._connecting or self._open >= self._limit:
+            return math.inf
+        return self._backoff.due_in(time.monotonic())
 
     async def _connect(self) -> Session:
         """A new session, lent; whoever calls has counted it as open and connecting."""
@@ -294,6 +524,7 @@ class SessionPool:
                     self._connecting -= 1
                     if isinstance(error, (AuthenticationFailed, ConnectionLost)) and not self._closed:
                         self._failed(error)
+                    self._trouble.set()
                     self._turn.notify_all()
             if session is not None:
                 session.abort()
@@ -301,18 +532,8 @@ class SessionPool:
             raise
         self._lent.add(session)
         self._connecting -= 1
-        if self.reason is not None:
-            log.info("online again: %s", self._account.url)
-            self.reason, self.since = None, datetime.now(UTC)
-            self._online.set()
-            self._online = trio.Event()
-            self.on_state()
         self._accepted = True
-        self._failures = self._refusals = 0
-        self._retry_at = -math.inf
-        with trio.CancelScope(shield=True):
-            async with self._turn:
-                self._turn.notify_all()
+        self._works()
         return session
 
     async def _connect_in_thread(self) -> Session:
@@ -326,39 +547,69 @@ class SessionPool:
             return session
 
         try:
-            return await trio.to_thread.run_sync(connect, limiter=self._threads, abandon_on_cancel=True)
+            with trio.fail_after(self._timeout + _LATE):
+                return await trio.to_thread.run_sync(
+                    connect, limiter=self._connecting_threads, abandon_on_cancel=True
+                )
+        except trio.TooSlowError:
+            abandoned = True
+            where = f"{self._account.host}:{self._account.port}"
+            raise TimedOut(f"{where} did not let us in within {self._timeout:g} s") from None
         except trio.Cancelled:
             abandoned = True
             raise
+        except (AuthenticationFailed, ConnectionLost):
+            raise
+        except Exception as error:
+            raise self._unforeseen(error) from None
+
+    def _unforeseen(self, error: Exception) -> ConnectionLost:
+        """A mistake, ours or a library's, is a failed attempt like any other; the log shows it once."""
+        if isinstance(error, ImapfsError):
+            return ConnectionLost(error.problem, remedy=error.remedy)
+        mistake = f"{type(error).__name__}: {error}"
+        if mistake != self._mistake:
+            log.error("connecting to %s: internal error", self._account.host, exc_info=error)
+            self._mistake = mistake
+        return ConnectionLost(f"connecting to {self._account.host} failed: internal error, see the log")
 
     def _failed(self, error: AuthenticationFailed | ConnectionLost) -> None:
         """Note a failed attempt to connect."""
-        wait = min(_BACKOFF_MOST, _BACKOFF_FIRST * 2 ** min(self._failures, 6))
-        self._why = str(error)
-        self._failures += 1
-        self._beside = bool(self._idle or self._lent)
-        if isinstance(error, AuthenticationFailed):
-            wait = max(wait, _BACKOFF_REFUSED)
+        now = time.monotonic()
+        beside = len(self._idle) + len(self._lent)
+        answered = isinstance(error, (AuthenticationFailed, ServerBusy))
+        if beside and (answered or self._backoff.state(now) is State.ONLINE):
             # Beside connections that work it is their number that is refused, whatever the server says.
-            self._refusals += not self._beside
-            if not self._accepted or self._refusals >= _REFUSALS:
-                self._refused = error
-        self._retry_at = time.monotonic() + wait * random.uniform(0.5, 1.0)  # noqa: S311
-        if self._open:
-            log.info("no further connection, going on with %d: %s", self._open, error)
-        else:
-            self._note_offline()
+            log.info("no further connection, going on with %d: %s", beside, error)
+            self._works()
+            # Of those that are being made some may still be let in.
+            self._backoff.crowded(beside + self._connecting, now)
+            return
+        self._error = error
+        if isinstance(error, ServerBusy) and self._accepted:
+            self._works()
+            self.slow_down(error)
+            return
+        if self._backoff.state(now) is not State.OFFLINE:
+            log.warning("offline: %s", error)
+        self._backoff.failed(str(error), now, refused=isinstance(error, AuthenticationFailed))
+        if isinstance(error, AuthenticationFailed) and not self._accepted:
+            self._backoff.give_up()
+        self.on_state()
 
     async def _give_back(self, session: Session) -> None:
         with trio.CancelScope(shield=True):
             async with self._turn:
                 self._lent.discard(session)
-                if session.alive and not self._closed:
+                self._dropped.discard(session)
+                is_one_too_many = self._open - self._connecting > self.most
+                if session.alive and not self._closed and not is_one_too_many:
                     self._idle.append(session)
                 else:
                     session.abort()
                     session.close()
                     self._open -= 1
+                    self._trouble.set()  # `keep` may have waited for its place
                 self._turn.notify_all()
 
     async def close(self) -> None:
@@ -377,6 +628,11 @@ class SessionPool:
                         nursery.start_soon(_close, session)
             if scope.cancelled_caught:
                 log.info("the server did not answer LOGOUT in time")
+
+
+def _for_watchers(limit: int) -> int:
+    """How many of so many sessions watchers may have."""
+    return max(1, limit - 2)
 
 
 async def _close(session: Session) -> None:

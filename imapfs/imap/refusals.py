@@ -106,7 +106,9 @@ _BY_WORDS: Final = (
     ),
     (
         "",
-        r"\[(?:UNAVAILABLE|INUSE|SERVERBUG)\]|temporar(?:y|ily)|try (?:again )?later",
+        r"\[(?:UNAVAILABLE|INUSE|SERVERBUG)\]|temporar(?:y|ily)|try (?:again )?later"
+        r"|\btry again (?:soon|in|after)\b|\bthrottl|\brate.?limit"
+        r"|\bserver (?:is )?(?:too )?(?:busy|unavailable)\b",
         True,
         "try again in some minutes",
     ),

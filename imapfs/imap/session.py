@@ -16,7 +16,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from imapfs import __version__
-from imapfs.errors import AuthenticationFailed, ConnectionLost, MailboxGone, ProtocolError, Refused
+from imapfs.errors import (
+    AuthenticationFailed,
+    ConnectionLost,
+    MailboxGone,
+    ProtocolError,
+    Refused,
+    Throttled,
+)
 from imapfs.imap.grammar import (
     FetchData,
     ListEntry,
@@ -160,6 +167,8 @@ class Session:
     def __init__(self, wire: Wire, capabilities: frozenset[str]) -> None:
         self._wire = wire
         self.capabilities = capabilities
+        self.personal_prefix = b""
+        """Prefix of the personal namespace, such as ``INBOX.`` (RFC 2342)."""
         self.selected: bytes | None = None
         self.state = MailboxState()
         self._writable = False
@@ -199,26 +208,43 @@ class Session:
         return session
 
     def _introduce(self) -> None:
-        """Enable what makes synchronising cheap, and say who we are, in one round trip."""
-        commands: list[Command] = []
+        """Enable what makes synchronising cheap, say who we are, learn the prefix, in one round trip."""
+        commands: dict[str, Command] = {}
         # QRESYNC implies CONDSTORE (RFC 7162 section 3.2.3), and makes Dovecot name the UID in unsolicited
         # FETCH responses.
         extension = next((e for e in ("QRESYNC", "CONDSTORE") if self.has(e) and self.has("ENABLE")), None)
         if extension is not None:
-            commands.append((b"ENABLE " + extension.encode(),))
+            commands["ENABLE"] = (b"ENABLE " + extension.encode(),)
         if self.has("ID"):
-            commands.append((b'ID ("name" "imapfs" "version" "%s")' % __version__.encode(),))
-        for command, completion in zip(commands, self._wire.execute_all(commands), strict=True):
+            commands["ID"] = (b'ID ("name" "imapfs" "version" "%s")' % __version__.encode(),)
+        if self.has("NAMESPACE"):
+            commands["NAMESPACE"] = (b"NAMESPACE",)
+        completions = self._wire.execute_all([*commands.values()], on_response=self._take_namespace)
+        for (name, command), completion in zip(commands.items(), completions, strict=True):
             try:
                 self._wire.check(command, completion)
             except Refused as error:
-                if command is commands[0] and extension is not None:
+                if name == "ENABLE":
                     log.info("synchronising by comparison only: %s", error)
                     self.capabilities -= {"QRESYNC", "CONDSTORE"}
+
+    def _take_namespace(self, response: Response) -> None:
+        if response[0][:12].upper() == b"* NAMESPACE ":
+            match values(response, 12):
+                case [[[bytes(first), *_], *_], *_]:
+                    self.personal_prefix = first
 
     @property
     def alive(self) -> bool:
         return self._wire.alive
+
+    def has_hung_up(self) -> bool:
+        """Whether the server has ended the connection, or it broke; only while no command is under way."""
+        return self._wire.has_hung_up()
+
+    def is_stranded(self) -> bool:
+        """Whether this machine has lost the address that the connection is from."""
+        return self._wire.is_stranded()
 
     def abort(self) -> None:
         """From any thread: end the connection at once."""
@@ -235,21 +261,6 @@ class Session:
         return capability in self.capabilities
 
     # -- mailboxes -----------------------------------------------------------------------------------------
-
-    def personal_prefix(self) -> bytes:
-        """Prefix of the personal namespace, such as ``INBOX.``, or b"" (RFC 2342)."""
-        prefix = b""
-
-        def take(response: Response) -> None:
-            nonlocal prefix
-            if response[0][:12].upper() == b"* NAMESPACE ":
-                match values(response, 12):
-                    case [[[bytes(first), *_], *_], *_]:
-                        prefix = first
-
-        if self.has("NAMESPACE"):
-            self._wire.execute(b"NAMESPACE", on_response=take)
-        return prefix
 
     def list_mailboxes(self, on_response: OnResponse = lambda _: None) -> list[ListEntry]:
         """All mailboxes. One that the server describes in malformed words is left out, with a log line.
@@ -809,6 +820,8 @@ def _copied_uid(completion: Completion, uid: int) -> int | None:
 
 def _mailbox_error(error: Refused) -> Exception:
     """What NO to EXAMINE or STATUS means: unless the server says otherwise, there is no such mailbox."""
-    if error.code in {"NOPERM", "LIMIT", "UNAVAILABLE", "INUSE", "SERVERBUG", "CONTACTADMIN"}:
+    if isinstance(error, Throttled):
+        return error
+    if error.code in {"NOPERM", "LIMIT", "INUSE", "SERVERBUG", "CONTACTADMIN"}:
         return error
     return MailboxGone(str(error))

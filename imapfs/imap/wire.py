@@ -16,6 +16,7 @@ called from another.
 import base64
 import binascii
 import contextlib
+import errno
 import imaplib
 import math
 import mmap
@@ -30,10 +31,21 @@ from typing import Final, NoReturn, Protocol
 
 import imapclient
 
-from imapfs.errors import ConnectionLost, ProtocolError, Refused, TimedOut, TlsError
+from imapfs.errors import (
+    ConnectionLost,
+    NetworkLost,
+    ProtocolError,
+    Refused,
+    ServerBusy,
+    Throttled,
+    TimedOut,
+    TlsError,
+)
 from imapfs.imap import connect, refusals
 from imapfs.imap.grammar import number
 from imapfs.imap.sasl import Mechanism
+from imapfs.imap.throttle import asked_wait
+from imapfs.imap.trace import Trace
 from imapfs.model import Account
 
 MAX_LINE: Final = 8 << 20
@@ -320,6 +332,12 @@ class _Client(imapclient.IMAPClient):  # type: ignore[misc]  # IMAPClient is not
         """The stream bounds every read itself."""
 
 
+_NETWORK: Final = frozenset(
+    {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET}
+)
+"""What the kernel says when it is the network that has gone."""
+
+
 class Wire:
     """A connection. Every method raises ConnectionLost (or a subclass) when it is no more.
 
@@ -332,6 +350,7 @@ class Wire:
         self._account = account
         self._tag = 0
         self._bye = ""
+        self._trace = Trace()
         self._challenge = b""
         """What the last continuation request said."""
         self._exists = 0
@@ -378,7 +397,7 @@ class Wire:
             raise connect.explain(error, account, timeout) from None
         wire = cls(stream, account)
         kind, _, wire.greeting = client.welcome.decode("utf-8", "replace").strip()[2:].partition(" ")
-        wire.preauthenticated = kind.upper() == "PREAUTH"
+        wire.preauthenticated = wire._trace.let_in = kind.upper() == "PREAUTH"
         wire.greeting_capabilities = frozenset(name.upper() for name in client._imap.capabilities)
         return wire
 
@@ -470,6 +489,8 @@ class Wire:
         sent.append(first)
         with self._breaking():
             self._stream.renew()
+            if self._trace.on:
+                self._trace.sent(tag, [b"AUTHENTICATE ", mechanism.name.encode()])
             # With an initial response a round trip is saved (RFC 4959).
             at_once = "SASL-IR" in self.greeting_capabilities
             self._stream.write(command + (b" " + (first or b"=") if at_once else b"") + b"\r\n")
@@ -493,6 +514,7 @@ class Wire:
 
     def _logged_in(self, completion: Completion, announced: "_Announced") -> None:
         if completion.status == "OK":
+            self._trace.let_in = True
             in_code = completion.argument if completion.code == "CAPABILITY" else b""
             self._learn_capabilities(in_code or announced.capabilities)
 
@@ -582,6 +604,8 @@ class Wire:
         self, command: Command, handle: Callable[[Response], None], done: dict[bytes, Completion]
     ) -> bytes:
         tag = self._next_tag()
+        if self._trace.on:
+            self._trace.sent(tag, [p if isinstance(p, bytes) else len(p.data) for p in command])
         out = bytearray(tag + b" ")
         for part in command:
             if isinstance(part, bytes):
@@ -625,12 +649,16 @@ class Wire:
             if completion is None or not tag:
                 raise ProtocolError(f"{self._account.host} sent what is not IMAP: {line[:80]!r}")
             done[tag] = completion
+            if self._trace.on:
+                self._trace.completed(tag, completion.status, line)
             return False
         response: Response = []
+        sizes: list[int] = []
         human = _HUMAN.match(line)
         while not human and (m := _LITERAL.search(line, max(0, len(line) - 24))):
             response.append(line[: m.start()])
             size = number(m.group(1))
+            sizes.append(size)
             sink = sink_for(response, size) if sink_for else None
             if sink is not None:
                 stream.pour(size, sink.write)
@@ -641,6 +669,8 @@ class Wire:
                 response.append(stream.read(size))
             line = stream.readline()
         response.append(line)
+        if self._trace.on:
+            self._trace.heard(response, sizes)
         if b" FETCH " in response[0][:24]:
             self._renewals -= 1
             if self._renewals > 0:
@@ -661,11 +691,12 @@ class Wire:
         verb = b" ".join(first.split()[:2]) if isinstance(first, bytes) else b"command"
         code = f" [{completion.code}]" if completion.code else ""
         words = completion.text or completion.status
-        raise Refused(
-            f"{self._account.host} refused {verb.decode('ascii', 'replace')}:{code} {words}",
-            completion.code,
-            remedy=refusals.explain_later(words),
-        )
+        said = f"{self._account.host} refused {verb.decode('ascii', 'replace')}:{code} {words}"
+        remedy = refusals.explain_later(words)
+        wait = asked_wait(completion.code, completion.text)
+        if wait is not None:
+            raise Throttled(said, completion.code, wait, remedy=remedy)
+        raise Refused(said, completion.code, remedy=remedy)
 
     def _fail(self, error: OSError | EOFError) -> NoReturn:
         """Turn what ended the connection into an error of ours."""
@@ -674,11 +705,37 @@ class Wire:
         if isinstance(error, TimeoutError) and error.errno is None:
             raise TimedOut(f"{host} did not answer within {self._stream.timeout:g} s") from None
         if self._bye:
-            raise ConnectionLost(f"{host} closed the connection: {self._bye}") from None
+            said = f"{host} closed the connection: {self._bye}"
+            farewell = Completion.parse(b"BYE " + self._bye.encode())
+            wait = asked_wait(farewell.code, farewell.text) if farewell else None
+            if wait is not None:
+                raise ServerBusy(said, wait) from None
+            raise ConnectionLost(said) from None
         if isinstance(error, ssl.SSLError) and error.reason:
             raise ConnectionLost(f"TLS to {host} broke: {connect.words(error.reason)}") from None
         detail = getattr(error, "strerror", None) or "the connection ended without a word"
-        raise ConnectionLost(f"lost the connection to {host}: {detail}") from None
+        lost = NetworkLost if getattr(error, "errno", None) in _NETWORK else ConnectionLost
+        raise lost(f"lost the connection to {host}: {detail}") from None
+
+    def has_hung_up(self) -> bool:
+        """Whether the server has ended the connection, or it broke; only while no command is under way."""
+        look = select.poll()
+        try:
+            look.register(self._stream.sock, select.POLLRDHUP)
+        except (OSError, ValueError):
+            return True
+        return bool(look.poll(0))
+
+    def is_stranded(self) -> bool:
+        """Whether this machine has lost the address that the connection is from."""
+        own = self._stream.sock
+        try:
+            with socket.socket(own.family, socket.SOCK_STREAM) as trial:
+                address, _, *scope = own.getsockname()
+                trial.bind((address, 0, *scope))
+        except OSError:
+            return True
+        return False
 
     def abort(self) -> None:
         """From any thread: end the connection at once, which wakes a thread that waits in it."""

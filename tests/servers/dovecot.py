@@ -106,6 +106,27 @@ class Dovecot:
         """Return the account of the user ``name``; its mailboxes come into being when they are first used."""
         return Account(self, name)
 
+    def stop(self) -> None:
+        """End it at once; `start_again` goes on with the same mail, at another port."""
+        for process in self.processes():
+            _kill(process, signal.SIGKILL)
+        self._stop()
+
+    def start_again(self) -> None:
+        """Start after `stop`."""
+        (self.directory / "log").unlink()
+        self._start()
+
+    def freeze(self) -> None:
+        """Let it do nothing, and say nothing, until `thaw`."""
+        for process in self.processes():
+            _kill(process, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on after `freeze`."""
+        for process in self.processes():
+            _kill(process, signal.SIGCONT)
+
     def doveadm(self, *arguments: str) -> str:
         """Run a doveadm command against this instance only and return its output."""
         done = subprocess.run(

@@ -96,7 +96,16 @@ async def accept_tls(connection: socket.socket, context: ssl.SSLContext) -> Stre
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(BUFFER, loop)
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-    transport, _ = await loop.connect_accepted_socket(lambda: protocol, connection, ssl=context)
+    handshake = asyncio.ensure_future(loop.connect_accepted_socket(lambda: protocol, connection, ssl=context))
+    try:
+        transport, _ = await asyncio.shield(handshake)
+    except asyncio.CancelledError:
+        # Cancelled itself, it would leave its transport behind, for a number that is another socket's soon.
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        with suppress(OSError):
+            (await handshake)[0].abort()
+        raise
     tell_when_sent(transport)
     return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
