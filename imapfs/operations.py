@@ -92,7 +92,7 @@ class Operations:
         """Move a message to another mailbox, where it has ``name``; inode and cached body stay."""
         node = self._message(ino)
         async with self._sync.exclusive(node.parent, target):
-            node = self._message(ino)
+            node = self._message(ino, node.parent)
             moved = await self._transfer(node, target)
             if moved.uid is None:
                 # The server did not say, and no look found it: the next listing will.
@@ -110,13 +110,13 @@ class Operations:
         trash = self._cache.special_use("\\Trash")
         if self._policy == "trash" and trash is not None and not self._is_within(node.parent, trash):
             async with self._sync.exclusive(node.parent, trash):
-                node = self._message(ino)
+                node = self._message(ino, node.parent)
                 moved = await self._transfer(node, trash)
                 self._remove(node, stays=moved.original_stays)
                 self._sync.freshness.forget(trash)
             return
         async with self._sync.exclusive(node.parent):
-            node = self._message(ino)
+            node = self._message(ino, node.parent)
             mailbox = self.mailbox(node.parent)
 
             def expunge(session: Session) -> bool:
@@ -188,7 +188,7 @@ class Operations:
         async with self._sync.exclusive(node.parent):
             for _ in range(_CONFLICTS):
                 details = self._cache.details(ino)
-                if details is None:
+                if details is None or details.parent != node.parent:
                     raise MessageGone("it was removed on the server")
                 add, remove = change(details.flags.split())
                 if not add and not remove:
@@ -303,9 +303,10 @@ class Operations:
 
     # -- helpers -------------------------------------------------------------------------------------------
 
-    def _message(self, ino: Ino) -> Node:
+    def _message(self, ino: Ino, mailbox: Ino | None = None) -> Node:
+        """A message, which must be in ``mailbox`` if that is given: another client may have moved it on."""
         node = self._cache.node(ino)
-        if node is None or node.uid is None:
+        if node is None or node.uid is None or mailbox not in {None, node.parent}:
             raise MessageGone("it was removed on the server")
         return node
 

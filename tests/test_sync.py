@@ -1,19 +1,22 @@
 """The cache becomes equal to the server, whichever of the three ways the server allows."""
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
 from imapfs.bodies import BodyStore
 from imapfs.cache import Body, Cache, Directory, NewMessage
-from imapfs.errors import MailboxGone
+from imapfs.errors import MailboxGone, MessageGone
 from imapfs.imap.grammar import ListEntry
 from imapfs.model import ROOT, Ino, ModSeq, Uid
+from imapfs.operations import Journal, Operations
 from imapfs.sync import Changes, Synchroniser, plan_tree
 from tests import compare
 from tests.accounts import hide, pool, until
@@ -44,10 +47,10 @@ class Mirror:
         self.cache = cache
         self.bodies = bodies
         self.changes = changes
-        self._sync = sync
+        self.sync = sync
 
     async def refresh_tree(self) -> None:
-        refresh = self._sync.refresh_tree(0)
+        refresh = self.sync.refresh_tree(0)
         assert refresh is not None
         with trio.fail_after(DEADLINE):
             await refresh.finished()
@@ -57,7 +60,7 @@ class Mirror:
     async def refresh(self, mailbox: str = "INBOX") -> None:
         """Synchronise afresh; `changes` are those of this time afterwards."""
         self.changes.clear()
-        refresh = self._sync.refresh_mailbox(self.ino(mailbox), -1)
+        refresh = self.sync.refresh_mailbox(self.ino(mailbox), -1)
         assert refresh is not None
         with trio.fail_after(DEADLINE):
             await refresh.finished()
@@ -68,7 +71,7 @@ class Mirror:
         """Begin to synchronise all of them before the first one is done."""
         self.changes.clear()
         with trio.fail_after(DEADLINE):
-            for refresh in [self._sync.refresh_mailbox(self.ino(mailbox), -1) for mailbox in mailboxes]:
+            for refresh in [self.sync.refresh_mailbox(self.ino(mailbox), -1) for mailbox in mailboxes]:
                 assert refresh is not None
                 await refresh.finished()
                 assert refresh.error is None
@@ -325,6 +328,42 @@ async def test_message_that_another_client_moved_is_the_same_file(
         (moved,) = [moved for changes in here.changes for moved in changes.moved]
         assert (moved.ino, moved.parent) == (before[2][0], here.ino("INBOX"))
         assert not [changes for changes in here.changes if changes.gone]
+
+
+@pytest.mark.trio
+async def test_message_that_another_client_moves_meanwhile_is_not_changed(
+    user: Account, tmp_path: Path
+) -> None:
+    user.deliver("INBOX", [(plain(1), DATE, "")])
+    user.deliver("Archive", [(plain(7), DATE, "")])
+    async with mirror(user, tmp_path) as here, pool(user) as connections:
+        for mailbox in ("INBOX", "Archive"):
+            await here.refresh(mailbox)
+        ino, _, _ = here.messages()[1]
+        journal = Journal(tmp_path / "journal.json")
+        operations = Operations(connections, here.cache, here.sync, journal, "expunge")
+        outcomes = []
+
+        async def expect_gone(work: Callable[[], Awaitable[None]]) -> None:
+            with pytest.raises(MessageGone):
+                await work()
+            outcomes.append(work)
+
+        async with trio.open_nursery() as nursery, here.sync.exclusive(here.ino("INBOX")):
+            nursery.start_soon(expect_gone, partial(operations.remove, ino))
+            nursery.start_soon(expect_gone, partial(operations.move, ino, here.ino("Trash"), b"x.eml"))
+            flag = partial(operations.change_flags, ino, lambda _: ({"\\Flagged"}, set()))
+            nursery.start_soon(expect_gone, flag)
+            await trio.testing.wait_all_tasks_blocked()
+            with user.client() as client:
+                client.select("INBOX")
+                client.uid("MOVE", "1", "Archive")
+            details = here.cache.details(ino)
+            assert details is not None
+            moved = NewMessage(Uid(2), 2000, details.date, 0, "", ModSeq(0), "", "", "", details.message_id)
+            here.cache.relocate(ino, here.ino("Archive"), moved)
+        assert len(outcomes) == 3
+        assert server_flags(user, "Archive") == {1: set(), 2: set()}
 
 
 @pytest.mark.trio
