@@ -258,7 +258,7 @@ class Push:
             await pause.after(time.monotonic() - started)
 
     async def _watch(self, key: Ino, box: Mailbox | None) -> bool:
-        """Watch a mailbox, or with `ROOT` as ``key`` everything with ``box`` selected; true if told to end.
+        """Watch a mailbox, or with `ROOT` as ``key`` everything with ``box`` selected; true if ended as told.
 
         Raises NotSupported.
         """
@@ -272,6 +272,7 @@ class Push:
             if isinstance(error, MailboxGone):
                 self._used.pop(key, None)
                 self._sync.refresh_tree(0)
+            return False
         finally:
             watcher.end()
             del self._watchers[key]

@@ -65,8 +65,8 @@ FAULTS = {
 }
 MATRIX: dict[str, dict[str, str]] = {
     "connect": {
-        **dict.fromkeys(("cut", "close", "half-close", "alert", "refuse"), AWAY),
-        "corrupt": NO_TLS,
+        **dict.fromkeys(("cut", "close", "half-close", "refuse"), AWAY),
+        **dict.fromkeys(("corrupt", "alert"), NO_TLS),
         "stall": EITHER,
     },
     "greeting": {**dict.fromkeys(("cut", "close"), AWAY), "corrupt": NO_TLS, "stall": EITHER},
@@ -388,3 +388,25 @@ def test_server_process(ca: CertificateAuthority, tmp_path: Path, how: Literal["
             assert mount.status()["state"] == "online"
             assert second.read_bytes() == plain(1)
             assert sorted(served(user).values()) == sorted(plain(n) for n in (0, 1, 9))
+
+
+# -- what is told without being asked
+
+
+@pytest.mark.parametrize("what", ["cut", "close", "half-close", "corrupt", "stall"])
+def test_fault_while_changes_are_watched(
+    dovecot: Dovecot, tmp_path: Path, what: Literal["cut", "close", "half-close", "corrupt", "stall"]
+) -> None:
+    """Nobody sees an error, changes are shown meanwhile, and are told again soon."""
+    user = dovecot.account(f"watched-{what}")
+    user.deliver("INBOX", [(plain(0), DATE, "")])
+    with Proxy(dovecot) as proxy:
+        made = proxy.fault(b"IDLE", what)
+        with RobustMount(proxy.account(user), tmp_path / "m", "--timeout", str(TIMEOUT)) as mount:
+            inbox = mount.path / "INBOX"
+            made.wait_hit()
+            user.deliver("INBOX", [(plain(1), DATE, "")])
+            wait_until(lambda: sorted(contents(inbox)) == [1, 2], "the change is shown")
+            proxy.wait_for_command(b"IDLE", 2)
+            wait_until(lambda: mount.status()["push"]["by"] == "notify", "changes are told again")
+            assert mount.status()["state"] == "online"

@@ -292,6 +292,11 @@ class Patient:
         self._over.wait(DEADLINE)
         self.running = False
 
+    @property
+    def told(self) -> bool:
+        """Whether it was told to stop."""
+        return self._over.is_set()
+
     def stop(self) -> None:
         self._over.set()
 
@@ -411,6 +416,7 @@ async def test_the_end_of_a_watchers_connection_is_noticed(ca: CertificateAuthor
         session.abort()
         await until(lambda: ended)
         assert isinstance(ended[0], ConnectionLost)
+        assert not watcher.told
         await until(lambda: (made.open, made.state) == (1, "online"))
 
 

@@ -269,6 +269,7 @@ class SessionPool:
             self.slow_down(error)
             raise
         except ConnectionLost as error:
+            self._watching.pop(session, None)  # the others are in doubt, this one need not be told
             self._ended(session, error)
             if not self._closed:
                 raise
