@@ -18,7 +18,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 from imapfs import keystore
 from imapfs.errors import CredentialError
 from imapfs.model import Account, Secret
-from imapfs.oauth import Denied, OAuthClient, described, granted, parse_json, secret_of
+from imapfs.oauth import Denied, OAuthClient, described, granted, is_token, parse_json, secret_of
 from imapfs.webform import post
 
 TIMEOUT: Final = 600.0
@@ -37,7 +37,7 @@ def ask(client: OAuthClient, account: Account, say: Callable[[str], None], *, de
     else:
         answer = _by_browser(client, account, client.authorize_url, say)
     token = answer.get("refresh_token")
-    if not isinstance(token, str) or not token:
+    if not is_token(token):
         raise CredentialError(
             f"{urlsplit(client.token_url).netloc} gave no refresh token: try offline_access in 'scope'"
         )
@@ -148,7 +148,7 @@ def _by_device(client: OAuthClient, say: Callable[[str], None]) -> Mapping[str, 
         address = str(answer.get("verification_uri") or answer["verification_url"])
         interval = max(1.0, float(answer.get("interval", 5)))
         deadline = time.monotonic() + min(TIMEOUT, float(answer.get("expires_in", TIMEOUT)))
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         why = described(answer, (client,))
         raise CredentialError(f"{urlsplit(client.device_url).netloc} gave no device code: {why}") from None
     say(f"Open {address} in any browser and enter the code {shown}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from imapfs import keystore
 from imapfs.errors import CredentialError, CredentialUnavailable
 from imapfs.model import AccessToken, Account, CredentialProvider, Secret
-from imapfs.oauth import OAuthClient, Refresher
+from imapfs.oauth import OAuthClient, Refresher, is_token
 
 SYSTEMD_NAME = "imapfs"
 FOUR_WAYS = "--password-command CMD, --password-file FILE, the keyring, or the prompt on a terminal"
@@ -103,6 +103,8 @@ class Tokens:
 
     def _renew(self) -> AccessToken:
         text, lifetime = self._fetch()
+        if not is_token(text):
+            raise CredentialError("the access token is not one: it has other characters than printable ASCII")
         self._token, self._until = AccessToken(text), time.monotonic() + lifetime
         return self._token
 
@@ -156,7 +158,11 @@ def _token_command(command: str) -> Tokens:
 def _from_command(command: str, what: str) -> Secret:
     # stdin, and with it the terminal, stays the person's: pinentry and the like ask there. For the same
     # reason the command gets no session or process group of its own.
-    with subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    try:
+        process = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    except (OSError, ValueError) as error:
+        raise CredentialError(f"{what} cannot be started: {getattr(error, 'strerror', error)}") from None
+    with process:
         try:
             output, errors = process.communicate(timeout=_COMMAND_TIMEOUT)
         except subprocess.TimeoutExpired:

@@ -5,9 +5,10 @@ What is sent, and how answers are read, is oauthlib's business. No token or secr
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 from urllib.parse import urlsplit
 
 from imapfs import keystore
@@ -96,9 +97,8 @@ class Refresher:
             self._why = f"the consent for {self._account.url} has ended: {denied}: run '{self._login}'"
             raise CredentialError(self._why) from None
         self._keep(token, answer)
-        lifetime = answer.get("expires_in")
-        seconds = float(lifetime) if isinstance(lifetime, int | float) else _LIFETIME
-        return str(answer["access_token"]), max(seconds - _SPARE, seconds / 2)
+        seconds = answer.get("expires_in", _LIFETIME)
+        return answer["access_token"], max(seconds - _SPARE, seconds / 2)
 
     def _refresh_token(self) -> Secret:
         # Read each time: another mount may have had it replaced, or the person have consented anew.
@@ -112,7 +112,7 @@ class Refresher:
     def _keep(self, used: Secret, answer: Mapping[str, Any]) -> None:
         """A server may replace the refresh token with each use (RFC 6749 section 6)."""
         newer = answer.get("refresh_token")
-        self._latest = Secret(newer) if isinstance(newer, str) and newer else used
+        self._latest = Secret(newer) if is_token(newer) else used
         if self._latest.reveal() != used.reveal():
             try:
                 keystore.save(keystore.REFRESH_TOKENS, self._account.url, self._latest)
@@ -137,26 +137,41 @@ def secret_of(client: OAuthClient) -> dict[str, Any]:
 
 
 def granted(reply: bytes, client: OAuthClient) -> Mapping[str, Any]:
-    """The answer of a token endpoint. Raises Denied."""
-    from oauthlib.oauth2 import OAuth2Error, WebApplicationClient
+    """The answer of a token endpoint: "access_token" a string, "expires_in" a sane float or not there.
 
+    Raises Denied.
+    """
+    from oauthlib.oauth2 import WebApplicationClient
+
+    found = parse_json(reply)
+    # Checked here: oauthlib adds it to the time, whatever it is, and what is new in the answer would be lost.
+    lifetime = found.pop("expires_in", None)
     try:
-        answer: Mapping[str, Any] = WebApplicationClient(client.client_id).parse_request_body_response(
-            reply.decode("utf-8", "replace")
-        )
-    except (OAuth2Error, ValueError, TypeError, AttributeError) as error:
-        # The latter ones for JSON of another shape, which oauthlib does not expect.
+        parser = WebApplicationClient(client.client_id)
+        answer: dict[str, Any] = dict(parser.parse_request_body_response(json.dumps(found)))
+        if not isinstance(answer["access_token"], str):
+            raise TypeError
+    except Exception as error:
+        # Besides its own, oauthlib has all kinds of errors for JSON of a shape that it does not expect.
         code = getattr(error, "error", "") or ""
-        said = described(parse_json(reply), (client,))
+        said = described(found, (client,))
         raise Denied(code, f"{urlsplit(client.token_url).netloc} says {said}") from None
+    # Some servers have the number in a string.
+    if re.fullmatch(r"\d{1,9}(\.\d*)?", str(lifetime)[:20], re.ASCII) and float(lifetime) > 0:
+        answer["expires_in"] = float(lifetime)
     return answer
+
+
+def is_token(value: object) -> TypeGuard[str]:
+    """Whether it can be a token (RFC 6749 appendices A.12 and A.17)."""
+    return isinstance(value, str) and value.isascii() and value.isprintable() and value != ""
 
 
 def parse_json(reply: bytes) -> dict[str, Any]:
     """An object in JSON; nothing else says anything."""
     try:
         found = json.loads(reply)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -110,6 +110,13 @@ def test_command_without_a_password_is_refused() -> None:
     assert "UTF-8" in refusal(CredentialSources(command=f"printf '{SECRET}\\377\\n'"))
 
 
+def test_command_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert refusal(CredentialSources(command="true")) == (
+        "the password command cannot be started: No such file or directory"
+    )
+
+
 def test_command_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(credentials, "_COMMAND_TIMEOUT", 0.1)
     assert "did not end" in refusal(CredentialSources(command=f"echo '{SECRET}'; exec sleep 60"))

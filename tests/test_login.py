@@ -237,6 +237,12 @@ def test_token_that_the_server_repeats_is_not_shown(ca: CertificateAuthority, ec
     assert "ya29" not in message
 
 
+def test_complaint_without_an_end_to_its_depth_is_a_refusal(ca: CertificateAuthority) -> None:
+    answers = [b"+ " + base64.b64encode(b"[" * 40_000) + b"\r\n", b"TAG NO failed\r\n"]
+    error = refusal(LoginServer(ca, b"XOAUTH2", *answers), AccessToken("ya29.token"))
+    assert isinstance(error, AuthenticationFailed)
+
+
 def test_message_waits_for_the_server_without_initial_responses(ca: CertificateAuthority) -> None:
     server = LoginServer(ca, b"PLAIN", b"+ \r\n", b"TAG OK in\r\n", initial=False)
     with server:

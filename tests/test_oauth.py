@@ -134,6 +134,10 @@ def test_revoked_consent_is_asked_about_once_and_heals_with_a_new_one(server: To
         (b"<html>", "what is no answer of OAuth"),
         (b"[1]", "what is no answer of OAuth"),
         (b'{"access_token": 5, "expires_in": "soon"}', "no answer of OAuth"),
+        (b'{"access_token": "\\ud800"}', "other characters than"),
+        (b'{"access_token": "two\\nlines"}', "other characters than"),
+        (b"[" * 200_000, "no answer of OAuth"),
+        (b'{"access_token": "x", "scope": {"y": ' + b"[" * 50_000 + b"}", "no answer of OAuth"),
         (b"x" * (1 << 20), "does not end"),
     ],
 )
@@ -149,6 +153,21 @@ def test_failing_token_server_is_told_in_one_line(
     assert "not-so-secret" not in str(caught.value)
     server.refusal = None
     assert made.get().reveal() == server.access_tokens[-1]
+
+
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize(
+    "lifetime", [b"1e999", b"-1e999", b"NaN", b"1" * 400, b"-5", b"null", b'"soon"', b"[]"]
+)
+def test_absurd_lifetime_does_not_cost_the_new_refresh_token(server: TokenServer, lifetime: bytes) -> None:
+    made = tokens(server)
+    server.refusal = b'{"access_token": "good", "refresh_token": "new", "expires_in": ' + lifetime + b"}"
+    first = made.get()
+    assert first.reveal() == "good"
+    assert made.get() is first
+    found = keystore.load(keystore.REFRESH_TOKENS, ACCOUNT.url)
+    assert found is not None
+    assert found.reveal() == "new"
 
 
 @pytest.mark.usefixtures("kept")

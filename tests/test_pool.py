@@ -200,6 +200,34 @@ async def test_handshake_that_was_cut_off_is_tried_again(
         assert made.reason is None
 
 
+class _Broken:
+    """Credentials with a mistake in them."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def get(self, refused: Secret | None = None) -> Secret:
+        self.asked += 1
+        raise LookupError("s3cret")
+
+
+@pytest.mark.trio
+async def test_error_that_nobody_foresaw_is_a_failed_attempt(
+    ca: CertificateAuthority, expected_log: ExpectedLog, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected_log("offline: no connection to localhost: internal error, LookupError at test_pool.py:[0-9]+")
+    broken = _Broken()
+    with Scripted(ca) as server:
+        made = SessionPool(address(server), broken, 2, 5.0)
+        for _ in range(20):
+            with pytest.raises(ConnectionLost):
+                await made.run(_nothing)
+        await made.close()
+    assert broken.asked == 1
+    assert "s3cret" not in caplog.text
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.trio
 async def test_pool_comes_back_after_any_number_of_failures(
     ca: CertificateAuthority, impatient: None, expected_log: ExpectedLog

@@ -105,7 +105,7 @@ def _bearer_error(challenge: bytes) -> str:
     text = challenge.decode("utf-8", "replace")
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if isinstance(found, dict):
         parts = (found.get(key) for key in ("status", "error", "error_description", "scope"))

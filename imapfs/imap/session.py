@@ -11,14 +11,17 @@ import io
 import logging
 import re
 import ssl
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from imapfs import __version__
 from imapfs.errors import (
     AuthenticationFailed,
     ConnectionLost,
+    ImapfsError,
     MailboxGone,
     ProtocolError,
     Refused,
@@ -161,6 +164,15 @@ def _items(*, modseq: bool, headers: bool = True) -> bytes:
     return b"(UID FLAGS INTERNALDATE RFC822.SIZE%s)" % extra
 
 
+def _as_lost(error: Exception, account: Account) -> ConnectionLost:
+    """A failure to connect that nobody has foreseen. Its own words are left out: they may hold a secret."""
+    if isinstance(error, ImapfsError):
+        return ConnectionLost(str(error))
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
+    return ConnectionLost(f"no connection to {account.host}: internal error, {where}: please report it")
+
+
 class Session:
     """A connection with at most one mailbox selected."""
 
@@ -184,14 +196,20 @@ class Session:
         What the server refuses is replaced by something newer once, where ``credentials`` have it: an access
         token may end before its time. Raises TlsError, AuthenticationFailed, ConnectionLost.
         """
-        secret = credentials.get()
         try:
-            return cls._log_in(account, secret, context, timeout)
-        except AuthenticationFailed:
-            newer = credentials.get(refused=secret) if secret is not None else None
-            if newer is secret:
-                raise
-        return cls._log_in(account, newer, context, timeout)
+            secret = credentials.get()
+            try:
+                return cls._log_in(account, secret, context, timeout)
+            except AuthenticationFailed:
+                newer = credentials.get(refused=secret) if secret is not None else None
+                if newer is secret:
+                    raise
+            return cls._log_in(account, newer, context, timeout)
+        except (AuthenticationFailed, ConnectionLost):
+            raise
+        except Exception as error:
+            # Whoever called waits before the next attempt only for errors of a kind that it knows.
+            raise _as_lost(error, account) from None
 
     @classmethod
     def _log_in(
