@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from imapfs.errors import AuthenticationFailed, ConnectionLost, ImapfsError, ProtocolError
+from imapfs.errors import AuthenticationFailed, ConnectionLost, ImapfsError, ProtocolError, TimedOut
 from imapfs.imap import sasl
 from imapfs.imap.connect import tls_context
 from imapfs.imap.session import Session
@@ -253,6 +253,44 @@ def test_message_waits_for_the_server_without_initial_responses(ca: CertificateA
 
 def test_endless_challenges_come_to_an_end(ca: CertificateAuthority) -> None:
     assert isinstance(refusal(LoginServer(ca, b"PLAIN"), Secret("secret")), ProtocolError)
+
+
+@pytest.mark.parametrize("verb", [b"STARTTLS", b"AUTHENTICATE", b"LOGIN"])
+def test_nothing_renews_the_time_for_a_login(ca: CertificateAuthority, verb: bytes) -> None:
+    """It says without a pause what lets a listing go on, and would end before the test does."""
+    capabilities = b"IMAP4rev1 STARTTLS" + (b" LOGINDISABLED AUTH=PLAIN SASL-IR" if verb != b"LOGIN" else b"")
+    plain = verb == b"STARTTLS"
+
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        return trickle(tag) if command.startswith(verb) else None
+
+    def trickle(tag: bytes) -> Iterable[bytes]:
+        for _ in range(100):
+            server.closing.wait(0.05)
+            yield b"* 1000 EXISTS\r\n* 1 FETCH (UID 1 FLAGS ())\r\n"
+        yield tag + b" NO that was it\r\n"
+
+    greeting = b"* OK [CAPABILITY " + capabilities + b"] ready"
+    with Scripted(ca, greeting=greeting, capabilities=capabilities, script=script, plain=plain) as server:
+        where = dataclasses.replace(address(server), security="starttls" if plain else "tls")
+        with pytest.raises(TimedOut):
+            Session.connect(where, Secret("secret"), tls_context(where), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "answer"),
+    [
+        (b"PLAIN", b"* OK once more\r\n" * 20_000 + b"TAG OK in\r\n"),
+        (b"PLAIN", b"* OK " + b"x" * 300_000 + b"\r\nTAG OK in\r\n"),
+        (b"XOAUTH2", b"+ " + b"A" * 80_000 + b"\r\n"),
+    ],
+)
+def test_server_has_little_to_say_before_the_login(
+    ca: CertificateAuthority, mechanism: bytes, answer: bytes
+) -> None:
+    server = LoginServer(ca, mechanism, answer, b"TAG OK in\r\n")
+    secret = AccessToken("token") if mechanism == b"XOAUTH2" else Secret("secret")
+    assert isinstance(refusal(server, secret), ProtocolError)
 
 
 def test_impostor_is_not_taken_for_the_server(ca: CertificateAuthority) -> None:

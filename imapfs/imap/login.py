@@ -25,6 +25,7 @@ def log_in(wire: Wire, account: Account, secret: Secret | None) -> None:
     already. Raises AuthenticationFailed, ConnectionLost; the wire is of no further use then.
     """
     if wire.preauthenticated:
+        wire.trust()
         return
     host, user = account.host, account.user
     mechanism = sasl.choose(account, secret, wire.greeting_capabilities)
@@ -50,6 +51,7 @@ def log_in(wire: Wire, account: Account, secret: Secret | None) -> None:
         )
     if mechanism is not None:
         mechanism.finish()
+    wire.trust()
 
 
 def _offer(

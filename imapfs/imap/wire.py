@@ -56,10 +56,12 @@ _RECV: Final = 256 << 10
 _PROGRESS: Final = 64 << 10
 """Bytes of a literal that count as progress and renew the deadline, so that a trickle does not."""
 
-_GREETING: Final = 256 << 10
-"""Most bytes that a server may say before the login."""
+_BEFORE_LOGIN: Final = 256 << 10
+"""Most bytes that a server may say before we are logged in."""
 _CHALLENGES: Final = 10
 """Most challenges of one login."""
+_LONGEST_CHALLENGE: Final = 64 << 10
+"""Most bytes of one, in base64."""
 _SPARE_FETCHES: Final = 1000
 """Unsolicited FETCH responses that a command may meet, beyond the messages that there are."""
 
@@ -140,7 +142,11 @@ class _Ended(Exception):
 
 
 class _Stream:
-    """A socket with a read buffer and one deadline over many reads. Every method may raise _Ended."""
+    """A socket with a read buffer and one deadline over many reads.
+
+    Every method may raise _Ended, and those that read ProtocolError. Until `trust` what comes in is limited,
+    and no progress renews the deadline: whoever is at the other end.
+    """
 
     def __init__(self, sock: socket.socket, timeout: float) -> None:
         self.sock = sock
@@ -148,7 +154,18 @@ class _Stream:
         self._buffer = b""
         self._at = 0
         self._deadline = 0.0
+        self._left: int | None = _BEFORE_LOGIN
+        """How many bytes may still come in; None for any number."""
         self.renew()
+
+    def trust(self) -> None:
+        """The other end is the server, and knows us."""
+        self._left = None
+
+    def progress(self) -> None:
+        """Something came, or went, that may take long as long as it goes on."""
+        if self._left is None:
+            self.renew()
 
     def renew(self) -> None:
         """Allow another ``timeout`` seconds from now."""
@@ -165,6 +182,10 @@ class _Stream:
             raise _Ended(error) from None
         if not data:
             raise _Ended(EOFError())
+        if self._left is not None:
+            self._left -= len(data)
+            if self._left < 0:
+                raise ProtocolError("the server talks without an end before the login")
         return data
 
     def has_more(self) -> bool:
@@ -212,7 +233,7 @@ class _Stream:
         return False
 
     def readline(self) -> bytes:
-        """One line with its end. Raises also ProtocolError."""
+        """One line with its end."""
         end = self._buffer.find(b"\n", self._at)
         if end < 0:
             pieces = [self._buffer[self._at :]]
@@ -257,7 +278,7 @@ class _Stream:
             since += len(data)
             if since >= _PROGRESS:
                 since = 0
-                self.renew()
+                self.progress()
 
     def write(self, data: Buffer) -> None:
         """Send all of ``data``; the timeout counts anew for each piece that the network takes."""
@@ -268,7 +289,7 @@ class _Stream:
                 self.sock.sendall(view[start : start + _PROGRESS])
         except OSError as error:
             raise _Ended(error) from None
-        self.renew()
+        self.progress()
 
 
 @contextlib.contextmanager
@@ -284,33 +305,24 @@ class _Imap4(imaplib.IMAP4):
 
     def __init__(self, stream: _Stream, host: str) -> None:
         self.stream = stream
-        self._left = _GREETING
         super().__init__(host)
 
     def open(self, host: str = "", port: int = 143, timeout: float | None = None) -> None:  # noqa: ARG002
         self.host, self.port = host, port
         self.sock = self.stream.sock
 
-    def _count(self, size: int) -> None:
-        self._left -= size
-        if self._left < 0:
-            raise ProtocolError(f"{self.host} sent a greeting without an end")
-
     # imaplib knows the socket's own exceptions.
 
     def read(self, size: int) -> bytes:
-        self._count(size)
         with _as_the_socket_said():
             return self.stream.read(size)
 
     def readline(self) -> bytes:
         try:
             with _as_the_socket_said():
-                line = self.stream.readline()
+                return self.stream.readline()
         except EOFError:
             return b""  # imaplib's own sign for the end of the connection
-        self._count(len(line))
-        return line
 
     def send(self, data: bytes) -> None:  # type: ignore[override]  # it sends nothing else
         with _as_the_socket_said():
@@ -501,6 +513,8 @@ class Wire:
                 if tag in done:
                     break
                 if answer is None:
+                    if len(self._challenge) > _LONGEST_CHALLENGE:
+                        raise ProtocolError(f"{self._account.host} sent a challenge without an end")
                     response = mechanism.respond(_challenge(self._challenge))
                     # Whatever else the server wants to know, it is told that there is no more.
                     answer = b"*" if response is None else base64.b64encode(response)
@@ -511,6 +525,10 @@ class Wire:
                 raise ProtocolError(f"{self._account.host} does not come to an end with the login")
         self._logged_in(done[tag], announced)
         return done[tag]
+
+    def trust(self) -> None:
+        """End the limits of the time before the login, when the server and we know each other."""
+        self._stream.trust()
 
     def _logged_in(self, completion: Completion, announced: "_Announced") -> None:
         if completion.status == "OK":
@@ -674,7 +692,7 @@ class Wire:
         if b" FETCH " in response[0][:24]:
             self._renewals -= 1
             if self._renewals > 0:
-                stream.renew()
+                stream.progress()
         elif m := _EXISTS.match(line):
             self._exists = int(m[1])
             self._allow_fetches()
