@@ -552,6 +552,13 @@ def _check_account(account: Account) -> None:
         raise UsageError(
             'insecure-plaintext contradicts TLS: leave it out, or write imap:// (security = "starttls")'
         )
+    if account.insecure_plaintext and account.names_certificates:
+        raise UsageError(
+            "insecure-plaintext contradicts ca-file, tls-fingerprint and client-cert, which are for TLS:"
+            " leave one out"
+        )
+    if account.ca_file is not None and account.tls_fingerprint is not None:
+        raise UsageError("tls-fingerprint trusts one certificate alone, whoever issued it: leave out ca-file")
     if account.client_cert is None:
         if account.client_key is not None:
             raise UsageError("client-key is of no use alone: name the certificate with client-cert")

@@ -73,7 +73,8 @@ class Account:
     """The subtree to mount, as the path that the full mount would show it under; None for everything."""
     security: Security = "tls"
     insecure_plaintext: bool = False
-    """Whether to do without TLS where STARTTLS is not offered; on this machine that is so anyway."""
+    """Whether to do without TLS where STARTTLS is not offered; on this machine that is so anyway.
+    Not where `names_certificates`."""
     ca_file: Path | None = None
     """PEM certificates to trust instead of the system's; None for the system's."""
     tls_fingerprint: str | None = None
@@ -84,6 +85,11 @@ class Account:
     client_key: Path | None = None
     """Its private key in PEM, unencrypted; None where ``client_cert`` holds it too."""
     auth: AuthMethod = "auto"
+
+    @property
+    def names_certificates(self) -> bool:
+        """Whether the person wants TLS with these and no others, so that nothing is to be done without it."""
+        return any(one is not None for one in (self.ca_file, self.tls_fingerprint, self.client_cert))
 
     @property
     def url(self) -> str:

@@ -382,6 +382,24 @@ def test_bad_value_on_the_command_line_is_named_by_its_option(tmp_path: Path) ->
         config.resolve("imaps://u@h", tmp_path, {"options": ["x"]}, tmp_path / "c")
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"insecure-plaintext": True, "ca-file": "x"}, "insecure-plaintext contradicts"),
+        ({"insecure-plaintext": True, "tls-fingerprint": "0" * 64}, "insecure-plaintext contradicts"),
+        ({"insecure-plaintext": True, "client-cert": "x"}, "insecure-plaintext contradicts"),
+        ({"ca-file": "x", "tls-fingerprint": "0" * 64}, "leave out ca-file"),
+        ({"client-key": "x"}, "name the certificate with client-cert"),
+        ({"auth": "external"}, "name it with client-cert"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    tmp_path: Path, given: dict[str, object], says: str
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        config.resolve("imap://u@h", tmp_path, given, tmp_path / "c")
+
+
 def test_unknown_account_lists_the_known_ones_and_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "[accounts.b]\nhost='h'\nuser='u'\n[accounts.a]\nhost='h'\nuser='u'\n")
     with pytest.raises(UsageError) as caught:

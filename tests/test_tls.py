@@ -213,14 +213,29 @@ def test_plaintext_only_to_this_machine_or_when_spelled_out(
     ca: CertificateAuthority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Dovecot(ca, tls=False) as server:
-        connected(by_starttls(server)).close()
+        connected(by_starttls(server, ca_file=None)).close()
         remote(monkeypatch)
-        error = refusal(by_starttls(server))
+        error = refusal(by_starttls(server, ca_file=None))
         assert isinstance(error, TlsError)
         assert "does not offer STARTTLS" in str(error)
-        connected(by_starttls(server, insecure_plaintext=True)).close()
+        connected(by_starttls(server, ca_file=None, insecure_plaintext=True)).close()
         logged_in = [line for line in server.log_lines() if "Login: user=<alice>" in line]
         assert len(logged_in) == 2
+
+
+@pytest.mark.parametrize("named", ["ca_file", "tls_fingerprint", "client_cert"])
+@pytest.mark.parametrize("greeting", [b"* OK ready", b"* PREAUTH hello"])
+def test_no_plaintext_for_who_names_certificates(
+    ca: CertificateAuthority, named: str, greeting: bytes
+) -> None:
+    """Also not to this machine, where another user may have taken the port."""
+    certificate, key = ca.issue(client="alice")
+    values = {"ca_file": ca.certificate, "tls_fingerprint": "0" * 64, "client_cert": certificate}
+    with Scripted(ca, plain=True, greeting=greeting) as server:
+        where = by_starttls(server, **{"ca_file": None, "client_key": key, named: values[named]})
+        where = dataclasses.replace(where, insecure_plaintext=True)
+        assert isinstance(refusal(where), TlsError)
+        assert nothing_was_told(server)
 
 
 @pytest.mark.parametrize("insecure", [False, True])

@@ -430,7 +430,9 @@ class Wire:
         if self.encrypted:
             return
         account = self._account
-        may_do_without = account.insecure_plaintext or connect.is_this_machine(account, self._stream.sock)
+        may_do_without = not account.names_certificates and (
+            account.insecure_plaintext or connect.is_this_machine(account, self._stream.sock)
+        )
         if self.preauthenticated and not may_do_without:
             # What is logged in already cannot turn to TLS any more (RFC 9051 section 6.2.1).
             raise TlsError(
