@@ -167,6 +167,11 @@ def test_unusable_client_certificate_is_explained(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("host", [f"{'a' * 64}.example", "a..example", f"{'ä' * 60}.example"])
+def test_name_that_no_host_can_have_is_told(host: str) -> None:
+    assert "cannot be a host's: check its spelling" in str(refusal(Account(host, "alice")))
+
+
 # -- STARTTLS
 
 

@@ -89,7 +89,8 @@ def open_tcp(account: Account, timeout: float) -> socket.socket:
     """A TCP connection; each address of the host is tried for ``timeout`` seconds. Raises ConnectionLost."""
     try:
         sock = socket.create_connection((account.host, account.port), timeout)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        # The latter for a host that IDNA cannot encode, such as one with a label of more than 63 characters.
         raise explain(error, account, timeout) from None
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
