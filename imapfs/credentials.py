@@ -5,6 +5,7 @@ The secret is never part of an exception: wherever one could hold it, the cause 
 
 import contextlib
 import getpass
+import logging
 import os
 import stat
 import subprocess
@@ -22,6 +23,8 @@ from imapfs.oauth import OAuthClient, Refresher, is_token
 
 SYSTEMD_NAME = "imapfs"
 FOUR_WAYS = "--password-command CMD, --password-file FILE, the keyring, or the prompt on a terminal"
+
+_log = logging.getLogger(__name__)
 
 _COMMAND_TIMEOUT = 60.0
 _TOKEN_AGE = 300.0
@@ -142,7 +145,12 @@ class _NothingFound(CredentialError):
 
 
 def _found(account: Account, sources: CredentialSources) -> Secret:
-    found = _from_systemd(sources.name) or keystore.load(keystore.PASSWORDS, account.url)
+    found = _from_systemd(sources.name)
+    if found is None:
+        try:
+            found = keystore.load(keystore.PASSWORDS, account.url)
+        except keystore.KeyringUnusable as error:
+            _log.debug("%s", error)
     if found is None:
         raise _NothingFound(
             f"no password for {account.url}: use {FOUR_WAYS} "

@@ -1,7 +1,11 @@
-"""What the person's keyring (the Secret Service, and what else the keyring library knows) keeps for us."""
+"""What the person's keyring (the Secret Service, and what else the keyring library knows) keeps for us.
 
-import logging
+The keyring is asked in a process of its own (`imapfs.apart`).
+"""
 
+from typing import Any
+
+from imapfs import apart
 from imapfs.errors import CredentialError
 from imapfs.model import Secret
 
@@ -10,7 +14,12 @@ PASSWORDS = "imapfs"
 REFRESH_TOKENS = "imapfs refresh token"
 """The same for OAuth 2.0, so that neither is taken for the other."""
 
-_log = logging.getLogger(__name__)
+_TIMEOUT = 60.0
+"""Seconds that a person has to unlock it."""
+
+
+class KeyringUnusable(CredentialError):
+    """There is no keyring, or it is locked, or it does not answer."""
 
 
 def works() -> bool:
@@ -26,27 +35,35 @@ def works() -> bool:
 
 
 def load(service: str, url: str) -> Secret | None:
-    """What is kept for the account; None also where there is no keyring, or it is locked."""
+    """What is kept for the account; None where it is nothing. Raises KeyringUnusable."""
     try:
-        import keyring
-
-        found = keyring.get_password(service, url)
-    except Exception as error:
+        found = apart.call("imapfs.keystore", {"service": service, "url": url}, _TIMEOUT)
+    except apart.Failed as error:
         # No backend, no D-Bus, a locked collection ... each backend has exceptions of its own.
-        _log.debug("keyring not usable: %s: %s", type(error).__name__, error)
-        return None
+        raise KeyringUnusable(f"the keyring cannot be read ({error}): unlock it") from None
     return Secret(found) if found else None
 
 
 def save(service: str, url: str, secret: Secret) -> None:
     """Keep ``secret`` in place of what there was. Raises CredentialError."""
     try:
-        import keyring
-
-        keyring.set_password(service, url, secret.reveal())
-    except Exception as error:
-        # An exception of a backend may hold what it was given.
-        raise CredentialError(
-            f"the keyring does not take the secret ({type(error).__name__}): unlock it, or install one"
+        asked = {"service": service, "url": url, "secret": secret.reveal()}
+        apart.call("imapfs.keystore", asked, _TIMEOUT)
+    except apart.Failed as error:
+        raise KeyringUnusable(
+            f"the keyring does not take the secret ({error}): unlock it, or install one"
             " (gnome-keyring, KWallet, KeePassXC), or use --password-command or --token-command"
         ) from None
+
+
+def _ask_library(asked: dict[str, Any]) -> str | None:
+    import keyring
+
+    if "secret" in asked:
+        keyring.set_password(asked["service"], asked["url"], asked["secret"])
+        return None
+    return keyring.get_password(asked["service"], asked["url"])
+
+
+if __name__ == "__main__":
+    apart.serve(_ask_library)

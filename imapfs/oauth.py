@@ -102,11 +102,14 @@ class Refresher:
 
     def _refresh_token(self) -> Secret:
         # Read each time: another mount may have had it replaced, or the person have consented anew.
-        token = keystore.load(keystore.REFRESH_TOKENS, self._account.url) or self._latest
+        try:
+            token = keystore.load(keystore.REFRESH_TOKENS, self._account.url) or self._latest
+        except keystore.KeyringUnusable:
+            if self._latest is None:
+                raise
+            token = self._latest
         if token is None:
-            raise CredentialError(
-                f"no consent for {self._account.url} in the keyring, or it is locked: run '{self._login}'"
-            )
+            raise CredentialError(f"no consent for {self._account.url} in the keyring: run '{self._login}'")
         return token
 
     def _keep(self, used: Secret, answer: Mapping[str, Any]) -> None:

@@ -1,5 +1,10 @@
-"""One POST of a form over TLS to an address that a person configured: bounded, verified, never redirected."""
+"""One POST of a form over TLS to an address that a person configured: bounded, verified, never redirected.
 
+It is made in a process of its own (`imapfs.apart`): the standard library bounds each wait for the server, but
+not how often a server makes it wait.
+"""
+
+import base64
 import contextlib
 import http.client
 import ssl
@@ -9,10 +14,13 @@ import urllib.request
 from typing import Any, Final, NoReturn
 from urllib.parse import urlsplit
 
+from imapfs import apart
 from imapfs.errors import CredentialError
 
 _TIMEOUT: Final = 30.0
-"""Seconds that one answer may take."""
+"""Seconds that the server may be silent, and that the body of its answer may take."""
+_LIMIT: Final = 40.0
+"""Seconds that all may take."""
 _LONGEST: Final = 1 << 20
 """Most bytes of an answer."""
 
@@ -26,6 +34,17 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 def post(url: str, body: str) -> bytes:
     """POST a form and return the answer, of success or not. Raises CredentialError."""
+    try:
+        return base64.b64decode(apart.call("imapfs.webform", {"url": url, "body": body}, _LIMIT))
+    except apart.Failed as error:
+        _refuse(url, str(error))
+
+
+def _post(asked: dict[str, str]) -> str:
+    return base64.b64encode(_answer(asked["url"], asked["body"])).decode()
+
+
+def _answer(url: str, body: str) -> bytes:
     opener = urllib.request.build_opener(
         urllib.request.HTTPSHandler(context=ssl.create_default_context()), _NoRedirects
     )
@@ -43,7 +62,9 @@ def post(url: str, body: str) -> bytes:
             f"{urlsplit(url).netloc} answered with HTTP status {error.code}: try again later"
         ) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        _refuse(url, error)
+        reason = getattr(error, "reason", error)
+        words = getattr(reason, "verify_message", None) or getattr(reason, "strerror", None) or str(reason)
+        _refuse(url, words)
 
 
 def _read(response: Any, deadline: float) -> bytes:
@@ -56,9 +77,11 @@ def _read(response: Any, deadline: float) -> bytes:
     return b"".join(pieces)
 
 
-def _refuse(url: str, error: Exception) -> NoReturn:
-    reason = getattr(error, "reason", error)
-    words = getattr(reason, "verify_message", None) or getattr(reason, "strerror", None) or str(reason)
+def _refuse(url: str, words: str) -> NoReturn:
     raise CredentialError(
         f"{urlsplit(url).netloc}, which gives the tokens, cannot be asked: {words}: check the network"
-    )
+    ) from None
+
+
+if __name__ == "__main__":
+    apart.serve(_post)

@@ -8,44 +8,31 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-import keyring
-import keyring.backend
-import keyring.errors
 import pytest
 
-from imapfs import credentials
+from imapfs import credentials, keystore
 from imapfs.credentials import CredentialSources, resolve
 from imapfs.errors import CredentialError
-from imapfs.model import Account
+from imapfs.model import Account, Secret
+from tests.mounting import ROOT
 
 SECRET = "correct horse"
 ACCOUNT = Account("mail.example.org", "alice")
 
 
-class MemoryKeyring(keyring.backend.KeyringBackend):
-    priority = 1.0
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.passwords: dict[tuple[str, str], str] = {}
-        self.locked = False
-
-    def get_password(self, service: str, username: str) -> str | None:
-        if self.locked:
-            raise keyring.errors.KeyringLocked("locked")
-        return self.passwords.get((service, username))
-
-    def set_password(self, service: str, username: str, password: str) -> None:
-        self.passwords[service, username] = password
-
-
 @pytest.fixture(autouse=True)
-def empty_keyring(monkeypatch: pytest.MonkeyPatch) -> MemoryKeyring:
-    backend = MemoryKeyring()
-    # So that the backend of before is back after the test.
-    monkeypatch.setattr(keyring.core, "_keyring_backend", None)
-    keyring.set_keyring(backend)
-    return backend
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have a keyring of this test's own, with nothing in it."""
+    path = tmp_path / "keyring"
+    path.write_text("{}")
+    monkeypatch.setenv("IMAPFS_TEST_KEYRING", str(path))
+    monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "tests.keyrings.FileKeyring")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return path
+
+
+def keep(password: str) -> None:
+    keystore.save(keystore.PASSWORDS, ACCOUNT.url, Secret(password))
 
 
 @pytest.fixture
@@ -150,8 +137,8 @@ def test_changed_password_is_found_when_the_old_one_is_refused(tmp_path: Path) -
     assert provider.get(refused=new) is new
 
 
-def test_failed_command_does_not_fall_through(empty_keyring: MemoryKeyring) -> None:
-    empty_keyring.set_password("imapfs", ACCOUNT.url, SECRET)
+def test_failed_command_does_not_fall_through() -> None:
+    keep(SECRET)
     assert "exit code 1" in refusal(CredentialSources(command="exit 1"))
 
 
@@ -187,8 +174,8 @@ def test_bad_file_is_named(tmp_path: Path) -> None:
     assert "UTF-8" in refusal(CredentialSources(file=password_file(tmp_path, b"\xff" + SECRET.encode())))
 
 
-def test_keyring_is_asked_for_the_url(empty_keyring: MemoryKeyring) -> None:
-    empty_keyring.set_password("imapfs", "imaps://alice@mail.example.org", SECRET)
+def test_keyring_is_asked_for_the_url() -> None:
+    keep(SECRET)
     assert found(CredentialSources()) == SECRET
 
 
@@ -208,10 +195,8 @@ def test_systemd_credential_is_found_by_the_accounts_name(
     assert found(CredentialSources(name=name)) == secret
 
 
-def test_order_of_the_sources(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_keyring: MemoryKeyring
-) -> None:
-    empty_keyring.set_password("imapfs", ACCOUNT.url, "keyring")
+def test_order_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep("keyring")
     assert found(CredentialSources()) == "keyring"
     (tmp_path / "imapfs").write_text("systemd")
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
@@ -221,10 +206,10 @@ def test_order_of_the_sources(
 
 
 @pytest.mark.usefixtures("no_terminal")
-def test_certificate_alone_will_do(empty_keyring: MemoryKeyring) -> None:
+def test_certificate_alone_will_do() -> None:
     with_certificate = dataclasses.replace(ACCOUNT, client_cert=Path("me.pem"))
     assert found(CredentialSources(), with_certificate) is None
-    empty_keyring.set_password("imapfs", ACCOUNT.url, SECRET)
+    keep(SECRET)
     assert found(CredentialSources(), with_certificate) == SECRET
     assert found(CredentialSources(), dataclasses.replace(with_certificate, auth="external")) is None
 
@@ -237,26 +222,24 @@ def test_nothing_found_names_the_four_ways() -> None:
 
 
 @pytest.mark.usefixtures("no_terminal")
-def test_broken_keyring_counts_as_not_found(
-    empty_keyring: MemoryKeyring, caplog: pytest.LogCaptureFixture
-) -> None:
-    empty_keyring.locked = True
+def test_broken_keyring_counts_as_not_found(kept: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept.unlink()
     with caplog.at_level(logging.DEBUG, "imapfs"):
         assert "--password-command" in refusal(CredentialSources())
     assert "KeyringLocked" in caplog.text
 
 
 @pytest.mark.usefixtures("no_terminal")
-def test_missing_keyring_library_counts_as_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "keyring", None)
+def test_missing_keyring_library_counts_as_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keyring.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert "--password-command" in refusal(CredentialSources())
 
 
 @pytest.mark.parametrize(("typed", "code"), [(SECRET.encode() + b"\n", 0), (b"\n", 3), (b"\x04", 3)])
 def test_terminal_is_asked_without_echo(typed: bytes, code: int) -> None:
     script = f"""
-import keyring.backends.null, sys
-keyring.set_keyring(keyring.backends.null.Keyring())
+import sys
 from imapfs import credentials, errors, model
 try:
     found = credentials.resolve(model.Account("h", "alice"), credentials.CredentialSources())

@@ -19,6 +19,7 @@ LAYERS = (
     {"credentials", "consent", "settings"},
     {"oauth"},
     {"keystore", "webform"},
+    {"apart"},
     {"fuse", "mounts", "machine", "systemd", "desktop"},
     {"xattrs", "announce"},
     {"vfs", "feed"},

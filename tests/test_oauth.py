@@ -3,19 +3,20 @@
 import contextlib
 import dataclasses
 import os
+import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import keyring
 import pytest
 
-from imapfs import credentials, keystore, oauth
+from imapfs import credentials, keystore, oauth, webform
 from imapfs.errors import CredentialError, CredentialUnavailable
 from imapfs.model import AccessToken, Account, Secret
-from tests.keyrings import FileKeyring
 from tests.mounting import DEADLINE, ROOT, Mounter, wait_until
 from tests.servers.dovecot import Dovecot
 from tests.servers.tls import CertificateAuthority
@@ -32,7 +33,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca: CertificateAuthori
     path.write_text("{}")
     monkeypatch.setenv("IMAPFS_TEST_KEYRING", str(path))
     monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "tests.keyrings.FileKeyring")
-    monkeypatch.setattr(keyring.core, "_keyring_backend", FileKeyring())  # type: ignore[no-untyped-call]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("SSL_CERT_FILE", str(ca.certificate))
     return path
 
@@ -168,6 +169,59 @@ def test_absurd_lifetime_does_not_cost_the_new_refresh_token(server: TokenServer
     found = keystore.load(keystore.REFRESH_TOKENS, ACCOUNT.url)
     assert found is not None
     assert found.reveal() == "new"
+
+
+def test_keyring_that_never_answers_is_given_up(
+    server: TokenServer, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it is when it wants somebody to unlock it."""
+    made = tokens(server)
+    kept.unlink()
+    os.mkfifo(kept)
+    monkeypatch.setattr(keystore, "_TIMEOUT", 0.3)
+    with pytest.raises(CredentialUnavailable, match=r"keyring cannot be read \(no answer within 0\.3 s\)"):
+        made.get()
+    with pytest.raises(CredentialError, match="does not take the secret"):
+        keystore.save(keystore.REFRESH_TOKENS, ACCOUNT.url, Secret("x"))
+
+
+@pytest.mark.usefixtures("kept")
+@pytest.mark.parametrize("piece", [b"HTTP/1.1 100 Continue\r\n\r\n", b"X"])
+def test_token_server_that_goes_on_for_ever_is_given_up(
+    server: TokenServer, ca: CertificateAuthority, monkeypatch: pytest.MonkeyPatch, piece: bytes
+) -> None:
+    made = tokens(server)
+    over = threading.Event()
+
+    def trickle(connection: ssl.SSLSocket) -> None:
+        with contextlib.suppress(OSError), connection:
+            connection.recv(9999)
+            while not over.wait(0.05):
+                connection.sendall(piece)
+
+    with serving(ca, trickle) as port:
+        vars(made)["_fetch"] = oauth.Refresher(
+            dataclasses.replace(client(server), token_url=f"https://localhost:{port}/"), ACCOUNT, "log in"
+        )
+        monkeypatch.setattr(webform, "_LIMIT", 1.5)
+        with pytest.raises(CredentialUnavailable, match=r"cannot be asked: no answer within 1\.5 s"):
+            made.get()
+        over.set()
+
+
+@contextlib.contextmanager
+def serving(ca: CertificateAuthority, serve: Callable[[ssl.SSLSocket], None]) -> Iterator[int]:
+    """Hand one connection over TLS to ``serve``, in a thread; yield the port."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*ca.issue())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(DEADLINE)
+        thread = threading.Thread(
+            target=lambda: serve(context.wrap_socket(listener.accept()[0], server_side=True))
+        )
+        thread.start()
+        yield listener.getsockname()[1]
+        thread.join()
 
 
 @pytest.mark.usefixtures("kept")
