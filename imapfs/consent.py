@@ -72,11 +72,13 @@ def _by_browser(
         threading.Thread(target=_open, args=(address,), daemon=True).start()
         answer = redirect.wait()
     if "code" not in answer:
-        raise CredentialError(f"no consent: {described(answer, ())}: run it again, or use another client id")
+        raise CredentialError(
+            f"no consent: {described(answer, client)}: run it again, or use another client id"
+        )
     body = web.prepare_request_body(
         code=answer["code"], redirect_uri=redirect.uri, code_verifier=verifier, **secret_of(client)
     )
-    return _final(post(client.token_url, body), client)
+    return _final(post(client.token_url, body), client, answer["code"], verifier)
 
 
 def _open(address: str) -> None:
@@ -149,7 +151,7 @@ def _by_device(client: OAuthClient, say: Callable[[str], None]) -> Mapping[str, 
         interval = max(1.0, float(answer.get("interval", 5)))
         deadline = time.monotonic() + min(TIMEOUT, float(answer.get("expires_in", TIMEOUT)))
     except (KeyError, ValueError, TypeError, OverflowError):
-        why = described(answer, (client,))
+        why = described(answer, client)
         raise CredentialError(f"{urlsplit(client.device_url).netloc} gave no device code: {why}") from None
     say(f"Open {address} in any browser and enter the code {shown}")
     device = DeviceClient(client.client_id)
@@ -163,12 +165,12 @@ def _by_device(client: OAuthClient, say: Callable[[str], None]) -> Mapping[str, 
             case "slow_down":
                 interval += 5
             case _:
-                return _final(reply, client)
+                return _final(reply, client, code)
     raise CredentialError("the code was not entered in time: run it again")
 
 
-def _final(reply: bytes, client: OAuthClient) -> Mapping[str, Any]:
+def _final(reply: bytes, client: OAuthClient, *sent: str) -> Mapping[str, Any]:
     try:
-        return granted(reply, client)
+        return granted(reply, client, *sent)
     except Denied as denied:
         raise CredentialError(f"no consent: {denied}") from None

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from imapfs import keystore
 from imapfs.errors import CredentialError
 from imapfs.model import Account, Secret
+from imapfs.redact import shown
 
 _LIFETIME: Final = 300.0
 """Seconds for which a token is used whose end the server does not tell (RFC 6749 section 5.1)."""
@@ -89,7 +90,7 @@ class Refresher:
             refresh_token=token.reveal(), client_id=self._client.client_id, **secret_of(self._client)
         )
         try:
-            answer = granted(post(self._client.token_url, body), self._client)
+            answer = granted(post(self._client.token_url, body), self._client, token.reveal())
         except Denied as denied:
             if denied.error not in ("invalid_grant", "invalid_client", "unauthorized_client"):
                 raise CredentialError(f"no new access token: {denied}") from None
@@ -139,10 +140,10 @@ def secret_of(client: OAuthClient) -> dict[str, Any]:
     return {"client_secret": client.client_secret.reveal()} if client.client_secret else {}
 
 
-def granted(reply: bytes, client: OAuthClient) -> Mapping[str, Any]:
+def granted(reply: bytes, client: OAuthClient, *sent: str) -> Mapping[str, Any]:
     """The answer of a token endpoint: "access_token" a string, "expires_in" a sane float or not there.
 
-    Raises Denied.
+    ``sent`` is what was secret in the question. Raises Denied, without any of it.
     """
     from oauthlib.oauth2 import WebApplicationClient
 
@@ -157,7 +158,7 @@ def granted(reply: bytes, client: OAuthClient) -> Mapping[str, Any]:
     except Exception as error:
         # Besides its own, oauthlib has all kinds of errors for JSON of a shape that it does not expect.
         code = getattr(error, "error", "") or ""
-        said = described(found, (client,))
+        said = described(found, client, *sent)
         raise Denied(code, f"{urlsplit(client.token_url).netloc} says {said}") from None
     # Some servers have the number in a string.
     if re.fullmatch(r"\d{1,9}(\.\d*)?", str(lifetime)[:20], re.ASCII) and float(lifetime) > 0:
@@ -179,11 +180,9 @@ def parse_json(reply: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def described(answer: Mapping[str, Any], clients: tuple[OAuthClient, ...]) -> str:
-    """The error in an answer, on one short line; what else there is may be secret."""
+def described(answer: Mapping[str, Any], client: OAuthClient, *sent: str) -> str:
+    """The error in an answer, on one short line; what else there is may be secret, as ``sent`` is."""
     parts = (answer.get("error"), answer.get("error_description"))
-    text = ": ".join(" ".join(part.split())[:200] for part in parts if isinstance(part, str) and part)
-    for client in clients:
-        if client.client_secret is not None and client.client_secret.reveal() in text:
-            return "(its answer repeats the client secret and is not shown)"
+    text = ": ".join(part for part in parts if isinstance(part, str) and part)
+    text = shown(text, [*secret_of(client).values(), *sent], "(its answer repeats a secret and is not shown)")
     return text or "what is no answer of OAuth 2.0"

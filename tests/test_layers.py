@@ -38,7 +38,7 @@ LAYERS = (
     {"imap.connect", "imap.sasl", "imap.refusals"},
     {"imap.grammar", "imap.throttle", "imap.backoff", "imap.trace", "network"},
     {"names", "headers", "providers"},
-    {"errors", "caller"},
+    {"errors", "caller", "redact"},
     {"model"},
     {"", "imap"},
 )

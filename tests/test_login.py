@@ -237,6 +237,33 @@ def test_token_that_the_server_repeats_is_not_shown(ca: CertificateAuthority, ec
     assert "ya29" not in message
 
 
+LONG = "eyJhbGciOiJSUzI1NiIsImtpZCI6InNvbWV0aGluZyJ9"
+
+
+@pytest.mark.parametrize(
+    ("challenge", "answer"),
+    [
+        ("x" * 280 + f" {LONG}", b"NO failed"),
+        (f"ends with {LONG[-20:]}", b"NO failed"),
+        ("", b"NO [" + LONG.encode() + b"] failed"),
+        ("", b"NO it was " + LONG[3:23].encode()),
+        ("", b"NO " + b"y" * 2000 + b" " + LONG.encode()),
+    ],
+)
+def test_no_part_of_a_token_is_shown(ca: CertificateAuthority, challenge: str, answer: bytes) -> None:
+    said = json.dumps({"status": challenge}).encode()
+    answers = [b"+ " + base64.b64encode(said) + b"\r\n", b"TAG " + answer + b"\r\n"]
+    message = str(refusal(LoginServer(ca, b"XOAUTH2", *answers), AccessToken(LONG)))
+    assert message.endswith("(its answer repeats the password and is not shown)")
+
+
+def test_words_of_a_refusal_are_few(ca: CertificateAuthority) -> None:
+    answers = [b"+ \r\n", b"TAG NO no\x1b[2Jt " + b"this one " * 9999 + b"\r\n"]
+    message = str(refusal(LoginServer(ca, b"XOAUTH2", *answers), AccessToken(LONG)))
+    assert len(message) < 400
+    assert message.isprintable()
+
+
 def test_complaint_without_an_end_to_its_depth_is_a_refusal(ca: CertificateAuthority) -> None:
     answers = [b"+ " + base64.b64encode(b"[" * 40_000) + b"\r\n", b"TAG NO failed\r\n"]
     error = refusal(LoginServer(ca, b"XOAUTH2", *answers), AccessToken("ya29.token"))

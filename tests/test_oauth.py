@@ -131,6 +131,7 @@ def test_revoked_consent_is_asked_about_once_and_heals_with_a_new_one(server: To
         ((429, {"error": "slow"}), "says slow"),
         ((400, {"error": "invalid_scope", "error_description": "two\nlines"}), "invalid_scope: two lines"),
         ((400, {"error": "x", "error_description": "not-so-secret is wrong"}), "not shown"),
+        ((400, {"error": "x" * 190, "error_description": "refresh-0 is wrong"}), "not shown"),
         ((302, {}), "what is no answer of OAuth"),
         (b"<html>", "what is no answer of OAuth"),
         (b"[1]", "what is no answer of OAuth"),

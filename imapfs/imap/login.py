@@ -5,7 +5,6 @@ Nothing that was sent here is ever repeated in an error: a server may echo it.
 
 import base64
 import contextlib
-import re
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -14,6 +13,7 @@ from imapfs.imap import refusals, sasl
 from imapfs.imap.throttle import asked_wait
 from imapfs.imap.wire import Completion, Wire, astring
 from imapfs.model import AccessToken, Account, Secret
+from imapfs.redact import shown
 
 _HIDDEN: Final = "(its answer repeats the password and is not shown)"
 
@@ -35,19 +35,20 @@ def log_in(wire: Wire, account: Account, secret: Secret | None) -> None:
     if isinstance(mechanism, sasl.ScramSha256) and "AUTH=PLAIN" in wire.greeting_capabilities:
         # A server may offer it for all and have what it takes for some.
         words += " (by SCRAM-SHA-256: if the password is right, try --auth plain)"
-    if _repeats(words, sent):
-        words = _HIDDEN
+    # Looked up in full: the remedy is of our own words.
+    refusal = refusals.explain(host, completion.code, words, of_token=isinstance(secret, AccessToken))
+    if completion.code:
+        words = f"[{completion.code}] {words}"
+    words = _shown(words, sent)
     if completion.status != "OK":
-        refusal = refusals.explain(host, completion.code, words, of_token=isinstance(secret, AccessToken))
-        code = f"[{completion.code}] " if completion.code else ""
         if refusal.transient:
             wait = asked_wait(completion.code, completion.text) or 0.0
-            raise ServerBusy(f"{host} does not let {user} in now: {code}{words}", wait, remedy=refusal.remedy)
+            raise ServerBusy(f"{host} does not let {user} in now: {words}", wait, remedy=refusal.remedy)
         if completion.status == "BAD":
             # The credentials were not looked at.
-            raise ConnectionLost(f"{host} does not understand the login of {user}: {code}{words}")
+            raise ConnectionLost(f"{host} does not understand the login of {user}: {words}")
         raise AuthenticationFailed(
-            f"{host} refused the {_what(secret)} of {user}: {code}{words}", remedy=refusal.remedy
+            f"{host} refused the {_what(secret)} of {user}: {words}", remedy=refusal.remedy
         )
     if mechanism is not None:
         mechanism.finish()
@@ -73,8 +74,9 @@ def _nothing_shown(host: str, sent: list[bytes]) -> Iterator[None]:
         # What it sent is not shown: it may be a part of the command, with the password.
         raise ProtocolError(f"{host} answered the login with what is not IMAP") from None
     except ConnectionLost as error:
-        if _repeats(str(error), sent):
-            raise ConnectionLost(f"{host} closed the connection: {_HIDDEN}") from None
+        words = str(error)
+        if _shown(words, sent) != words:
+            raise ConnectionLost(_shown(words, sent, f"{host} closed the connection: {_HIDDEN}")) from None
         raise
 
 
@@ -93,7 +95,5 @@ def _forms(secret: Secret | None) -> Iterable[bytes]:
         yield base64.b64encode(text.encode())
 
 
-def _repeats(words: str, sent: Iterable[bytes]) -> bool:
-    # As a word of its own: a short password may well be a part of some other word.
-    forms = {form.decode("utf-8", "replace") for form in sent if form}
-    return any(re.search(rf"(?<!\w){re.escape(form)}(?!\w)", words) for form in forms)
+def _shown(words: str, sent: Iterable[bytes], instead: str = _HIDDEN) -> str:
+    return shown(words, [form.decode("utf-8", "replace") for form in sent], instead)

@@ -101,7 +101,7 @@ def oauthbearer(account: Account, token: Secret) -> Mechanism:
 
 
 def _bearer_error(challenge: bytes) -> str:
-    """RFC 7628 section 3.2.2, on one line and of sane length."""
+    """RFC 7628 section 3.2.2."""
     text = challenge.decode("utf-8", "replace")
     try:
         found = json.loads(text)
@@ -110,7 +110,7 @@ def _bearer_error(challenge: bytes) -> str:
     if isinstance(found, dict):
         parts = (found.get(key) for key in ("status", "error", "error_description", "scope"))
         text = ", ".join(str(part) for part in parts if part)
-    return " ".join(text.split())[:300]
+    return text
 
 
 class ScramSha256:
@@ -137,7 +137,7 @@ class ScramSha256:
             return self._prove(challenge)
         fields = _fields(challenge)
         if "e" in fields:
-            self._complaint = fields["e"][:100]
+            self._complaint = fields["e"]
         elif hmac.compare_digest(_decoded(fields.get("v", "")), self._expected):
             self._verified = True
         else:

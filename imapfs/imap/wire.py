@@ -455,7 +455,7 @@ class Wire:
         account = self._account
         (completion,) = self.execute_all([(b"STARTTLS",)])
         if completion.status != "OK":
-            said = completion.text or completion.status
+            said = (completion.text or completion.status)[:200]
             raise TlsError(
                 f"{account.host} refused STARTTLS: {said}: write imaps:// if it has a TLS port (usually 993)"
             )
