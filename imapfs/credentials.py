@@ -87,6 +87,8 @@ class Tokens:
         self._fetch = fetch
         self._token: AccessToken | None = None
         self._until = 0.0
+        self._instead = False
+        """Whether the token was fetched because the one before was refused."""
         # Held while a token is fetched, so that several connections that come up together ask for one only.
         self._lock = threading.Lock()
 
@@ -97,12 +99,21 @@ class Tokens:
 
     def get(self, refused: Secret | None = None) -> AccessToken:
         with self._lock:
-            if self._token is None or self._token is refused or time.monotonic() >= self._until:
-                try:
-                    return self._renew()
-                except CredentialError as error:
-                    raise CredentialUnavailable(str(error)) from None
-            return self._token
+            token, ended = self._token, time.monotonic() >= self._until
+            # Where the one that came instead was never accepted either, it is not the token that is refused:
+            # it may be the number of connections, or the person.
+            if (
+                token is not None
+                and not ended
+                and (token is not refused or (self._instead and not token.accepted))
+            ):
+                return token
+            try:
+                renewed = self._renew()
+            except CredentialError as error:
+                raise CredentialUnavailable(str(error)) from None
+            self._instead = token is not None and not ended
+            return renewed
 
     def _renew(self) -> AccessToken:
         text, lifetime = self._fetch()

@@ -165,6 +165,10 @@ class AuthenticationFailed(ImapfsError):
     errno = errno.EACCES
 
 
+class NoMechanism(AuthenticationFailed):
+    """The server has no way to log in that we have too: it was told nothing."""
+
+
 class NotFound(ImapfsError):
     """No such file or directory."""
 

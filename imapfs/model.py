@@ -48,7 +48,12 @@ class Secret:
 class AccessToken(Secret):
     """An OAuth 2.0 access token (RFC 6749 section 1.4), which only XOAUTH2 and OAUTHBEARER take."""
 
-    __slots__ = ()
+    __slots__ = ("accepted",)
+
+    def __init__(self, value: str) -> None:
+        super().__init__(value)
+        self.accepted = False
+        """Whether a server has taken it; set by whoever logs in."""
 
 
 class CredentialProvider(Protocol):

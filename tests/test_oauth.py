@@ -15,10 +15,14 @@ from pathlib import Path
 import pytest
 
 from imapfs import credentials, keystore, oauth, webform
-from imapfs.errors import CredentialError, CredentialUnavailable
+from imapfs.errors import AuthenticationFailed, CredentialError, CredentialUnavailable, NoMechanism
+from imapfs.imap.connect import tls_context
+from imapfs.imap.session import Session
 from imapfs.model import AccessToken, Account, Secret
+from tests.accounts import address
 from tests.mounting import DEADLINE, ROOT, Mounter, wait_until
 from tests.servers.dovecot import Dovecot
+from tests.servers.scripted import Scripted
 from tests.servers.tls import CertificateAuthority
 from tests.servers.tokens import TokenServer
 
@@ -88,6 +92,52 @@ def test_refused_access_token_is_replaced_by_whoever_notices_first(server: Token
     # Another connection that was refused with the old one gets what there is by now.
     assert made.get(refused=old) is new
     assert len(server.requests) == 2
+
+
+@pytest.mark.usefixtures("kept")
+def test_refusal_that_no_new_token_helps_with_costs_one(
+    server: TokenServer, ca: CertificateAuthority
+) -> None:
+    refuses = False
+
+    def script(tag: bytes, command: bytes) -> list[bytes] | None:
+        refused = refuses and command.startswith(b"AUTHENTICATE")
+        return [tag + b" NO too many connections\r\n"] if refused else None
+
+    made = tokens(server)
+    capabilities = b"IMAP4rev1 AUTH=XOAUTH2"
+    greeting = b"* OK [CAPABILITY " + capabilities + b"] ready"
+    with Scripted(ca, capabilities=capabilities, greeting=greeting, script=script) as imap:
+        where = address(imap)
+
+        def log_in() -> None:
+            Session.connect(where, made, tls_context(where), DEADLINE).close()
+
+        log_in()
+        refuses = True
+        for _ in range(5):
+            with pytest.raises(AuthenticationFailed):
+                log_in()
+        assert len(server.requests) == 2
+        # One more for the token that came instead, and no second one for the same refusal.
+        assert imap.accepted == 1 + 6
+        refuses = False
+        log_in()
+        refuses = True
+        with pytest.raises(AuthenticationFailed):
+            log_in()
+        assert len(server.requests) == 3
+
+
+@pytest.mark.usefixtures("kept")
+def test_server_without_oauth_costs_no_token(server: TokenServer, ca: CertificateAuthority) -> None:
+    made = tokens(server)
+    with Scripted(ca) as imap:
+        where = address(imap)
+        with pytest.raises(NoMechanism, match="takes no OAuth tokens"):
+            Session.connect(where, made, tls_context(where), DEADLINE)
+        assert imap.accepted == 1
+    assert len(server.requests) == 1
 
 
 @pytest.mark.usefixtures("kept")

@@ -52,6 +52,8 @@ def log_in(wire: Wire, account: Account, secret: Secret | None) -> None:
         )
     if mechanism is not None:
         mechanism.finish()
+    if isinstance(secret, AccessToken):
+        secret.accepted = True
     wire.trust()
 
 

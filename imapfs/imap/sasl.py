@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Callable, Collection
 from typing import Final, Protocol
 
-from imapfs.errors import AuthenticationFailed
+from imapfs.errors import AuthenticationFailed, NoMechanism
 from imapfs.model import AccessToken, Account, AuthMethod, Secret
 
 MAX_ITERATIONS: Final = 2_000_000
@@ -187,7 +187,7 @@ def _saslname(user: str) -> str:
 
 
 def saslprep(text: str) -> str:
-    """RFC 4013, for a stored string: unassigned code points are refused. Raises AuthenticationFailed."""
+    """RFC 4013, for a stored string: unassigned code points are refused. Raises NoMechanism."""
     mapped = "".join(
         " " if stringprep.in_table_c12(char) else char for char in text if not stringprep.in_table_b1(char)
     )
@@ -205,7 +205,7 @@ def saslprep(text: str) -> str:
         stringprep.in_table_c9,
     )
     if any(refuses(char) for char in prepared for refuses in forbidden) or not _is_bidi_sane(prepared):
-        raise AuthenticationFailed(
+        raise NoMechanism(
             "name or password has characters that SCRAM-SHA-256 does not take: set auth to plain"
         )
     return prepared
@@ -225,7 +225,7 @@ def _is_bidi_sane(text: str) -> bool:
 def choose(account: Account, secret: Secret | None, offered: Collection[str]) -> Mechanism | None:
     """The strongest way that both sides have, or the one that the account names; None for the LOGIN command.
 
-    ``secret`` None is for EXTERNAL. Raises AuthenticationFailed where there is no way.
+    ``secret`` None is for EXTERNAL. Raises NoMechanism where there is no way.
     """
     host = account.host
     for method in _candidates(account, secret):
@@ -236,14 +236,14 @@ def choose(account: Account, secret: Secret | None, offered: Collection[str]) ->
             return _MAKE[method](account, secret or Secret(""))
     if account.auth != "auto":
         known = " ".join(sorted(c.removeprefix("AUTH=") for c in offered if c.startswith("AUTH="))) or "none"
-        raise AuthenticationFailed(
+        raise NoMechanism(
             f"{host} does not offer {account.auth.upper()}, which 'auth' names, but {known}: set auth to auto"
         )
     if secret is None:
-        raise AuthenticationFailed(
+        raise NoMechanism(
             f"{host} takes no login by client certificate (no AUTH=EXTERNAL): give a password as well"
         )
-    raise AuthenticationFailed(
+    raise NoMechanism(
         f"{host} takes no OAuth tokens (neither OAUTHBEARER nor XOAUTH2): use a password for {account.user}"
     )
 
@@ -261,11 +261,11 @@ def _candidates(account: Account, secret: Secret | None) -> tuple[AuthMethod, ..
 
 def _check_login_command(account: Account, secret: Secret | None, offered: Collection[str]) -> None:
     if "LOGINDISABLED" in offered:
-        raise AuthenticationFailed(
+        raise NoMechanism(
             f"{account.host} offers no login with a password; it may want OAuth or an app password"
         )
     if not (account.user + (secret.reveal() if secret else "")).isascii():
-        raise AuthenticationFailed(
+        raise NoMechanism(
             f"{account.host} takes only ASCII names and passwords (no AUTH=PLAIN): change the password there"
         )
 

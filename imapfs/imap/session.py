@@ -23,6 +23,7 @@ from imapfs.errors import (
     ConnectionLost,
     ImapfsError,
     MailboxGone,
+    NoMechanism,
     ProtocolError,
     Refused,
     Throttled,
@@ -200,6 +201,8 @@ class Session:
             secret = credentials.get()
             try:
                 return cls._log_in(account, secret, context, timeout)
+            except NoMechanism:
+                raise
             except AuthenticationFailed:
                 newer = credentials.get(refused=secret) if secret is not None else None
                 if newer is secret:
