@@ -3,12 +3,16 @@
 What is sent, and how answers are read, is oauthlib's business. No token or secret is part of an exception.
 """
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeGuard
+from typing import IO, Any, Final, TypeGuard
 from urllib.parse import urlsplit
 
 from imapfs import keystore
@@ -20,6 +24,9 @@ _LIFETIME: Final = 300.0
 """Seconds for which a token is used whose end the server does not tell (RFC 6749 section 5.1)."""
 _SPARE: Final = 60.0
 """Seconds before its end at which a token is replaced."""
+
+_LOCK_TIMEOUT: Final = 200.0
+"""Seconds to wait for another mount: longer than keyring and server together can take."""
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +76,8 @@ class Refresher:
         """The command that brings a new refresh token."""
         self._latest: Secret | None = None
         """What the server gave last, should the keyring be away."""
+        self._replaced: Secret | None = None
+        """The one that it took the place of, while the keyring still has that."""
         self._refused: Secret | None = None
         self._why = ""
 
@@ -78,6 +87,10 @@ class Refresher:
 
     def __call__(self) -> tuple[str, float]:
         """An access token, and for how many seconds it can be used. Raises CredentialError."""
+        with _one_at_a_time(self._account):
+            return self._refresh()
+
+    def _refresh(self) -> tuple[str, float]:
         token = self._refresh_token()
         if self._refused is not None and token.reveal() == self._refused.reveal():
             raise CredentialError(self._why)
@@ -109,6 +122,11 @@ class Refresher:
             if self._latest is None:
                 raise
             token = self._latest
+        if token is not None and self._replaced is not None and token.reveal() == self._replaced.reveal():
+            # It could not be written last time. To offer a token that was replaced looks like theft, and ends
+            # the consent (RFC 9700 section 4.14.2).
+            assert self._latest is not None
+            token = self._latest
         if token is None:
             raise CredentialError(f"no consent for {self._account.url} in the keyring: run '{self._login}'")
         return token
@@ -117,11 +135,44 @@ class Refresher:
         """A server may replace the refresh token with each use (RFC 6749 section 6)."""
         newer = answer.get("refresh_token")
         self._latest = Secret(newer) if is_token(newer) else used
-        if self._latest.reveal() != used.reveal():
-            try:
-                keystore.save(keystore.REFRESH_TOKENS, self._account.url, self._latest)
-            except CredentialError as error:
-                _log.warning("the next mount will need '%s': %s", self._login, error)
+        if self._latest.reveal() == used.reveal() and self._replaced is None:
+            return
+        self._replaced = self._replaced or used
+        try:
+            keystore.save(keystore.REFRESH_TOKENS, self._account.url, self._latest)
+            self._replaced = None
+        except CredentialError as error:
+            _log.warning("the next mount will need '%s': %s", self._login, error)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(account: Account) -> Iterator[None]:
+    """Keep other mounts of ``account`` from using up the same refresh token meanwhile.
+
+    The lock ends with the process that has it. Where it cannot be had, in time or at all, it is done without.
+    """
+    import platformdirs
+
+    name = hashlib.sha256(account.url.encode()).hexdigest()[:32]
+    with contextlib.ExitStack() as held:
+        try:
+            directory = platformdirs.user_state_path("imapfs")
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = held.enter_context((directory / f"{name}.lock").open("ab"))
+            deadline = time.monotonic() + _LOCK_TIMEOUT
+            while not _locked(lock) and time.monotonic() < deadline:
+                time.sleep(0.1)
+        except OSError as error:
+            _log.debug("no lock for the refresh token: %s", error.strerror)
+        yield
+
+
+def _locked(file: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 # ---- Answers

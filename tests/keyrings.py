@@ -11,6 +11,8 @@ import keyring.errors
 class FileKeyring(keyring.backend.KeyringBackend):
     """Keeps what it is given in the file that IMAPFS_TEST_KEYRING names; locked while that does not exist.
 
+    Nothing can be put into it while nobody may write the file.
+
     PYTHON_KEYRING_BACKEND=tests.keyrings.FileKeyring makes the keyring library use it.
     """
 
@@ -27,6 +29,8 @@ class FileKeyring(keyring.backend.KeyringBackend):
         return self._load().get(f"{service}|{username}")
 
     def set_password(self, service: str, username: str, password: str) -> None:
+        if _path().stat().st_mode & 0o222 == 0:
+            raise keyring.errors.PasswordSetError("read-only")
         kept = {**self._load(), f"{service}|{username}": password}
         _path().write_text(json.dumps(kept))
 

@@ -38,6 +38,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca: CertificateAuthori
     monkeypatch.setenv("IMAPFS_TEST_KEYRING", str(path))
     monkeypatch.setenv("PYTHON_KEYRING_BACKEND", "tests.keyrings.FileKeyring")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("SSL_CERT_FILE", str(ca.certificate))
     return path
 
@@ -156,6 +157,42 @@ def test_keyring_that_locks_meanwhile_does_not_end_the_mount(
     kept.unlink()
     expected_log("the next mount will need 'imapfs login work': the keyring does not take the secret")
     assert made.get(refused=first).reveal() == server.access_tokens[-1]
+
+
+def test_keyring_that_takes_nothing_does_not_bring_back_an_old_token(
+    server: TokenServer, kept: Path, expected_log: ExpectedLog
+) -> None:
+    made = tokens(server)
+    kept.chmod(0o400)
+    expected_log("the next mount will need 'imapfs login work': the keyring does not take the secret")
+    made.get()
+    for _ in range(2):
+        vars(made)["_until"] = 0.0
+        assert made.get().reveal() == server.access_tokens[-1]
+    assert [one["refresh_token"] for one in server.requests].count("refresh-0") == 1
+    kept.chmod(0o600)
+    vars(made)["_until"] = 0.0
+    made.get()
+    found = keystore.load(keystore.REFRESH_TOKENS, ACCOUNT.url)
+    assert found is not None
+    assert found.reveal() == server.refresh_token
+    # A new consent still counts.
+    server.refresh_token = "refresh-new"
+    keystore.save(keystore.REFRESH_TOKENS, ACCOUNT.url, Secret("refresh-new"))
+    vars(made)["_until"] = 0.0
+    assert made.get().reveal() == server.access_tokens[-1]
+
+
+@pytest.mark.usefixtures("kept")
+def test_mounts_of_one_account_do_not_use_the_same_refresh_token(server: TokenServer) -> None:
+    mounts = [tokens(server), tokens(server)]
+    # Both would have read the same one from the keyring by then.
+    threads = [threading.Thread(target=made.get) for made in mounts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(server.access_tokens) == 2
 
 
 @pytest.mark.usefixtures("kept")
