@@ -544,6 +544,7 @@ def locate(source: str, options: Mapping[str, object], config_path: Path) -> Loc
         oauth=named.get("oauth"),
         name=None if "://" in source else source,
     )
+    _check_auth(account, credentials)
     return Located(account, credentials, merged, entry, given)
 
 
@@ -564,6 +565,20 @@ def _check_account(account: Account) -> None:
             raise UsageError("client-key is of no use alone: name the certificate with client-cert")
         if account.auth == "external":
             raise UsageError("auth external is a login by certificate: name it with client-cert")
+
+
+def _check_auth(account: Account, credentials: CredentialSources) -> None:
+    """A password is not to be sent as a token, nor a token as a password."""
+    tokens = credentials.token_command is not None or credentials.oauth is not None
+    if account.auth in ("xoauth2", "oauthbearer") and not tokens:
+        raise UsageError(
+            f"auth {account.auth} takes an access token: use --token-command, or the account's table 'oauth'"
+        )
+    if tokens and account.auth in ("plain", "login", "scram-sha-256"):
+        raise UsageError(
+            f"auth {account.auth} takes a password, and there are access tokens: leave auth out, or use"
+            " --password-command"
+        )
 
 
 def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config_path: Path) -> Resolved:

@@ -391,6 +391,10 @@ def test_bad_value_on_the_command_line_is_named_by_its_option(tmp_path: Path) ->
         ({"ca-file": "x", "tls-fingerprint": "0" * 64}, "leave out ca-file"),
         ({"client-key": "x"}, "name the certificate with client-cert"),
         ({"auth": "external"}, "name it with client-cert"),
+        ({"auth": "xoauth2"}, "auth xoauth2 takes an access token: use --token-command"),
+        ({"auth": "oauthbearer", "password-command": "x"}, "takes an access token"),
+        ({"auth": "plain", "token-command": "x"}, "auth plain takes a password"),
+        ({"auth": "scram-sha-256", "token-command": "x"}, "takes a password"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(
