@@ -19,7 +19,7 @@ import click
 
 from imapfs import __version__
 from imapfs.errors import AuthenticationFailed, CredentialError, ImapfsError, UsageError, one_line
-from imapfs.model import Security
+from imapfs.model import Secret, Security
 from imapfs.parameters import (
     DIRECTORY,
     LIVE_MOUNT,
@@ -121,7 +121,7 @@ def login(account: str, device: bool) -> None:
     ACCOUNT is the name of one in the configuration file that has an "oauth" table. What the provider gives is
     kept in the keyring, and mounts use it from then on.
     """
-    from imapfs import config, consent, credentials
+    from imapfs import config, consent
     from imapfs.imap.connect import tls_context
     from imapfs.imap.session import Session
 
@@ -131,11 +131,14 @@ def login(account: str, device: bool) -> None:
         raise UsageError(
             f"this account has no table 'oauth' in {path}, which says whom to ask: see the README"
         )
-    consent.ask(located.credentials.oauth, located.account, click.echo, device=device)
-    provider = credentials.resolve(located.account, located.credentials)
     timeout = located.options["timeout"]
-    # Whoever consented as somebody else, or has no IMAP there, learns it now.
-    Session.connect(located.account, provider, tls_context(located.account), timeout).close()
+    context = tls_context(located.account)
+
+    def check(token: Secret) -> None:
+        # Whoever consented as somebody else, or has no IMAP there, learns it now.
+        Session.connect(located.account, token, context, timeout).close()
+
+    consent.ask(located.credentials.oauth, located.account, click.echo, device=device, check=check)
     click.echo(f"logged in as {located.account.user}")
 
 

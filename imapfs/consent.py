@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 from imapfs import keystore
 from imapfs.errors import CredentialError
-from imapfs.model import Account, Secret
+from imapfs.model import AccessToken, Account, Secret
 from imapfs.oauth import Denied, OAuthClient, described, granted, is_token, parse_json, secret_of
 from imapfs.webform import post
 
@@ -25,10 +25,18 @@ TIMEOUT: Final = 600.0
 """Seconds that a person has."""
 
 
-def ask(client: OAuthClient, account: Account, say: Callable[[str], None], *, device: bool) -> None:
+def ask(
+    client: OAuthClient,
+    account: Account,
+    say: Callable[[str], None],
+    *,
+    device: bool,
+    check: Callable[[AccessToken], None],
+) -> None:
     """Have the person consent, and put the refresh token into the keyring. Raises CredentialError.
 
     ``say`` shows a line. ``device`` is for a code; otherwise it is a browser here, if the server has that.
+    ``check`` gets the first access token; what it raises leaves the keyring as it was.
     """
     if device and client.device_url is None:
         raise CredentialError("this provider has no login by device code: leave out --device")
@@ -41,6 +49,9 @@ def ask(client: OAuthClient, account: Account, say: Callable[[str], None], *, de
         raise CredentialError(
             f"{urlsplit(client.token_url).netloc} gave no refresh token: try offline_access in 'scope'"
         )
+    if not is_token(answer["access_token"]):
+        raise CredentialError(f"{urlsplit(client.token_url).netloc} gave what is no access token")
+    check(AccessToken(answer["access_token"]))
     keystore.save(keystore.REFRESH_TOKENS, account.url, Secret(token))
 
 

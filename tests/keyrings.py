@@ -29,9 +29,9 @@ class FileKeyring(keyring.backend.KeyringBackend):
         return self._load().get(f"{service}|{username}")
 
     def set_password(self, service: str, username: str, password: str) -> None:
+        kept = {**self._load(), f"{service}|{username}": password}
         if _path().stat().st_mode & 0o222 == 0:
             raise keyring.errors.PasswordSetError("read-only")
-        kept = {**self._load(), f"{service}|{username}": password}
         _path().write_text(json.dumps(kept))
 
 

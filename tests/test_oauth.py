@@ -428,8 +428,8 @@ def test_browser_brings_consent(home: Home, server: TokenServer) -> None:
     assert f"{server.url}/authorize?" in done.stdout
     assert done.stdout.endswith("logged in as alice\n")
     assert b"can be closed" in (home.directory / "browser.saw").read_bytes()
-    # The consent, and the first access token; nothing of it is shown.
-    assert [one["grant_type"] for one in server.requests] == ["authorization_code", "refresh_token"]
+    # Nothing of it is shown.
+    assert [one["grant_type"] for one in server.requests] == ["authorization_code"]
     assert not [word for word in ("access-", "refresh-", "code-") if word in done.stdout]
 
 
@@ -439,7 +439,7 @@ def test_code_brings_consent(home: Home, server: TokenServer) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "https://example.org/device" in done.stdout
     assert "ABCD-EFGH" in done.stdout
-    assert len(server.requests) == 3
+    assert len(server.requests) == 2
 
 
 def test_refused_consent_is_told_in_one_line(home: Home, server: TokenServer) -> None:
@@ -452,12 +452,19 @@ def test_refused_consent_is_told_in_one_line(home: Home, server: TokenServer) ->
         assert done.stderr.count("\n") == 1
 
 
-def test_consent_of_somebody_else_is_noticed_at_once(home: Home, server: TokenServer) -> None:
+def test_consent_of_somebody_else_is_noticed_and_not_kept(
+    home: Home, server: TokenServer, imap: Dovecot
+) -> None:
+    where = address(imap.account("alice")).url
+    keystore.save(keystore.REFRESH_TOKENS, where, Secret("good"))
     server.user = "bob"
     done = home.login()
     assert done.returncode == 3
     assert "localhost refused the access token of alice" in done.stderr
     assert done.stderr.count("\n") == 1
+    found = keystore.load(keystore.REFRESH_TOKENS, where)
+    assert found is not None
+    assert found.reveal() == "good"
 
 
 def test_without_a_keyring_consent_is_of_no_use(home: Home, kept: Path) -> None:
