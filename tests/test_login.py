@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -100,12 +101,24 @@ def test_saslprep_refuses_what_rfc_4013_forbids(text: str) -> None:
         (AccessToken("x"), "auto", "AUTH=XOAUTH2 AUTH=OAUTHBEARER AUTH=PLAIN", "OAUTHBEARER"),
         (AccessToken("x"), "auto", "AUTH=XOAUTH2 AUTH=PLAIN", "XOAUTH2"),
         (None, "auto", "AUTH=EXTERNAL AUTH=PLAIN", "EXTERNAL"),
+        (Secret("\u0221"), "auto", "AUTH=SCRAM-SHA-256 AUTH=PLAIN", "PLAIN"),
     ],
 )
 def test_strongest_mechanism_is_chosen(
     secret: Secret | None, auth: AuthMethod, offered: str, name: str | None
 ) -> None:
     chosen = sasl.choose(dataclasses.replace(ACCOUNT, auth=auth), secret, offered.split())
+    assert (chosen.name if chosen else None) == name
+
+
+@pytest.mark.parametrize(
+    ("offered", "name"),
+    [("AUTH=EXTERNAL AUTH=PLAIN", "PLAIN"), ("AUTH=EXTERNAL LOGINDISABLED", "EXTERNAL"), ("", None)],
+)
+def test_password_goes_before_the_certificate(offered: str, name: str | None) -> None:
+    chosen = sasl.choose(
+        dataclasses.replace(ACCOUNT, client_cert=Path("me.pem")), Secret("x"), offered.split()
+    )
     assert (chosen.name if chosen else None) == name
 
 
@@ -117,6 +130,8 @@ def test_strongest_mechanism_is_chosen(
         (Secret("ä"), "auto", "", "only ASCII"),
         (Secret("x"), "scram-sha-256", "AUTH=PLAIN", "not offer SCRAM-SHA-256.*but PLAIN: set auth to auto"),
         (AccessToken("x"), "auto", "AUTH=PLAIN", "takes no OAuth tokens"),
+        (Secret("\u0221"), "auto", "AUTH=SCRAM-SHA-256", "set auth to plain"),
+        (Secret("\u0221"), "scram-sha-256", "AUTH=SCRAM-SHA-256 AUTH=PLAIN", "set auth to plain"),
         (None, "auto", "AUTH=PLAIN", "no login by client certificate"),
     ],
 )

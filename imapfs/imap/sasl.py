@@ -233,7 +233,12 @@ def choose(account: Account, secret: Secret | None, offered: Collection[str]) ->
             _check_login_command(account, secret, offered)
             return None
         if f"AUTH={method.upper()}" in offered:
-            return _MAKE[method](account, secret or Secret(""))
+            try:
+                return _MAKE[method](account, secret or Secret(""))
+            except NoMechanism:
+                # Not with this name or password: the next one may take them as they are.
+                if account.auth != "auto" or "AUTH=PLAIN" not in offered:
+                    raise
     if account.auth != "auto":
         known = " ".join(sorted(c.removeprefix("AUTH=") for c in offered if c.startswith("AUTH="))) or "none"
         raise NoMechanism(
@@ -255,8 +260,9 @@ def _candidates(account: Account, secret: Secret | None) -> tuple[AuthMethod, ..
         return ("oauthbearer", "xoauth2")
     if secret is None:
         return ("external",)
-    with_password: tuple[AuthMethod, ...] = ("scram-sha-256", "plain", "login")
-    return ("external", *with_password) if account.client_cert is not None else with_password
+    # Where there is a password as well, the certificate may be what TLS wants, and no more.
+    certificate: tuple[AuthMethod, ...] = ("external",) if account.client_cert is not None else ()
+    return ("scram-sha-256", "plain", *certificate, "login")
 
 
 def _check_login_command(account: Account, secret: Secret | None, offered: Collection[str]) -> None:
