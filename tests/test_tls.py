@@ -12,6 +12,7 @@ import pytest
 from imapfs.errors import ConnectionLost, ImapfsError, ProtocolError, TimedOut, TlsError
 from imapfs.imap import connect
 from imapfs.imap.connect import tls_context
+from imapfs.imap.login import log_in
 from imapfs.imap.session import Session
 from imapfs.imap.wire import Wire
 from imapfs.model import Account, Secret
@@ -249,6 +250,27 @@ def test_offered_tls_is_used_whatever_is_allowed(both_ports: Dovecot, insecure: 
     wire = Wire.open(where, tls_context(where), TIMEOUT)
     assert wire.encrypted
     wire.close()
+
+
+@pytest.mark.parametrize("capabilities", [b"IMAP4rev1 AUTH=PLAIN", b"IMAP4rev1"])
+def test_nothing_logs_in_on_a_connection_that_nobody_has_looked_at(
+    ca: CertificateAuthority, capabilities: bytes
+) -> None:
+    with Scripted(ca, plain=True, greeting=b"* OK hello", capabilities=capabilities) as server:
+        where = by_starttls(server)
+        wire = Wire.greet(connect.open_tcp(where, TIMEOUT), where, TIMEOUT)
+        with pytest.raises(TlsError, match="not protected"):
+            log_in(wire, where, Secret("secret"))
+        wire.close()
+        assert nothing_was_told(server)
+
+
+def test_connection_is_dead_when_the_handshake_fails(both_ports: Dovecot) -> None:
+    where = by_starttls(both_ports, ca_file=None)
+    wire = Wire.greet(connect.open_tcp(where, TIMEOUT), where, TIMEOUT)
+    with pytest.raises(TlsError, match="does not verify"):
+        wire.protect(tls_context(where))
+    assert not wire.alive
 
 
 @pytest.mark.parametrize(

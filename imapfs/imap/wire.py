@@ -368,6 +368,8 @@ class Wire:
         self._exists = 0
         """Messages in the selected mailbox, by the server's word."""
         self._renewals = _SPARE_FETCHES
+        self._protected = False
+        """Whether `protect` has found that what is secret may be sent."""
         self.alive = True
         self.greeting = ""
         """The server's first line, without what marks it as a greeting."""
@@ -425,10 +427,13 @@ class Wire:
     def protect(self, context: ssl.SSLContext) -> None:
         """Have TLS from here on, or a connection that may do without: nothing secret goes out before.
 
-        TLS is used wherever it is offered. Raises TlsError.
+        TLS is used wherever it is offered. There is no login without having called this. Raises TlsError.
         """
-        if self.encrypted:
-            return
+        if not self.encrypted:
+            self._protect(context)
+        self._protected = True
+
+    def _protect(self, context: ssl.SSLContext) -> None:
         account = self._account
         may_do_without = not account.names_certificates and (
             account.insecure_plaintext or connect.is_this_machine(account, self._stream.sock)
@@ -465,7 +470,8 @@ class Wire:
                 f"{account.host} went on in plaintext after it had agreed to TLS, as somebody would who puts"
                 " words in its mouth: not used; check the network, or write imaps:// (usually port 993)"
             )
-        secured = connect.secure(self._stream.sock, account, context, self._stream.timeout)
+        with self._breaking():
+            secured = connect.secure(self._stream.sock, account, context, self._stream.timeout)
         self._stream = _Stream(secured, self._stream.timeout)
         self._bye, self._exists = "", 0
         self._learn_capabilities(b"")
@@ -484,6 +490,7 @@ class Wire:
 
     def login(self, user: Part, password: Part) -> Completion:
         """The LOGIN command (RFC 9051 section 6.2.3); with OK the capabilities are those afterwards."""
+        self._check_protected()
         announced = _Announced()
         (completion,) = self.execute_all([(b"LOGIN ", user, b" ", password)], on_response=announced.take)
         self._logged_in(completion, announced)
@@ -495,6 +502,7 @@ class Wire:
         ``sent`` gets what went out, in base64: for the caller to keep out of errors. Raises what
         ``mechanism`` raises.
         """
+        self._check_protected()
         announced = _Announced()
         tag = self._next_tag()
         done: dict[bytes, Completion] = {}
@@ -527,6 +535,10 @@ class Wire:
                 raise ProtocolError(f"{self._account.host} does not come to an end with the login")
         self._logged_in(done[tag], announced)
         return done[tag]
+
+    def _check_protected(self) -> None:
+        if not self._protected:
+            raise TlsError(f"the connection to {self._account.host} is not protected: no login")
 
     def trust(self) -> None:
         """End the limits of the time before the login, when the server and we know each other."""
