@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler
-from typing import Any, Final
+from typing import Any, Final, Self
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 from imapfs import keystore
@@ -23,6 +23,7 @@ from imapfs.webform import post
 
 TIMEOUT: Final = 600.0
 """Seconds that a person has."""
+_MICROSOFT: Final = "login.microsoftonline.com"
 
 
 def ask(
@@ -66,7 +67,7 @@ def _by_browser(
     web = WebApplicationClient(client.client_id)
     state = secrets.token_urlsafe(24)
     verifier = web.create_code_verifier(64)
-    with _Redirect(state) as redirect:
+    with _Redirect(state, authorize_url) as redirect:
         address = web.prepare_request_uri(
             authorize_url,
             redirect_uri=redirect.uri,
@@ -100,24 +101,42 @@ def _open(address: str) -> None:
         webbrowser.open(address)
 
 
-class _Redirect(socketserver.TCPServer):
-    """Waits on the loopback interface for the browser to come back from the authorisation server."""
+class _Redirect(socketserver.ThreadingTCPServer):
+    """Waits on the loopback interface for the browser to come back from the authorisation server.
 
-    def __init__(self, state: str) -> None:
+    Each connection has a thread: browsers open some that they do not use, and so may others.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, state: str, authorize_url: str) -> None:
         super().__init__(("127.0.0.1", 0), _Returning)
         self.state = state
-        self.answer: dict[str, str] | None = None
-        # Microsoft knows only this name, and takes any port with it.
-        self.uri = f"http://localhost:{self.server_address[1]}/"
+        self._answer: dict[str, str] = {}
+        self._came = threading.Event()
+        # Microsoft knows only the name, with any port; it may lead elsewhere (RFC 8252 section 8.3).
+        host = "localhost" if urlsplit(authorize_url).hostname == _MICROSOFT else "127.0.0.1"
+        self.uri = f"http://{host}:{self.server_address[1]}/"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def take(self, answer: dict[str, str]) -> None:
+        """Called by any thread; the first answer counts."""
+        if not self._came.is_set():
+            self._answer = answer
+            self._came.set()
 
     def wait(self) -> dict[str, str]:
-        deadline = time.monotonic() + TIMEOUT
-        while self.answer is None:
-            self.timeout = deadline - time.monotonic()
-            if self.timeout <= 0:
-                raise CredentialError("nobody came back from the browser in time: run it again")
-            self.handle_request()
-        return self.answer
+        if not self._came.wait(TIMEOUT):
+            raise CredentialError("nobody came back from the browser in time: run it again")
+        return self._answer
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Whatever else connects to this port is not our business."""
@@ -132,7 +151,7 @@ class _Returning(BaseHTTPRequestHandler):
         # Only who was sent by us knows the state; any page can make a browser come here.
         genuine = secrets.compare_digest(query.get("state", "").encode(), self.server.state.encode())
         if genuine:
-            self.server.answer = query
+            self.server.take(query)
         text = (
             b"Back to the terminal: this window can be closed.\n" if genuine else b"Not what was expected.\n"
         )

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from imapfs import credentials, keystore, oauth, webform
+from imapfs import consent, credentials, keystore, oauth, webform
 from imapfs.errors import AuthenticationFailed, CredentialError, CredentialUnavailable, NoMechanism
 from imapfs.imap.connect import tls_context
 from imapfs.imap.session import Session
@@ -431,6 +432,47 @@ def test_browser_brings_consent(home: Home, server: TokenServer) -> None:
     # Nothing of it is shown.
     assert [one["grant_type"] for one in server.requests] == ["authorization_code"]
     assert not [word for word in ("access-", "refresh-", "code-") if word in done.stdout]
+
+
+def test_connection_without_an_end_does_not_keep_the_browser_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(consent, "TIMEOUT", 4.0)
+    over = threading.Event()
+
+    def trickle(port: int) -> None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as connection:
+            began.set()
+            # Longer than the other one may take, and never silent for long.
+            for _ in range(60):
+                connection.sendall(b"G")
+                if over.wait(0.1):
+                    return
+
+    def come_back(uri: str) -> None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{uri}?state=ours&code=1") as page:
+            page.read()
+
+    began = threading.Event()
+    with consent._Redirect("ours", "https://localhost/") as redirect:
+        idle = threading.Thread(target=trickle, args=(redirect.server_address[1],))
+        idle.start()
+        assert began.wait(DEADLINE)
+        browser = threading.Thread(target=come_back, args=(redirect.uri,))
+        browser.start()
+        try:
+            assert redirect.wait()["code"] == "1"
+        finally:
+            over.set()
+            idle.join()
+    browser.join()
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [("https://login.microsoftonline.com/common", "localhost"), ("https://example.org/", "127.0.0.1")],
+)
+def test_browser_comes_back_to_an_address_where_the_provider_takes_it(url: str, host: str) -> None:
+    with consent._Redirect("ours", url) as redirect:
+        assert redirect.uri.startswith(f"http://{host}:")
 
 
 def test_code_brings_consent(home: Home, server: TokenServer) -> None:
