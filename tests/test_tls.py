@@ -141,6 +141,7 @@ def test_server_that_wants_a_certificate_says_so(
         ("alice.pem", None, "must be in PEM form"),
         ("alice.pem", "bob.key", "not that of the certificate"),
         ("alice.pem", "locked.key", "has a passphrase"),
+        ("alice.pem", "alice.key", r"everybody's to access \(mode 0604\): chmod 600"),
     ],
 )
 def test_unusable_client_certificate_is_explained(
@@ -151,6 +152,7 @@ def test_unusable_client_certificate_is_explained(
     for name in ("alice", "bob"):
         for issued, suffix in zip(ca.issue(client=name), (".pem", ".key"), strict=True):
             (tmp_path / (name + suffix)).write_bytes(issued.read_bytes())
+            (tmp_path / (name + suffix)).chmod(0o604)
     (tmp_path / "empty.pem").touch()
     loaded = serialization.load_pem_private_key((tmp_path / "alice.key").read_bytes(), None)
     (tmp_path / "locked.key").write_bytes(

@@ -8,6 +8,7 @@ import hashlib
 import ipaddress
 import socket
 import ssl
+import stat
 from typing import Final
 
 from imapfs.errors import CertificateRejected, ConnectionLost, ServerBusy, TimedOut, TlsError
@@ -70,6 +71,7 @@ def _load_client_certificate(context: ssl.SSLContext, account: Account) -> None:
 
     certificate, key = account.client_cert, account.client_key or account.client_cert
     assert certificate is not None
+    assert key is not None
     try:
         context.load_cert_chain(certificate, key, no_passphrase)
     except ssl.SSLError as error:
@@ -83,6 +85,12 @@ def _load_client_certificate(context: ssl.SSLContext, account: Account) -> None:
     except OSError as error:
         reason = f"{error.strerror}: check --client-cert and --client-key"
         raise TlsError(f"cannot use the client certificate {certificate} with key {key}: {reason}") from None
+    mode = stat.S_IMODE(key.stat().st_mode)
+    # A group may be meant, as ssl-cert of Debian is.
+    if mode & 0o007:
+        raise TlsError(
+            f"the client key {key} is everybody's to access (mode {mode:04o}): chmod 600 it, and replace it"
+        )
 
 
 def open_tcp(account: Account, timeout: float) -> socket.socket:
