@@ -23,6 +23,10 @@ from imapfs.webform import post
 
 TIMEOUT: Final = 600.0
 """Seconds that a person has."""
+_FAILURES: Final = 4
+"""In a row, of the network while it is asked whether the code was entered, that are passed over."""
+_LINE: Final = 1000
+"""Most characters of a line that are shown, of those from a server."""
 _MICROSOFT: Final = "login.microsoftonline.com"
 
 
@@ -183,12 +187,24 @@ def _by_device(client: OAuthClient, say: Callable[[str], None]) -> Mapping[str, 
     except (KeyError, ValueError, TypeError, OverflowError):
         why = described(answer, client)
         raise CredentialError(f"{urlsplit(client.device_url).netloc} gave no device code: {why}") from None
-    say(f"Open {address} in any browser and enter the code {shown}")
+    line = f"Open {address} in any browser and enter the code {shown}"
+    # What steers the terminal is left out.
+    say("".join(char for char in line[:_LINE] if char.isprintable()))
     device = DeviceClient(client.client_id)
     body = device.prepare_request_body(code, include_client_id=True, **secret_of(client))
+    failures = 0
     while time.monotonic() + interval < deadline:
         time.sleep(interval)
-        reply = post(client.token_url, body)
+        try:
+            reply = post(client.token_url, body)
+        except CredentialError:
+            # A network may be away for a moment (RFC 8628 section 3.5).
+            failures += 1
+            interval *= 2
+            if failures > _FAILURES:
+                raise
+            continue
+        failures = 0
         match parse_json(reply).get("error"):
             case "authorization_pending":
                 continue

@@ -99,7 +99,7 @@ class Tokens:
 
     def get(self, refused: Secret | None = None) -> AccessToken:
         with self._lock:
-            token, ended = self._token, time.monotonic() >= self._until
+            token, ended = self._token, _now() >= self._until
             # Where the one that came instead was never accepted either, it is not the token that is refused:
             # it may be the number of connections, or the person.
             if (
@@ -119,8 +119,13 @@ class Tokens:
         text, lifetime = self._fetch()
         if not is_token(text):
             raise CredentialError("the access token is not one: it has other characters than printable ASCII")
-        self._token, self._until = AccessToken(text), time.monotonic() + lifetime
+        self._token, self._until = AccessToken(text), _now() + lifetime
         return self._token
+
+
+def _now() -> float:
+    """Seconds, those in which the machine slept among them: tokens end meanwhile."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def resolve(account: Account, sources: CredentialSources) -> CredentialProvider:

@@ -20,7 +20,8 @@ class TokenServer:
 
     Access tokens are for the user ``user`` and end after ``lifetime`` seconds, as far as clients are told.
     Each refresh token can be used once, and comes with its successor. ``refusal``, if set, answers all who
-    want a token. A device code is entered upon the ``pending``-th poll after the first.
+    want a token. A device code is entered upon the ``pending``-th poll after the first,
+    of which the first ``failing`` ones get no answer.
     """
 
     def __init__(self, authority: CertificateAuthority, user: str, *, lifetime: int = 3600) -> None:
@@ -28,6 +29,7 @@ class TokenServer:
         self.user = user
         self.lifetime = lifetime
         self.pending = 0
+        self.failing = 0
         self.refusal: Answer | bytes | None = None
         self.requests: list[dict[str, str]] = []
         """Parameters of what was posted to the token endpoint."""
@@ -118,7 +120,7 @@ class TokenServer:
         if path == "/device":
             return 200, {
                 "device_code": "device-1",
-                "user_code": "ABCD-EFGH",
+                "user_code": "ABCD\x1b[2J-EFGH",
                 "verification_uri": "https://example.org/device",
                 "expires_in": 60,
                 "interval": 1,
@@ -136,6 +138,9 @@ class TokenServer:
                 good = asked["refresh_token"] == self.refresh_token
             case _:
                 good = asked["device_code"] == "device-1"
+                if self.failing:
+                    self.failing -= 1
+                    return 503, {}
                 if self.pending:
                     self.pending -= 1
                     return 400, {"error": "authorization_pending"}
