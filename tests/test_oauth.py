@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import json
 import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -273,6 +275,15 @@ def test_keyring_that_never_answers_is_given_up(
         made.get()
     with pytest.raises(CredentialError, match="does not take the secret"):
         keystore.save(keystore.REFRESH_TOKENS, ACCOUNT.url, Secret("x"))
+
+
+def test_process_that_asks_the_keyring_ends_without_its_parent(kept: Path) -> None:
+    kept.unlink()
+    os.mkfifo(kept)
+    asked = json.dumps([0.1, {"service": "imapfs", "url": "u"}])
+    command = [sys.executable, "-P", "-m", "imapfs.keystore"]
+    done = subprocess.run(command, input=asked.encode(), capture_output=True, timeout=DEADLINE)
+    assert done.returncode == -signal.SIGALRM
 
 
 @pytest.mark.usefixtures("kept")
