@@ -164,8 +164,8 @@ class _Observer:
             # Nothing of what the server said: who knows what it repeats.
             desktop.notify(
                 f"{self._config.account.host} refuses the login",
-                f"The mail of {self._config.account.user} in {self._config.mountpoint} is offline until you "
-                "mount it again with a password or consent that is right.",
+                f"The mail of {self._config.account.user} in {self._config.mountpoint} is offline: set the "
+                "password or consent right and mount it again.",
             )
 
     def ending(self) -> None:
