@@ -3,6 +3,7 @@
 The keyring is asked in a process of its own (`imapfs.apart`).
 """
 
+import logging
 from typing import Any
 
 from imapfs import apart
@@ -16,6 +17,8 @@ REFRESH_TOKENS = "imapfs refresh token"
 
 _TIMEOUT = 60.0
 """Seconds that a person has to unlock it."""
+
+_log = logging.getLogger(__name__)
 
 
 class KeyringUnusable(CredentialError):

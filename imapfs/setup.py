@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import cast
+from typing import Final, cast
 from urllib.parse import quote
 
 import click
@@ -24,9 +24,12 @@ from imapfs.discovery import Address, Network, Settings
 from imapfs.errors import AuthenticationFailed, CredentialError, ImapfsError, UsageError, one_line
 from imapfs.imap.connect import tls_context
 from imapfs.imap.session import Session
-from imapfs.model import DEFAULT_PORTS, Account, CredentialProvider, Secret, Security
+from imapfs.model import DEFAULT_PORTS, AccessToken, Account, CredentialProvider, Secret, Security
 from imapfs.oauth import OAuthClient
 from imapfs.providers import Provider
+
+_CHECK_TIMEOUT: Final = 30.0
+"""Seconds to wait for the server while a consent is tried out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +397,11 @@ def _by_consent(provider: str, name: str, account: Account, person: _Person) -> 
         table["client-secret"] = secret
     client = cast(OAuthClient, config.convert("oauth", table))
     here = client.device_url is None or person.agrees("Is there a browser on this machine")
-    consent.ask(client, account, person.say, device=not here)
+
+    def check(token: AccessToken) -> None:
+        Session.connect(account, token, tls_context(account), _CHECK_TIMEOUT).close()
+
+    consent.ask(client, account, person.say, device=not here, check=check)
     sources = CredentialSources(oauth=client, name=name)
     comment = f"To consent anew: imapfs login {name}"
     return _Credential(credentials.resolve(account, sources), {"oauth": table}, comment)
