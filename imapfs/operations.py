@@ -91,7 +91,7 @@ class Operations:
     async def move(self, ino: Ino, target: Ino, name: bytes) -> None:
         """Move a message to another mailbox, where it has ``name``; inode and cached body stay."""
         node = self._message(ino)
-        async with self._sync.exclusive(node.parent, target):
+        async with self._sync.changing(node.parent, target):
             node = self._message(ino, node.parent)
             moved = await self._transfer(node, target)
             if moved.uid is None:
@@ -109,13 +109,13 @@ class Operations:
         node = self._message(ino)
         trash = self._cache.special_use("\\Trash")
         if self._policy == "trash" and trash is not None and not self._is_within(node.parent, trash):
-            async with self._sync.exclusive(node.parent, trash):
+            async with self._sync.changing(node.parent, trash):
                 node = self._message(ino, node.parent)
                 moved = await self._transfer(node, trash)
                 self._remove(node, stays=moved.original_stays)
                 self._sync.freshness.forget(trash)
             return
-        async with self._sync.exclusive(node.parent):
+        async with self._sync.changing(node.parent):
             node = self._message(ino, node.parent)
             mailbox = self.mailbox(node.parent)
 
@@ -185,7 +185,7 @@ class Operations:
         Raises NotSupported for what the server would not keep.
         """
         node = self._message(ino)
-        async with self._sync.exclusive(node.parent):
+        async with self._sync.changing(node.parent):
             for _ in range(_CONFLICTS):
                 details = self._cache.details(ino)
                 if details is None or details.parent != node.parent:
@@ -220,7 +220,7 @@ class Operations:
     async def delete_mailbox(self, ino: Ino) -> bool:
         """Delete a mailbox that is empty on the server; false if it is not."""
         name = self.mailbox(ino).name
-        async with self._sync.exclusive(ino):
+        async with self._sync.changing(ino):
             deleted = await self._once(
                 lambda session: session.delete_mailbox(name), lambda listed: name not in listed
             )
@@ -229,7 +229,7 @@ class Operations:
 
     async def rename_mailbox(self, ino: Ino, old: bytes, new: bytes, parent: Ino, name: bytes) -> None:
         """Rename a mailbox and all below it; messages keep inodes and cached bodies."""
-        async with self._sync.tree_lock, self._sync.exclusive(*self._cache.family(ino)):
+        async with self._sync.tree_lock, self._sync.changing(*self._cache.family(ino)):
             await self._once(
                 lambda session: session.rename_mailbox(old, new),
                 lambda listed: new in listed and old not in listed,
@@ -274,7 +274,7 @@ class Operations:
             boxes = [
                 self._cache.mailbox_named(name.encode("latin-1")) for name in (entry.source, entry.target)
             ]
-            async with self._sync.exclusive(*(box.ino for box in boxes if box is not None)):
+            async with self._sync.changing(*(box.ino for box in boxes if box is not None)):
                 if entry not in self._journal.left:
                     continue
                 try:

@@ -374,6 +374,7 @@ class Push:
                 wanted = what == ROOT or (box is not None and self._is_listed(box))
                 if not wanted or not self._fresh.has_news(what):
                     return
+                await self._sync.at_rest(what)
                 async with self._turns:
                     started = time.monotonic()
                     refresh = (

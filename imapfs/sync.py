@@ -11,6 +11,7 @@ thread and hands over results in batches; each batch is one transaction on the t
 import contextlib
 import hashlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ _FIRST_BATCH: Final = 64
 """Messages in the first transaction of a listing: small, so that `ls` shows something soon."""
 _BATCH: Final = 1000
 """Most rows in one transaction, so that the trio thread is never busy with one for long."""
+_REST: Final = 0.3
+"""Seconds without a change made here after which a mailbox is at rest; and"""
+_REST_MOST: Final = 2.0
+"""how long that is waited for at most."""
 _STUCK: Final = 3
 """Attempts to list a mailbox that may end without any message more."""
 _ATTEMPTS: Final = 50
@@ -118,6 +123,8 @@ class Synchroniser:
         self._tree: Refresh | None = None
         self._mailboxes: dict[Ino, Refresh] = {}
         self._locks: dict[Ino, trio.Lock] = {}
+        self._changed_at: dict[Ino, float] = {}
+        """When something was changed from here last."""
         self.crossing = Crossing(self._mailboxes.keys(), self._locks)
         self.prefix = b""
         """Prefix of the personal namespace, once the tree is known."""
@@ -239,6 +246,29 @@ class Synchroniser:
                 if not work.may_go_on(error):
                     raise
                 log.info("mailbox %d: going on where the listing ended: %s", work.ino, error)
+
+    @contextlib.asynccontextmanager
+    async def changing(self, *mailboxes: Ino) -> AsyncIterator[None]:
+        """`exclusive`, for who changes something in these mailboxes: see `at_rest`."""
+        try:
+            async with self.exclusive(*mailboxes):
+                yield
+        finally:
+            self._changed_at.update(dict.fromkeys(mailboxes, time.monotonic()))
+
+    def is_at_rest(self, mailbox: Ino) -> bool:
+        """Whether nothing was changed in a mailbox from here just now.
+
+        While something is, the news that the server has of it is of that, and to ask for it would only be in
+        the way of the next change.
+        """
+        return time.monotonic() >= self._changed_at.get(mailbox, -math.inf) + _REST
+
+    async def at_rest(self, mailbox: Ino) -> None:
+        """Wait until a mailbox is at rest, but not for long."""
+        with trio.move_on_after(_REST_MOST):
+            while not self.is_at_rest(mailbox):
+                await trio.sleep(_REST)
 
     @contextlib.asynccontextmanager
     async def exclusive(self, *mailboxes: Ino) -> AsyncIterator[None]:

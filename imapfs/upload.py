@@ -191,7 +191,7 @@ class Uploader:
             await flight.wait()
         if draft.attempt is not None and self._spool.get(draft.ino) is draft:
             with self._flight([draft]):
-                async with self._sync.exclusive(draft.parent):
+                async with self._sync.changing(draft.parent):
                     await self._look_up([draft])
         job = self._jobs.pop(draft.ino, None)
         if job is not None and not job.settled:
@@ -324,7 +324,7 @@ class Uploader:
                         ready.append(prepared)
                         size += len(prepared.item.fit.data)
                 if ready:
-                    async with self._sync.exclusive(mailbox):
+                    async with self._sync.changing(mailbox):
                         await self._append(mailbox, ready)
             if ready:
                 await self._remove_all_old()

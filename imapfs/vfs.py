@@ -433,6 +433,8 @@ class Filesystem:
         if mailbox is None or not mailbox.selectable:
             return None, True
         self.push.used(ino)
+        if mailbox.complete and not self.sync.is_at_rest(ino):
+            return None, True
         return self.sync.refresh_mailbox(ino, MAX_AGE), bool(mailbox.complete)
 
     async def wait_for_news(self, refresh: Refresh | None) -> None:
