@@ -480,7 +480,7 @@ async def test_where_there_have_to_be_fewer_watchers_go_first(
         await until(lambda: more.running and less.running)
         for _ in range(2):
             nursery.start_soon(made.run, lambda _: release.wait(DEADLINE))
-        await until(lambda: made.open == 4)
+        await until(lambda: len(vars(made)["_lent"]) == 4)
         made.slow_down(Throttled("slower", "", 60.0))
         await until(lambda: ended == [None, None])
         assert (made.open, made.most) == (2, 2)

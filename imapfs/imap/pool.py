@@ -101,7 +101,7 @@ class SessionPool:
         self._spare = 0
         """How many watchers have a session, or are getting one."""
         self._waiting = 0
-        """Requests that wait for a session that a watcher may have."""
+        """Requests that wait for a session."""
         self._calm = _CALM
         self._calm_at = -math.inf
         """When watchers may have sessions again."""
@@ -327,10 +327,12 @@ class SessionPool:
 
     def _ended(self, session: Session, error: ConnectionLost) -> None:
         """A session has ended in the middle of its work."""
-        if self._closed or session in self._dropped:
+        if self._closed:
             return
         if isinstance(error, ServerBusy):
             self.slow_down(error)
+            return
+        if session in self._dropped:
             return
         # Those that nobody is at work with were made in the same past and have most likely died of the same
         # cause.
@@ -379,12 +381,15 @@ class SessionPool:
         return since
 
     @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Somebody waits, so that watchers have to go: as many as wait, if not as many are leaving."""
+    def _counted(self, state: State) -> Iterator[None]:
+        """Somebody waits, so that watchers have to go: as many as wait, if not as many are leaving.
+
+        Unless it is not their sessions that are waited for.
+        """
         self._waiting += 1
         try:
             now = time.monotonic()
-            if self._watching and len(self._leaving) < self._waiting:
+            if state is State.ONLINE and self._watching and len(self._leaving) < self._waiting:
                 had_it_for = now - self._send_watcher_away()
                 self._calm = min(_CALM_MOST, self._calm * 2) if had_it_for < _CALM_MOST else _CALM
             self._calm_at = now + self._calm
@@ -443,7 +448,6 @@ class SessionPool:
             now = time.monotonic()
             state = self._backoff.state(now)
             wait = math.inf
-            waiting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if state is State.THROTTLED:
                 wait = (self._backoff.retry_at(now) or now) - now
             elif spare and (hold := self._spare_in(state, now)):
@@ -457,8 +461,6 @@ class SessionPool:
             elif state is State.ONLINE:
                 if self._may_connect(now):
                     return None
-                if not spare:
-                    waiting = self._counted()
             else:
                 self._backoff.wanted(now)
                 self._trouble.set()
@@ -466,6 +468,7 @@ class SessionPool:
                 if not wait:
                     self._raise_offline()
             # Until a session is given back, or something else may be done.
+            waiting = contextlib.nullcontext() if spare else self._counted(state)
             with waiting, trio.move_on_after(wait):
                 await self._turn.wait()
 
