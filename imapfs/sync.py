@@ -267,7 +267,9 @@ class Synchroniser:
     async def at_rest(self, mailbox: Ino) -> None:
         """Wait until a mailbox is at rest, but not for long."""
         with trio.move_on_after(_REST_MOST):
-            while not self.is_at_rest(mailbox):
+            while True:
+                if self.is_at_rest(mailbox):
+                    return
                 await trio.sleep(_REST)
 
     @contextlib.asynccontextmanager
