@@ -107,7 +107,7 @@ def test_refusal_that_no_new_token_helps_with_costs_one(
 
     def script(tag: bytes, command: bytes) -> list[bytes] | None:
         refused = refuses and command.startswith(b"AUTHENTICATE")
-        return [tag + b" NO too many connections\r\n"] if refused else None
+        return [tag + b" NO not now\r\n"] if refused else None
 
     made = tokens(server)
     capabilities = b"IMAP4rev1 AUTH=XOAUTH2"

@@ -521,7 +521,11 @@ class Broken:
 @pytest.mark.parametrize(
     ("error", "logged", "number"),
     [
-        (RuntimeError("a mistake"), "connecting to localhost: internal error", errno.EHOSTUNREACH),
+        (
+            RuntimeError("a mistake"),
+            "offline: no connection to localhost: internal error",
+            errno.EHOSTUNREACH,
+        ),
         (CredentialUnavailable("no token"), "offline: no token", errno.EACCES),
         (CredentialError("no password"), "offline: no password", errno.EHOSTUNREACH),
     ],

@@ -266,9 +266,8 @@ def test_locked_keyring_leads_back_to_the_question(home: Home) -> None:
     with home.setup("--address", home.address, "--name", "work") as terminal:
         terminal.answer("Server [1]", "")
         terminal.answer("Password [k]", "k")
-        terminal.answer("(not shown)", home.user.password)
         shown = terminal.answer("What now [p]", "q")
-        assert "the keyring does not take the secret (KeyringLocked)" in shown
+        assert "the keyring cannot be read (KeyringLocked): unlock it" in shown
         assert terminal.end() == 130
     assert not home.config.exists()
 

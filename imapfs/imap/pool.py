@@ -31,7 +31,6 @@ from imapfs.errors import (
     AuthenticationFailed,
     ConnectionLost,
     CredentialUnavailable,
-    ImapfsError,
     Offline,
     ServerBusy,
     Throttled,
@@ -110,8 +109,6 @@ class SessionPool:
         self._started = time.monotonic()
         self._error: ConnectionLost | AuthenticationFailed | None = None
         """What the last attempt to connect failed of."""
-        self._mistake = ""
-        """The last failure to connect that nobody foresaw."""
         self._accepted = False
         """Whether the password was accepted once."""
         self._trouble = trio.Event()
@@ -562,20 +559,6 @@ class SessionPool:
         except trio.Cancelled:
             abandoned = True
             raise
-        except (AuthenticationFailed, ConnectionLost):
-            raise
-        except Exception as error:
-            raise self._unforeseen(error) from None
-
-    def _unforeseen(self, error: Exception) -> ConnectionLost:
-        """A mistake, ours or a library's, is a failed attempt like any other; the log shows it once."""
-        if isinstance(error, ImapfsError):
-            return ConnectionLost(error.problem, remedy=error.remedy)
-        mistake = f"{type(error).__name__}: {error}"
-        if mistake != self._mistake:
-            log.error("connecting to %s: internal error", self._account.host, exc_info=error)
-            self._mistake = mistake
-        return ConnectionLost(f"connecting to {self._account.host} failed: internal error, see the log")
 
     def _failed(self, error: AuthenticationFailed | ConnectionLost) -> None:
         """Note a failed attempt to connect."""

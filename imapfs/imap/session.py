@@ -168,7 +168,7 @@ def _items(*, modseq: bool, headers: bool = True) -> bytes:
 def _as_lost(error: Exception, account: Account) -> ConnectionLost:
     """A failure to connect that nobody has foreseen. Its own words are left out: they may hold a secret."""
     if isinstance(error, ImapfsError):
-        return ConnectionLost(str(error))
+        return ConnectionLost(error.problem, remedy=error.remedy)
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
     return ConnectionLost(f"no connection to {account.host}: internal error, {where}: please report it")
