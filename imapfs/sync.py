@@ -13,6 +13,7 @@ import hashlib
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -123,8 +124,10 @@ class Synchroniser:
         self._tree: Refresh | None = None
         self._mailboxes: dict[Ino, Refresh] = {}
         self._locks: dict[Ino, trio.Lock] = {}
+        self._changing: Counter[Ino] = Counter()
+        """How many changes are being made from here; and"""
         self._changed_at: dict[Ino, float] = {}
-        """When something was changed from here last."""
+        """when the last one ended."""
         self.crossing = Crossing(self._mailboxes.keys(), self._locks)
         self.prefix = b""
         """Prefix of the personal namespace, once the tree is known."""
@@ -250,10 +253,12 @@ class Synchroniser:
     @contextlib.asynccontextmanager
     async def changing(self, *mailboxes: Ino) -> AsyncIterator[None]:
         """`exclusive`, for who changes something in these mailboxes: see `at_rest`."""
+        self._changing.update(mailboxes)
         try:
             async with self.exclusive(*mailboxes):
                 yield
         finally:
+            self._changing.subtract(mailboxes)
             self._changed_at.update(dict.fromkeys(mailboxes, time.monotonic()))
 
     def is_at_rest(self, mailbox: Ino) -> bool:
@@ -262,7 +267,8 @@ class Synchroniser:
         While something is, the news that the server has of it is of that, and to ask for it would only be in
         the way of the next change.
         """
-        return time.monotonic() >= self._changed_at.get(mailbox, -math.inf) + _REST
+        was = self._changed_at.get(mailbox, -math.inf)
+        return not self._changing[mailbox] and time.monotonic() >= was + _REST
 
     async def at_rest(self, mailbox: Ino) -> None:
         """Wait until a mailbox is at rest, but not for long."""

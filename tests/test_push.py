@@ -6,6 +6,7 @@ The kernel keeps attributes for a day, so that a `stat` shows only what the daem
 import contextlib
 import os
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from tests.mail import plain
 from tests.mailboxes import file_of, settle
-from tests.mounting import Mount, Mounter, wait_until
+from tests.mounting import DEADLINE, Mount, Mounter, wait_until
 from tests.servers.account import ImapAccount
 from tests.servers.courier import Courier
 from tests.servers.dovecot import Account
@@ -177,6 +178,25 @@ def test_what_was_done_here_comes_back_and_is_not_asked_for(user: Account, mount
         assert len([command for command in proxy.commands() if SYNC.match(command)]) == 1
         assert len(os.listdir(mounted.path / "INBOX")) == 4
         assert (mounted.path / "INBOX" / "new.eml").read_bytes() == plain(8)
+
+
+def test_moves_are_not_held_up_by_what_the_server_tells_of_them(user: Account, mount: Mounter) -> None:
+    user.deliver("INBOX", ((plain(n), DATE + n, "") for n in range(6)))
+    user.deliver("Other", [])
+    with Proxy(user.server) as proxy:
+        mounted = mount(proxy.account(user))
+        files = sorted((mounted.path / "INBOX").iterdir())
+        assert os.listdir(mounted.path / "Other") == []
+        wait_until(lambda: push(mounted)["by"] == "notify", "all is watched")
+        proxy.forget_commands()
+        # So that the server tells of the first before the last.
+        proxy.latency = 0.1
+        subprocess.run(["mv", *files, mounted.path / "Other"], check=True, timeout=DEADLINE)
+        proxy.latency = 0.0
+        commands = proxy.commands()
+        first, *_, last = (n for n, command in enumerate(commands) if command.startswith(b"UID MOVE"))
+        assert not [command for command in commands[first:last] if SYNC.match(command)]
+        wait_until(lambda: len(os.listdir(mounted.path / "Other")) == 6, "all of it is there")
 
 
 def test_subtree_is_watched_without_the_rest(user: Account, mount: Mounter) -> None:
