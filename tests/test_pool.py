@@ -503,6 +503,55 @@ async def test_a_watcher_that_is_throttled_slows_all_down(
         assert (made.state, made.open) == ("throttled", 1)
 
 
+@pytest.mark.trio
+async def test_a_watcher_is_no_proof_that_the_server_is_there(
+    ca: CertificateAuthority, at_once: None
+) -> None:
+    over = threading.Event()
+    online: list[None] = []
+
+    class Deaf(Patient):
+        def run(self, session: Session) -> None:
+            self.running = True
+            over.wait(DEADLINE)
+
+    async with scripted_pool(Scripted(ca)) as made, trio.open_nursery() as nursery:
+
+        async def wait() -> None:
+            await made.came_online()
+            online.append(None)
+
+        watcher = Deaf()
+        nursery.start_soon(made.watch, watcher, None)
+        await until(lambda: watcher.running)
+        nursery.start_soon(wait)
+        await trio.testing.wait_all_tasks_blocked()
+
+        def lose(session: Session) -> None:
+            session.abort()
+            raise ConnectionLost("ended")
+
+        with pytest.raises(ConnectionLost):
+            await made.run(lose, repeat=False)
+        await until(lambda: online)
+        assert watcher.told
+        over.set()
+
+
+@pytest.mark.trio
+async def test_watchers_leave_sessions_for_others(ca: CertificateAuthority, at_once: None) -> None:
+    first, second = Patient(), Patient()
+    async with scripted_pool(Scripted(ca), limit=3) as made, trio.open_nursery() as nursery:
+        nursery.start_soon(made.watch, first, None)
+        await until(lambda: first.running)
+        nursery.start_soon(made.watch, second, None)
+        await trio.testing.wait_all_tasks_blocked()
+        assert made.open == 1
+        first.stop()
+        await until(lambda: second.running)
+        second.stop()
+
+
 # -- what nobody foresaw, and what is not there
 
 
