@@ -395,6 +395,18 @@ class Listening(Patient):
         session.examine(b"INBOX")
 
 
+class Deaf(Patient):
+    """Uses a session until it is `free`, whatever it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free = threading.Event()
+
+    def run(self, session: Session) -> None:
+        self.running = True
+        self.free.wait(DEADLINE)
+
+
 async def watch(made: SessionPool, watcher: Patient, ended: list[Exception | None]) -> None:
     try:
         await made.watch(watcher, None)
@@ -507,14 +519,7 @@ async def test_a_watcher_that_is_throttled_slows_all_down(
 async def test_a_watcher_is_no_proof_that_the_server_is_there(
     ca: CertificateAuthority, at_once: None
 ) -> None:
-    over = threading.Event()
     online: list[None] = []
-
-    class Deaf(Patient):
-        def run(self, session: Session) -> None:
-            self.running = True
-            over.wait(DEADLINE)
-
     async with scripted_pool(Scripted(ca)) as made, trio.open_nursery() as nursery:
 
         async def wait() -> None:
@@ -535,7 +540,24 @@ async def test_a_watcher_is_no_proof_that_the_server_is_there(
             await made.run(lose, repeat=False)
         await until(lambda: online)
         assert watcher.told
-        over.set()
+        watcher.free.set()
+
+
+@pytest.mark.trio
+async def test_a_watcher_does_not_hide_that_the_network_is_silent(
+    ca: CertificateAuthority, at_once: None, expected_log: ExpectedLog
+) -> None:
+    expected_log("offline: ")
+    server = Scripted(ca, before_tls=lambda _, number: number > 1 and server.closing.wait())
+    with server, trio.fail_after(DEADLINE):
+        async with pool(server, timeout=0.5) as made, trio.open_nursery() as nursery:
+            watcher = Deaf()
+            nursery.start_soon(made.watch, watcher, None)
+            await until(lambda: watcher.running)
+            with pytest.raises(ConnectionLost, match="did not answer within"):
+                await made.run(_nothing)
+            assert (made.state, watcher.told) == ("offline", True)
+            watcher.free.set()
 
 
 @pytest.mark.trio

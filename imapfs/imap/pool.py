@@ -565,7 +565,12 @@ class SessionPool:
         now = time.monotonic()
         beside = len(self._idle) + len(self._lent)
         answered = isinstance(error, (AuthenticationFailed, ServerBusy))
-        if beside and (answered or self._backoff.state(now) is State.ONLINE):
+        works = beside
+        if isinstance(error, ConnectionLost) and error.silent:
+            # Those who only listen have not noticed.
+            works -= len(self._watching) + len(self._leaving)
+            self._doubt_watchers()
+        if works and (answered or self._backoff.state(now) is State.ONLINE):
             # Beside connections that work it is their number that is refused, whatever the server says.
             log.info("no further connection, going on with %d: %s", beside, error)
             self._works()
