@@ -291,6 +291,9 @@ AT = {
 def fault(world: World, stage: Stage, what: str) -> Iterator[None]:
     """Have it go wrong once, or for as long as the block lasts where it is a matter of how."""
     proxy = world.proxy
+    connecting = stage.point in {"connect", "greeting"} or stage.command == b"AUTHENTICATE"
+    # The mount connects again by itself, perhaps before anybody asks for something.
+    times = None if connecting else 1
     match what:
         case "refuse":
             proxy.refuse()
@@ -299,10 +302,10 @@ def fault(world: World, stage: Stage, what: str) -> Iterator[None]:
         case "delay":
             proxy.latency = 0.15
         case "cut" | "close" | "half-close" | "corrupt" | "stall":
-            made = proxy.fault(stage.command, what, at=stage.point, after=stage.after)
+            made = proxy.fault(stage.command, what, at=stage.point, after=stage.after, times=times)
         case "alert":
-            made = proxy.fault(stage.command, ALERT, at=stage.point)
-    if stage.point in {"connect", "greeting"} or stage.command == b"AUTHENTICATE":
+            made = proxy.fault(stage.command, ALERT, at=stage.point, times=times)
+    if connecting:
         proxy.cut_all()
     try:
         yield
