@@ -237,8 +237,10 @@ class CacheError(ImapfsError):
         But not ENOENT, which would be understood of the file in the mount, or of its directory's end.
         """
         number = error.errno or cls.errno
-        if number in {errno.ENOENT, errno.ENOTDIR}:
+        if number == errno.ENOENT:
             return cls(f"{what}: it was deleted by another program: unmount, and mount again")
+        if number == errno.ENOTDIR:
+            return cls(f"{what}: {error.strerror}")
         made = cls(f"{what}: {os.strerror(number)}; free or repair that disk")
         made.errno = number
         return made

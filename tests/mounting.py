@@ -28,7 +28,10 @@ DEADLINE = 30.0
 """Seconds that anything else may take before it counts as broken."""
 
 _LOGGED = re.compile(r"^\S+ \S+ (WARNING|ERROR|CRITICAL) ")
-_ENDED = re.compile(r" offline: (\S+ refuses connections: |cannot reach \S+: Connection reset by peer)")
+_ENDED = re.compile(
+    r" offline: (\S+ refuses connections: |cannot reach \S+: Connection reset by peer"
+    r"|\S+ did not greet as an IMAP server: .*EOF)"
+)
 """What a mount says whose server has ended before it: nothing that a test could have meant otherwise."""
 
 

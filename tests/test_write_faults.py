@@ -566,8 +566,10 @@ def test_a_directory_renamed_while_an_edit_in_it_is_sent(user: Account, mount: M
         with open(mounted.path / source / name, "ab") as file:
             file.write(b"edited\n")
         os.rename(mounted.path / source, mounted.path / target)
-        fault.wait_hit()
         drain(mounted)
+        # The server may end the connection before it answers, as what was selected has another name.
+        assert fault.hits or point == "answer"
+        fault.cancel()
     mounted.unmount()
     once = OLD.content + b"edited\r\n"
     assert of(user) == {"Work": [once + b"edited\r\n"], "Trash": sorted([OLD.content, once])}
