@@ -655,8 +655,12 @@ async def _run(
                 nursery.start_soon(announcer.run)
                 nursery.start_soon(feed.serve)
                 observer.live()
-                # With fewer, a task would be begun and ended for almost every request.
-                await pyfuse3.main(min_tasks=_TASKS)
+                try:
+                    # With fewer, a task would be begun and ended for almost every request.
+                    await pyfuse3.main(min_tasks=_TASKS)
+                except* ConnectionAbortedError:
+                    # By who may write to /sys/fs/fuse/connections; some kernels say so at any unmount.
+                    log.info("the kernel has ended the connection")
                 nursery.cancel_scope.cancel()
         finally:
             pyfuse3.close(unmount=True)
