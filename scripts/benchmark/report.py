@@ -71,6 +71,8 @@ def show(results: Sequence[Result], about: dict[str, str], console: Console) -> 
             verdict = Text("failed: " + result.error, style="bold red")
         else:
             verdict = Text("met", style="green") if result.met else Text("not met", style="bold yellow")
+            if result.row.limit and not result.met:
+                verdict.append(f": {result.row.limit}", style="not bold default")
         table.add_row(what, *_figures(result), verdict)
     console.print(table)
     console.print(Text(", ".join(f"{name} {value}" for name, value in about.items()), style="dim"))

@@ -40,6 +40,8 @@ class Row:
     goal: float
     unit: str
     measure: Measure
+    limit: str = ""
+    """What keeps it from its goal, where that is known, and how it was found."""
 
 
 ROWS: dict[str, Row] = {}
@@ -47,7 +49,7 @@ ROWS: dict[str, Row] = {}
 
 
 def row(
-    name: str, title: str, *, goal: float, peer: str = "", unit: str = "x"
+    name: str, title: str, *, goal: float, peer: str = "", unit: str = "x", limit: str = ""
 ) -> Callable[[Measure], Measure]:
     """Make the decorated function a row: it yields a `Sample` for each repetition.
 
@@ -55,7 +57,7 @@ def row(
     """
 
     def register(measure: Measure) -> Measure:
-        ROWS[name] = Row(name, title, peer, goal, unit, measure)
+        ROWS[name] = Row(name, title, peer, goal, unit, measure, limit)
         return measure
 
     return register
@@ -103,6 +105,7 @@ class Result:
             "unit": self.row.unit,
             "goal": self.row.goal,
             "met": self.met,
+            "limit": None if self.met else self.row.limit or None,
             "error": self.error,
             "seconds": round(self.seconds, 1),
             "samples": [sample.as_json() for sample in self.samples],
