@@ -15,7 +15,7 @@ class GeneratedFiles(BuildHookInterface[Any]):
         """Write the files, and say where they go below the prefix of an installation."""
         sys.path.insert(0, self.root)
         try:
-            from imapfs.manual import generated
+            from imapfs.cli.manual import generated
         finally:
             sys.path.remove(self.root)
         self._directory = tempfile.TemporaryDirectory(prefix="imapfs-build-")

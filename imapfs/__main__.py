@@ -1,3 +1,3 @@
-from imapfs.cli import main
+from imapfs.cli.main import main
 
 main()

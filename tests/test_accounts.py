@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imapfs import config
-from imapfs.accounts import add, check_name
+from imapfs.account import config
+from imapfs.account.file import add, check_name
 from imapfs.errors import UsageError
 
 ENTRY = {"host": "imap.example.org", "user": "alice"}

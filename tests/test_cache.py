@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from imapfs.bodies import SMALL, BodyStore, Spool
-from imapfs.cache import Cache, Directory, NewMessage, Node
 from imapfs.errors import CacheError
 from imapfs.model import ROOT, Ino, ModSeq, Uid, UidValidity
+from imapfs.store.bodies import SMALL, BodyStore, Spool
+from imapfs.store.cache import Cache, Directory, NewMessage, Node
 from tests.conftest import ExpectedLog
 
 DATE = 1_700_000_000
@@ -279,7 +279,7 @@ def test_two_packs_that_are_lent_are_different_ones(cache: Cache) -> None:
 
 
 def test_full_pack_is_lent_no_more(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imapfs.bodies._PACK", 8192)
+    monkeypatch.setattr("imapfs.store.bodies._PACK", 8192)
     store = BodyStore(cache, 1 << 30)
     nodes = [
         keep(cache, store, ino, b"x" * 5000)

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from imapfs import check, machine
-from imapfs.check import Finding
+from imapfs.cli.check import steps as check
+from imapfs.cli.check.steps import Finding
+from imapfs.daemon import preflight as machine
 from imapfs.errors import CredentialError
 from imapfs.model import Account as Address
 from imapfs.model import CredentialProvider, MountConfig, Secret

@@ -22,7 +22,7 @@ import trio
 
 from imapfs import __version__, mounts
 from imapfs.errors import AuthenticationFailed, ImapfsError
-from imapfs.fuse import Observer
+from imapfs.kernel.adapter import Observer
 from imapfs.model import CredentialProvider, MountConfig
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,7 @@ SOURCE = "imaps://alice@mail.example.org"
 DEADLINE = 20.0
 
 
-# ---- The stand-in for imapfs.fuse; it runs in the child processes
+# ---- The stand-in for imapfs.kernel.adapter; it runs in the child processes
 
 
 class EmptyMailbox(pyfuse3.Operations):
@@ -65,8 +65,8 @@ class EmptyMailbox(pyfuse3.Operations):
 
 
 def serve(config: MountConfig, credentials: CredentialProvider, observer: Observer) -> None:
-    """What imapfs.fuse.serve promises, or one of the ways to break it that STAND_IN names."""
-    log = logging.getLogger("imapfs.fuse")
+    """What imapfs.kernel.adapter.serve promises, or one of the ways to break it that STAND_IN names."""
+    log = logging.getLogger("imapfs.kernel.adapter")
     password = credentials.get()
     log.info("first\nsecond \x1b[31m %s", password)
     log.debug("a detail")
@@ -122,10 +122,10 @@ def serve(config: MountConfig, credentials: CredentialProvider, observer: Observ
 
 
 def run_with_stand_in() -> None:
-    module = types.ModuleType("imapfs.fuse")
+    module = types.ModuleType("imapfs.kernel.adapter")
     module.serve = serve  # type: ignore[attr-defined]
-    sys.modules["imapfs.fuse"] = module
-    from imapfs.cli import main
+    sys.modules["imapfs.kernel.adapter"] = module
+    from imapfs.cli.main import main
 
     main()
 
@@ -258,7 +258,7 @@ def test_login_is_for_accounts_with_oauth(cli: Cli) -> None:
 
 
 def test_mount_has_exactly_these_options() -> None:
-    from imapfs.cli import mount
+    from imapfs.cli.main import mount
 
     assert {name for option in mount.params for name in option.opts if name.startswith("-")} == {
         *("--password-command", "--password-file", "--token-command", "--all", "--auth"),
@@ -358,7 +358,7 @@ def test_log_that_cannot_be_written_is_refused(cli: Cli) -> None:
 def test_refusal_of_the_background_process_is_shown_and_logged(cli: Cli) -> None:
     line = cli.refusal(*cli.mount_arguments(), stand_in="refuse")
     assert line == "imapfs: the server does not want this; ask it nicely"
-    assert "ERROR imapfs.daemon: the server does not want this" in cli.log.read_text()
+    assert "ERROR imapfs.daemon.background: the server does not want this" in cli.log.read_text()
 
 
 def test_bug_is_one_line_and_the_traceback_is_in_the_log(cli: Cli) -> None:
@@ -412,13 +412,13 @@ def test_foreground_serves_until_unmounted(cli: Cli) -> None:
         assert cli.run("umount", cli.mountpoint).returncode == 0
         _, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 0
-    assert "INFO imapfs.fuse: first" in err
+    assert "INFO imapfs.kernel.adapter: first" in err
 
 
 def test_log_is_private_has_one_line_for_an_event_and_no_password(cli: Cli) -> None:
     cli.mount()
     text = cli.log.read_text()
-    assert "INFO imapfs.fuse: first\\nsecond \\x1b[31m Secret(...)\n" in text
+    assert "INFO imapfs.kernel.adapter: first\\nsecond \\x1b[31m Secret(...)\n" in text
     assert "a detail" not in text
     assert SECRET not in text
     assert stat.S_IMODE(cli.log.stat().st_mode) == 0o600
@@ -426,7 +426,7 @@ def test_log_is_private_has_one_line_for_an_event_and_no_password(cli: Cli) -> N
 
 def test_verbose_logs_details(cli: Cli) -> None:
     cli.mount("-v")
-    assert "DEBUG imapfs.fuse: a detail" in cli.log.read_text()
+    assert "DEBUG imapfs.kernel.adapter: a detail" in cli.log.read_text()
 
 
 def test_log_goes_to_the_xdg_directory_by_default(cli: Cli) -> None:

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imapfs import config
+from imapfs.account import config
+from imapfs.account.oauth import PROVIDERS
+from imapfs.account.settings import OAUTH_SETTINGS, SETTINGS
 from imapfs.errors import UsageError
 from imapfs.model import Account
-from imapfs.oauth import PROVIDERS
-from imapfs.settings import OAUTH_SETTINGS, SETTINGS
 
 
 @pytest.mark.parametrize(

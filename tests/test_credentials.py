@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from imapfs import credentials, keystore
-from imapfs.credentials import CredentialSources, resolve
+from imapfs.account import credentials
+from imapfs.account import keyring as keystore
+from imapfs.account.credentials import CredentialSources, resolve
 from imapfs.errors import CredentialError
 from imapfs.model import Account, Secret
 from tests.mounting import ROOT
@@ -240,7 +241,8 @@ def test_missing_keyring_library_counts_as_not_found(tmp_path: Path, monkeypatch
 def test_terminal_is_asked_without_echo(typed: bytes, code: int) -> None:
     script = f"""
 import sys
-from imapfs import credentials, errors, model
+from imapfs import errors, model
+from imapfs.account import credentials
 try:
     found = credentials.resolve(model.Account("h", "alice"), credentials.CredentialSources())
 except errors.CredentialError:

@@ -8,10 +8,10 @@ from pathlib import Path
 import dns.resolver
 import pytest
 
-from imapfs import discovery, providers
-from imapfs.discovery import Found, Settings, discover, parse_address, parse_autoconfig
+from imapfs.account import discovery, providers
+from imapfs.account.discovery import Found, Settings, discover, parse_address, parse_autoconfig
+from imapfs.account.oauth import PROVIDERS
 from imapfs.errors import UsageError
-from imapfs.oauth import PROVIDERS
 from tests.servers.domain import Domain, Page
 from tests.servers.tls import CertificateAuthority
 

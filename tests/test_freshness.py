@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from imapfs.freshness import Freshness
 from imapfs.model import ROOT, Ino
+from imapfs.sync.freshness import Freshness
 
 BOX = Ino(7)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from imapfs import mounts
+from imapfs.cli.fstab import become, translate
 from imapfs.errors import UsageError
-from imapfs.fstab import become, translate
 from tests.mounting import DEADLINE, ROOT, Mount, Mounter, wait_until
 from tests.servers.dovecot import Account
 
@@ -68,7 +68,7 @@ def test_user_whose_mount_it_is() -> None:
 
 def mount_imapfs(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from imapfs.fstab import main; main()", *arguments],
+        [sys.executable, "-c", "from imapfs.cli.fstab import main; main()", *arguments],
         env={"PYTHONPATH": str(ROOT), "HOME": str(home), "PATH": os.environ["PATH"]},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -110,7 +110,7 @@ by_root = pytest.mark.skipif(
 @contextmanager
 def helper_in_place() -> Iterator[None]:
     # mount(8) hands its environment to a helper as it is.
-    command = f'{sys.executable} -c "from imapfs.fstab import main; main()" "$@"'
+    command = f'{sys.executable} -c "from imapfs.cli.fstab import main; main()" "$@"'
     HELPER.write_text(f"#!/bin/sh\nPYTHONPATH={ROOT} exec {command}\n")
     try:
         HELPER.chmod(0o755)

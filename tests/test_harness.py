@@ -196,7 +196,7 @@ def test_server_runs_without_privileges_and_logs_no_warning(ca: CertificateAutho
 
 def test_expected_warning_passes(expected_log: ExpectedLog) -> None:
     expected_log("disk .* full")
-    logging.getLogger("imapfs.cache").warning("the disk is full")
+    logging.getLogger("imapfs.store.cache").warning("the disk is full")
 
 
 def test_stray_warning_and_unmet_expectation_are_complaints() -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import click
 import pytest
 
-from imapfs import manual
-from imapfs.cli import commands
-from imapfs.fstab import helper
-from imapfs.settings import OAUTH_SETTINGS, SETTINGS
+from imapfs.account.settings import OAUTH_SETTINGS, SETTINGS
+from imapfs.cli import manual
+from imapfs.cli.fstab import helper
+from imapfs.cli.main import commands
 from tests.mounting import DEADLINE, ROOT, Mounter
 from tests.servers.dovecot import Account
 
@@ -55,7 +55,7 @@ def test_readme_has_each_option_of_mount_as_help_has_it() -> None:
 
 def test_no_command_declares_an_option_that_the_table_of_settings_has() -> None:
     flags = {f"--{setting.key}" for setting in SETTINGS} | {setting.flag for setting in SETTINGS}
-    tree = ast.parse((ROOT / "imapfs/cli.py").read_text())
+    tree = ast.parse((ROOT / "imapfs/cli/main.py").read_text())
     declared = {
         argument.value
         for call in ast.walk(tree)

@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from imapfs import consent, credentials, keystore, oauth, webform
+from imapfs.account import consent, credentials, oauth
+from imapfs.account import keyring as keystore
+from imapfs.account import post as webform
 from imapfs.errors import AuthenticationFailed, CredentialError, CredentialUnavailable, NoMechanism
 from imapfs.imap.connect import tls_context
 from imapfs.imap.session import Session
@@ -281,7 +283,7 @@ def test_process_that_asks_the_keyring_ends_without_its_parent(kept: Path) -> No
     kept.unlink()
     os.mkfifo(kept)
     asked = json.dumps([0.1, {"service": "imapfs", "url": "u"}])
-    command = [sys.executable, "-P", "-m", "imapfs.keystore"]
+    command = [sys.executable, "-P", "-m", "imapfs.account.keyring"]
     done = subprocess.run(command, input=asked.encode(), capture_output=True, timeout=DEADLINE)
     assert done.returncode == -signal.SIGALRM
 

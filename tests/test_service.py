@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from imapfs import systemd
+from imapfs.daemon import systemd
 from tests.mounting import Mounter, wait_until
 from tests.servers.dovecot import Account
 from tests.test_cli import DEADLINE, ROOT, SOURCE, Cli
@@ -86,8 +86,9 @@ def test_journal_gets_a_line_with_a_priority_for_each_record(cli: Cli) -> None:
         cli.extra = {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
         subprocess.run(command, env=cli.environment("break"), stderr=stream, timeout=DEADLINE)
     lines = journal.read_text().splitlines()
-    assert lines[0] == "<6>imapfs.fuse: first\\nsecond \\x1b[31m Secret(...)"
-    assert re.fullmatch(r"<3>imapfs.daemon: internal error\\nTraceback .*RuntimeError: a bug", lines[1])
+    assert lines[0] == "<6>imapfs.kernel.adapter: first\\nsecond \\x1b[31m Secret(...)"
+    bug = r"<3>imapfs.daemon.background: internal error\\nTraceback .*RuntimeError: a bug"
+    assert re.fullmatch(bug, lines[1])
     assert lines[2].startswith("<3>imapfs: internal error: RuntimeError: a bug")
     assert len(lines) == 3
 

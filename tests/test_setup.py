@@ -15,10 +15,12 @@ from typing import cast
 import pytest
 from click.testing import CliRunner
 
-from imapfs import discovery, keystore, mounts, oauth, providers
-from imapfs.cli import commands
+from imapfs import mounts
+from imapfs.account import discovery, oauth, providers
+from imapfs.account import keyring as keystore
+from imapfs.account.providers import Provider
+from imapfs.cli.main import commands
 from imapfs.errors import ImapfsError
-from imapfs.providers import Provider
 from tests.mounting import wait_until
 from tests.servers.domain import Domain, Page, enter
 from tests.servers.dovecot import Account, Dovecot
@@ -43,7 +45,7 @@ def run() -> None:
         urls = {"authorize-url": f"{tokens}/authorize", "token-url": f"{tokens}/token", "scope": "mail"}
         cast(dict[str, object], oauth.PROVIDERS)["microsoft"] = urls
     enter()
-    from imapfs.cli import main
+    from imapfs.cli.main import main
 
     main()
 

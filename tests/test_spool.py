@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from imapfs.errors import CacheError
 from imapfs.model import ROOT, Ino
-from imapfs.spool import Attempt, Base, Draft, Spool
+from imapfs.store.spool import Attempt, Base, Draft, Spool
 from tests.conftest import ExpectedLog
 
 NAMES = st.binary(min_size=1, max_size=255)

@@ -11,13 +11,13 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imapfs.bodies import BodyStore
-from imapfs.cache import Body, Cache, Directory, NewMessage
 from imapfs.errors import MailboxGone, MessageGone
 from imapfs.imap.grammar import ListEntry
 from imapfs.model import ROOT, Ino, ModSeq, Uid
-from imapfs.operations import Journal, Operations
-from imapfs.sync import Changes, Synchroniser, plan_tree
+from imapfs.store.bodies import BodyStore
+from imapfs.store.cache import Body, Cache, Directory, NewMessage
+from imapfs.sync.operations import Journal, Operations
+from imapfs.sync.synchroniser import Changes, Synchroniser, plan_tree
 from tests import compare
 from tests.accounts import hide, pool, until
 from tests.conftest import ExpectedLog

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from imapfs import append, upload
 from imapfs.model import ROOT, Ino
-from imapfs.spool import Draft, Spool
+from imapfs.store.spool import Draft, Spool
+from imapfs.sync import append, upload
 
 
 @pytest.fixture

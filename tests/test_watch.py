@@ -19,14 +19,14 @@ import pytest
 import trio
 from pyfuse3 import FUSEError
 
-from imapfs import caller
-from imapfs.announce import Announcer
 from imapfs.errors import NotPermitted
-from imapfs.events import SOCKET, Event, Place, Stream, address
-from imapfs.feed import Feed
-from imapfs.fuse import Adapter
+from imapfs.fs.events import SOCKET, Event, Place, Stream, address
+from imapfs.fs.filesystem import Filesystem
+from imapfs.kernel import caller
+from imapfs.kernel.adapter import Adapter
+from imapfs.kernel.feed import Feed
+from imapfs.kernel.inotify import Announcer
 from imapfs.model import Ino, Uid
-from imapfs.vfs import Filesystem
 from tests.accounts import until
 from tests.compare import contents, served
 from tests.mail import plain

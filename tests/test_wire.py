@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from imapfs.cache import Cache, Directory, NewMessage
 from imapfs.errors import (
     AuthenticationFailed,
     CacheError,
@@ -20,6 +19,7 @@ from imapfs.errors import (
 )
 from imapfs.imap.grammar import FetchData, number, parse_fetch, parse_sequence_set
 from imapfs.model import ModSeq, Uid, UidValidity
+from imapfs.store.cache import Cache, Directory, NewMessage
 from tests.accounts import session
 from tests.mail import plain
 from tests.servers.scripted import Scripted

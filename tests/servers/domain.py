@@ -1,6 +1,6 @@
 """The public face of a mail domain, on the loopback: its name server, its web server, and where names lead.
 
-What listens is started by `Domain` and ends with it. `Domain.network` is the way of `imapfs.discovery` to it;
+What listens is started by `Domain` and ends with it. `Domain.network` is the way of `discovery` to it;
 `enter` leads a process of its own there, for tests of the whole command.
 """
 
@@ -26,7 +26,7 @@ import dns.rdatatype
 import dns.resolver
 import dns.rrset
 
-from imapfs import discovery
+from imapfs.account import discovery
 from tests.servers.account import DEADLINE
 from tests.servers.tls import CertificateAuthority
 

@@ -1,0 +1,157 @@
+"""``mount.imapfs``: what mount(8) runs for ``mount -t imapfs`` and for such a line of fstab(5).
+
+All of it is for ``imapfs mount`` to do; here its options are translated from those of mount(8), and its exit
+codes into them. A mount that root makes for somebody (``setuid=NAME``, as mount.fuse3(8) has it) is made by
+that user, with that user's configuration, keyring and cache.
+"""
+
+import os
+import pwd
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final, NamedTuple, NoReturn
+
+import click
+
+from imapfs.account.settings import SETTINGS
+from imapfs.cli import main as cli
+from imapfs.cli.parameters import DIRECTORY, SOURCE
+from imapfs.errors import UsageError
+
+_EXIT_CODES: Final = {0: 0, 1: 32, 2: 1, 3: 32, 130: 8}
+"""mount(8): 1 for wrong usage, 8 for an interruption by the user, 32 for a failed mount."""
+_KEYS: Final = {setting.key: setting for setting in SETTINGS if setting.flag.startswith("--")}
+
+
+class Translation(NamedTuple):
+    arguments: list[str]
+    """Options of ``imapfs mount``."""
+    user: str | None
+    """Name or number of the user whose mount it is; None for who asks for it."""
+
+
+def translate(options: str, *, sloppy: bool = False) -> Translation:
+    """What mount options mean: those of ``imapfs mount -o``, keys of the configuration file, a user.
+
+    A value with a comma is written in double quotes, as mount(8) wants it. ``sloppy`` ignores what nobody
+    knows, which else raises UsageError.
+    """
+    from imapfs.account import config
+
+    arguments: list[str] = []
+    user = None
+    for text in re.findall(r'(?:[^,"]|"[^"]*(?:"|$))+', options):
+        name, equals, value = text.replace('"', "").partition("=")
+        setting = _KEYS.get(name)
+        if setting is not None:
+            if bool(equals) == (setting.kind == "flag"):
+                raise UsageError(f"mount option {name}: write {_written(name)}")
+            arguments.append(f"--{name}={value}" if equals else f"--{name}")
+        elif name in ("setuid", "uid") and value:
+            user = value
+        elif name == "remount":
+            raise UsageError(
+                "a mount cannot be changed: unmount it and mount it again with the other options"
+            )
+        elif name != "user":  # mount(8) may add =NAME to that
+            try:
+                config.sort_fuse_options([text])
+            except UsageError as error:
+                if sloppy:
+                    continue
+                others = ", ".join(["setuid=USER", *(_written(key) for key in _KEYS)])
+                raise UsageError(f"{error}, {others}") from None
+            arguments += ["-o", text]
+    return Translation(arguments, user)
+
+
+def _written(key: str) -> str:
+    setting = _KEYS[key]
+    return key if setting.kind == "flag" else f"{key}={setting.shown_value}"
+
+
+def become(name: str) -> None:
+    """Go on as the user ``name`` (or number), in the environment of that user. Raises UsageError."""
+    try:
+        user = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
+    except KeyError:
+        raise UsageError(f"mount option setuid={name}: there is no such user") from None
+    if user.pw_uid == os.geteuid():
+        return
+    try:
+        os.initgroups(user.pw_name, user.pw_gid)
+        os.setgid(user.pw_gid)
+        os.setuid(user.pw_uid)
+    except PermissionError:
+        raise UsageError(f"mount option setuid={name}: only root may mount for somebody else") from None
+    for variable in [key for key in os.environ if key.startswith(("XDG_", "DBUS_"))]:
+        del os.environ[variable]
+    os.environ |= {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name, "SHELL": user.pw_shell}
+    # The keyring is reached through the bus of that user's session, if there is one.
+    runtime = Path(f"/run/user/{user.pw_uid}")
+    if runtime.is_dir():
+        os.environ["XDG_RUNTIME_DIR"] = str(runtime)
+        os.environ["DBUS_SESSION_BUS_ADDRESS"] = f"unix:path={runtime}/bus"
+
+
+@click.command()
+@click.argument("source", type=SOURCE)
+@click.argument("mountpoint", type=DIRECTORY)
+@click.option("-o", "options", metavar="OPTION,...", multiple=True, help="Mount options, as said above.")
+@click.option("-s", "sloppy", is_flag=True, help="Ignore options that are not known.")
+@click.option("-f", "fake", is_flag=True, help="Only look whether the options are right.")
+@click.option("-n", "no_mtab", is_flag=True, help="Does nothing: there is no /etc/mtab to write.")
+@click.option("-v", "verbose", count=True, help="Log details.")
+@click.option("-t", "fstype", metavar="TYPE", help="Does nothing: there is one type.")
+@click.option("-N", "namespace", metavar="NAMESPACE", help="Refused: another mount namespace is not entered.")
+def helper(
+    source: str,
+    mountpoint: Path,
+    options: Iterable[str],
+    sloppy: bool,
+    fake: bool,
+    verbose: int,
+    namespace: str | None,
+    **_: object,
+) -> None:
+    """Mount SOURCE on MOUNTPOINT as 'imapfs mount' does; for mount(8), which runs it as /sbin/mount.imapfs.
+
+    Options are those of 'imapfs mount -o', setuid=USER (for root: it is that user's mount), and the keys of
+    imapfs.toml(5), such as password-file=FILE. A value with a comma goes in double quotes.
+    """
+    if namespace is not None:
+        raise UsageError(
+            f"cannot mount in another namespace: run nsenter --mount={namespace} and mount there"
+        )
+    if source.startswith("/"):
+        # mount(8) makes a path of an account's name if there is a file of that name where it is called.
+        source = Path(source).name
+    arguments, user = translate(",".join(options), sloppy=sloppy)
+    if user is not None:
+        become(user)
+    if fake or _is_mounted(source, mountpoint):
+        return
+    arguments += ["-v"] * verbose
+    try:
+        cli.commands.main(["mount", *arguments, "--", source, str(mountpoint)], standalone_mode=False)
+    except click.UsageError as error:
+        raise UsageError(error.format_message()) from None
+
+
+def _is_mounted(source: str, mountpoint: Path) -> bool:
+    """``mount -a`` asks again for what it does not recognise by its source."""
+    from imapfs import mounts
+    from imapfs.account import config
+
+    there = mounts.mount_at(mountpoint)
+    if there is None or there.fstype != mounts.FSTYPE:
+        return False
+    account = config.resolve(source, mountpoint, {}, config.default_path()).mount.account
+    return there.source == account.url
+
+
+def main() -> NoReturn:
+    """Run as ``mount.imapfs`` and exit."""
+    sys.exit(_EXIT_CODES[cli.run(helper, "mount.imapfs")])

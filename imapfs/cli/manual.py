@@ -1,0 +1,311 @@
+"""The manual pages and the shells' completion, made from the commands and the table of settings.
+
+Run when the package is built (``hatch_build.py``); nothing of what it makes is kept in the sources.
+"""
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Final
+
+import click
+from click.shell_completion import get_completion_class
+
+from imapfs import __version__
+from imapfs.account.settings import OAUTH_SETTINGS, SETTINGS, Setting
+from imapfs.cli.fstab import helper
+from imapfs.cli.main import commands
+
+_COMPLETIONS: Final = {
+    "bash": "share/bash-completion/completions/imapfs",
+    "zsh": "share/zsh/site-functions/_imapfs",
+    "fish": "share/fish/vendor_completions.d/imapfs.fish",
+}
+
+
+def generated() -> dict[str, str]:
+    """The text of each file, by its path below the prefix of an installation."""
+    return {
+        "share/man/man1/imapfs.1": imapfs_1(),
+        "share/man/man5/imapfs.toml.5": imapfs_toml_5(),
+        "share/man/man8/mount.imapfs.8": mount_imapfs_8(),
+        **{path: completion(shell) for shell, path in _COMPLETIONS.items()},
+    }
+
+
+def completion(shell: str) -> str:
+    """The script that makes ``shell`` ask ``imapfs`` how a line goes on."""
+    found = get_completion_class(shell)
+    if found is None:
+        raise ValueError(f"click knows nothing of {shell}")
+    return found(commands, {}, "imapfs", "_IMAPFS_COMPLETE").source()
+
+
+# ---- roff, as man(7) describes it
+
+
+def _text(text: str) -> str:
+    """``text`` so that it comes out as it is: no character of it is a request or typographic."""
+    for char, escape in (
+        ("\\", r"\e"),
+        ("-", r"\-"),
+        ("'", r"\(aq"),
+        ("`", r"\(ga"),
+        ("^", r"\(ha"),
+        ("~", r"\(ti"),
+    ):
+        text = text.replace(char, escape)
+    return "\n".join(rf"\&{line}" if line.startswith(".") else line for line in text.splitlines())
+
+
+def _argument(text: str) -> str:
+    """``text`` as one argument of a macro."""
+    return '"' + _text(text).replace('"', r"\(dq") + '"'
+
+
+def _section(title: str, *parts: str) -> str:
+    return "\n".join([f".SH {_argument(title)}", *parts])
+
+
+def _paragraphs(text: str) -> str:
+    """Paragraphs between empty lines; one that is indented, or begins with click's mark, keeps its lines."""
+    blocks = []
+    for block in re.split(r"\n\s*\n", inspect.cleandoc(text)):
+        if block.startswith(("    ", "\b")):
+            lines = inspect.cleandoc(block.removeprefix("\b\n")).splitlines()
+            blocks.append("\n".join([".PP", ".RS 4", ".nf", *map(_text, lines), ".fi", ".RE"]))
+        else:
+            blocks.append(".PP\n" + _text(" ".join(block.split())))
+    # The first follows a title, which begins a paragraph by itself.
+    return "\n".join(blocks).removeprefix(".PP\n")
+
+
+def _item(term: str, *paragraphs: str) -> str:
+    first, *more = [_text(one) for one in paragraphs if one]
+    return "\n".join([".TP", f".B {_argument(term)}", first, *(f".IP\n{one}" for one in more)])
+
+
+def _page(name: str, section: int, brief: str, *sections: str) -> str:
+    title = f'.TH {_argument(name.upper())} {section} "" {_argument(f"imapfs {__version__}")} "imapfs"'
+    # Text and names of options are easier to read, and to look for, without hyphens at the ends of lines.
+    return "\n".join(
+        [title, ".nh", ".ad l", _section("NAME", rf"{_text(name)} \- {_text(brief)}"), *sections, ""]
+    )
+
+
+# ---- Commands
+
+
+def _usage(command: click.Command, name: str) -> str:
+    context = click.Context(command, info_name=name)
+    return " ".join([name, *command.collect_usage_pieces(context)])
+
+
+def _options(command: click.Command, name: str) -> str:
+    context = click.Context(command, info_name=name)
+    records = [param.get_help_record(context) for param in command.params]
+    return "\n".join(
+        _item(term, " ".join(meaning.split())) for term, meaning in filter(None, records) if meaning
+    )
+
+
+def _leaves(group: click.Group, name: str) -> Iterator[tuple[str, click.Command]]:
+    for sub in group.commands.values():
+        full = f"{name} {sub.name}"
+        if isinstance(sub, click.Group):
+            yield from _leaves(sub, full)
+        elif not sub.hidden:
+            yield full, sub
+
+
+def _command(name: str, command: click.Command) -> str:
+    return "\n".join(
+        [f".SS {_argument(_usage(command, name))}", _paragraphs(command.help or ""), _options(command, name)]
+    ).rstrip("\n")
+
+
+def imapfs_1() -> str:
+    usages = [_usage(command, name) for name, command in _leaves(commands, "imapfs")]
+    return _page(
+        "imapfs",
+        1,
+        "mount an IMAP account as a directory",
+        _section("SYNOPSIS", ".nf", *map(_text, usages), ".fi"),
+        _section("DESCRIPTION", _paragraphs(f"{commands.help}\n\n{_DESCRIPTION}")),
+        _section("COMMANDS", *(_command(name, command) for name, command in _leaves(commands, "imapfs"))),
+        _section("EXIT STATUS", *(_item(code, meaning) for code, meaning in _EXIT_CODES)),
+        _section("ENVIRONMENT", *(_item(name, meaning) for name, meaning in _ENVIRONMENT)),
+        _section("FILES", *(_item(path, meaning) for path, meaning in _FILES)),
+        _section("EXAMPLES", _paragraphs(_EXAMPLES)),
+        _section("SEE ALSO", _text("imapfs.toml(5), mount.imapfs(8), fusermount3(1), getfattr(1)")),
+    )
+
+
+_DESCRIPTION: Final = """
+Every program that can open a file can work with mail: ls, grep, find, rsync, an editor, a file manager.
+Moving, deleting, tagging and saving files does the same to the messages on the server. Reading never changes
+anything there.
+
+A file that is closed is safe: on the server, or in a spool on disk that survives crashes and is sent later,
+once.
+"""
+_EXIT_CODES: Final = (
+    ("0", "Done."),
+    ("1", "Failed; one line on the standard error says of what, and what to do."),
+    ("2", "Wrong usage."),
+    (
+        "3",
+        "The server refused the login, or no password or token was to be had. No service should try again by "
+        "itself.",
+    ),
+    ("130", "Interrupted."),
+)
+_ENVIRONMENT: Final = (
+    ("XDG_CONFIG_HOME, XDG_CACHE_HOME, XDG_STATE_HOME", "Where the files below are instead of in ~."),
+    (
+        "CREDENTIALS_DIRECTORY",
+        "Set by systemd: has passwords in files called like the account, or else imapfs.",
+    ),
+    (
+        "NOTIFY_SOCKET, JOURNAL_STREAM",
+        "Set by systemd: with --foreground it is told how the mount is, and the log goes to the journal line "
+        "by line, with priorities.",
+    ),
+)
+_FILES: Final = (
+    ("~/.config/imapfs/config.toml", "Accounts by name, see imapfs.toml(5)."),
+    (
+        "~/.cache/imapfs/",
+        "The cache. It can be deleted while nothing is mounted, except for spool directories with files in "
+        "them: no server has these messages.",
+    ),
+    ("~/.local/state/imapfs/log/", "The log of each mount that is in the background."),
+    ("~/.local/share/systemd/user/imapfs@.service", "Mounts an account when you log in."),
+)
+_EXAMPLES: Final = """
+Mount an account, look at it, unmount it:
+
+    imapfs mount imaps://alice%40example.org@imap.example.org ~/mail
+    ls -l ~/mail/INBOX
+    imapfs umount ~/mail
+
+Give an account a name, from nothing but its address, and see whether anything is in the way of mounting it:
+
+    imapfs setup --name work
+    imapfs check work
+
+Mount it at each login, on ~/mail/work, and now:
+
+    systemctl --user enable --now imapfs@work
+"""
+
+
+# ---- Settings
+
+
+_TYPES: Final = {
+    "text": "string",
+    "path": "path",
+    "directory": "path",
+    "size": 'string such as "500M" or "10GiB", or a number of bytes',
+    "integer": "whole number",
+    "number": "number",
+    "flag": "true or false",
+    "list": "string, or list of strings",
+    "table": "table",
+}
+
+
+def _setting(setting: Setting) -> str:
+    kind = " or ".join(f'"{choice}"' for choice in setting.choices) or _TYPES[setting.kind]
+    facts = [f"Value: {kind}."]
+    if setting.shown_default:
+        facts.append(f"Default: {setting.shown_default}.")
+    if setting.flag:
+        facts.append(f"Option: {setting.flag}.")
+    return _item(setting.key, setting.meaning, " ".join(facts))
+
+
+def imapfs_toml_5() -> str:
+    return _page(
+        "imapfs.toml",
+        5,
+        "the configuration file of imapfs",
+        _section("SYNOPSIS", _text("~/.config/imapfs/config.toml")),
+        _section("DESCRIPTION", _paragraphs(_TOML)),
+        _section("KEYS", *map(_setting, SETTINGS)),
+        _section("OAUTH", _paragraphs(_OAUTH), *map(_setting, OAUTH_SETTINGS)),
+        _section("EXAMPLE", _paragraphs(_TOML_EXAMPLE)),
+        _section("SEE ALSO", _text("imapfs(1), mount.imapfs(8)")),
+    )
+
+
+_TOML: Final = """
+A file in TOML (https://toml.io) that gives accounts a name. Each has a table of its own, [accounts.NAME], and
+is mounted with "imapfs mount NAME MOUNTPOINT". Options of the command line override what is written here.
+
+The keys host and user must be there. A relative path begins at the directory of the file. A password
+does not belong in this file: it comes from a command, from a file that nobody else can read, from a systemd
+credential of the account's name or else called imapfs, from the keyring, or from a prompt on the terminal.
+
+"imapfs setup" writes such tables, and "imapfs accounts" lists them.
+"""
+_OAUTH: Final = """
+The keys of the table [accounts.NAME.oauth]. There must be a client-id, and a provider or else token-url,
+scope and one of authorize-url and device-url. "imapfs login NAME" asks for the consent, which is kept in the
+keyring.
+"""
+_TOML_EXAMPLE: Final = """
+One account, whose password another program keeps:
+
+    [accounts.work]
+    host = "imap.example.org"
+    user = "alice@example.org"
+    password-command = "pass show mail/work"
+    connections = 8
+    options = "noatime"
+
+One with OAuth 2.0:
+
+    [accounts.office]
+    host = "outlook.office365.com"
+    user = "alice@example.org"
+
+    [accounts.office.oauth]
+    provider = "microsoft"
+    client-id = "00000000-0000-0000-0000-000000000000"
+"""
+
+
+# ---- mount(8)
+
+
+def mount_imapfs_8() -> str:
+    return _page(
+        "mount.imapfs",
+        8,
+        "mount an IMAP account with mount(8) or fstab(5)",
+        _section("SYNOPSIS", _text(_usage(helper, "mount.imapfs"))),
+        _section("DESCRIPTION", _paragraphs(f"{inspect.cleandoc(helper.help or '')}\n\n{_MOUNT}")),
+        _section("OPTIONS", _options(helper, "mount.imapfs")),
+        _section("EXAMPLES", _paragraphs(_MOUNT_EXAMPLES)),
+        _section("SEE ALSO", _text("imapfs(1), imapfs.toml(5), mount(8), fstab(5)")),
+    )
+
+
+_MOUNT: Final = """
+A mount belongs to who makes it, and only that user can look into it unless allow_other is given. With "user"
+in fstab(5) that is who calls mount; at boot it is root, unless setuid=USER says otherwise.
+
+At boot nobody is there to type a password: name a password-file, or an account that says where its password
+is. To unmount, "imapfs umount" also waits until everything is on the server; umount(8) does not.
+"""
+_MOUNT_EXAMPLES: Final = """
+A line of /etc/fstab with which alice can say "mount ~/mail":
+
+    work /home/alice/mail imapfs noauto,user 0 0
+
+One for which alice's mail is mounted at boot:
+
+    work /home/alice/mail imapfs setuid=alice,_netdev,nofail 0 0
+"""

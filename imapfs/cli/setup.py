@@ -1,0 +1,481 @@
+"""The walk of ``imapfs setup``: from an e-mail address to an account in the configuration file.
+
+What the command line leaves open is asked at the terminal; without one, or with --yes, the answer that would
+be proposed is taken, and where there is none the walk ends with the name of the option to give. A server is
+shown and confirmed before a password goes there, each login is one that the person asked for, and nothing is
+written before the end.
+"""
+
+import getpass
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import Final, cast
+from urllib.parse import quote
+
+import click
+
+from imapfs.account import config, consent, credentials, discovery
+from imapfs.account import file as accounts
+from imapfs.account import keyring as keystore
+from imapfs.account.config import Located
+from imapfs.account.credentials import CredentialSources
+from imapfs.account.discovery import Address, Network, Settings
+from imapfs.account.oauth import OAuthClient
+from imapfs.account.providers import Provider
+from imapfs.errors import AuthenticationFailed, CredentialError, ImapfsError, UsageError, one_line
+from imapfs.imap.connect import tls_context
+from imapfs.imap.session import Session
+from imapfs.model import DEFAULT_PORTS, AccessToken, Account, CredentialProvider, Secret, Security
+
+_CHECK_TIMEOUT: Final = 30.0
+"""Seconds to wait for the server while a consent is tried out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the command line says; None where it leaves the matter open."""
+
+    options: Mapping[str, object]
+    """Settings for the entry under the names that they have there, such as ``password-command``."""
+    name: str | None = None
+    address: str | None = None
+    host: str | None = None
+    port: int | None = None
+    security: Security | None = None
+    user: str | None = None
+    keyring: bool = False
+    """The password is, or shall be, in the keyring."""
+    prompt: bool = False
+    """The password is asked for at each mount."""
+    lookup: bool = True
+    test: bool = True
+    replace: bool = False
+    yes: bool = False
+
+
+def run(given: Given, path: Path, network: Network) -> None:
+    """Add an account to the configuration file ``path``. Raises ImapfsError, or click.Abort to stop."""
+    person = _Person(yes=given.yes)
+    address = _address(given, person)
+    name = _name(given, address, path, person)
+    server = _server(given, address, network, person)
+    credential: _Credential | None = None
+    while True:
+        located = config.locate(_url(server), given.options, path)
+        try:
+            if credential is None:
+                credential = _credential(given, path, name, located, server, person)
+            if given.test:
+                person.say(_try_out(located, credential.provider))
+            credential.keep(located.account)
+            break
+        except ImapfsError as error:
+            if not person.present:
+                raise
+            person.say(str(error))
+            if isinstance(error, AuthenticationFailed) and _hint(server.provider):
+                person.say(_hint(server.provider))
+        match person.choose("What now", _AFTER_FAILURE, "p"):
+            case "p":
+                credential = None
+                given = replace(given, options=_without_source(given.options), keyring=False, prompt=False)
+            case "s":
+                server = _edited(server, person)
+            case "w":
+                given = replace(given, test=False)
+            case "q":
+                raise click.Abort
+    accounts.add(
+        path,
+        name,
+        _entry(located, credential),
+        _comments(address, located.account, server, credential),
+        replace=given.replace,
+    )
+    person.say(f"{path} has the account {name} now; mount it on an empty directory: imapfs mount {name} DIR")
+
+
+_AFTER_FAILURE = {
+    "p": "try another password, or the same again",
+    "s": "change the settings",
+    "w": "add the account untested",
+    "q": "stop, and add nothing",
+}
+
+
+# ---- The person
+
+
+class _Person:
+    """Who answers, if there is somebody."""
+
+    def __init__(self, *, yes: bool) -> None:
+        self.present = sys.stdin.isatty() and sys.stdout.isatty()
+        self.asks = self.present and not yes
+        """Whether to ask also where there is something to propose."""
+        self._yes = yes
+
+    def say(self, text: str) -> None:
+        click.echo(one_line(text))
+
+    def ask(
+        self,
+        question: str,
+        option: str,
+        default: str | None,
+        check: Callable[[str], object] = str,
+        *,
+        insist: bool = False,
+    ) -> str:
+        """An answer that ``check`` does not refuse with a ValueError or an ImapfsError.
+
+        With ``insist`` the default is proposed in any case, as it has not led anywhere yet.
+        """
+
+        def refuse_or_take(text: str) -> str:
+            try:
+                check(text)
+            except (ValueError, ImapfsError) as error:
+                raise click.UsageError(one_line(str(error))) from None
+            return text
+
+        if self._yes and default is not None and not insist:
+            return default
+        if not self.present:
+            otherwise = "" if default is None else f", or --yes for {default!r}"
+            raise UsageError(f"there is no terminal to ask on: give {option}{otherwise}")
+        answer: str = click.prompt(question, default=default, value_proc=refuse_or_take)
+        return answer
+
+    def choose(self, question: str, choices: Mapping[str, str], default: str) -> str:
+        """The key of one of ``choices``. Only where the person is present."""
+        for key, meaning in choices.items():
+            self.say(f"  {key}  {meaning}")
+        answer: str = click.prompt(
+            question, default=default, type=click.Choice(list(choices)), show_choices=False
+        )
+        return answer
+
+    def agrees(self, question: str, *, default: bool = True) -> bool:
+        """The default where nobody is there to ask, or to be asked."""
+        return click.confirm(question, default=default) if self.asks else default
+
+    def password(self, account: Account) -> Secret:
+        if not self.present:
+            raise UsageError(
+                "there is no terminal to ask for the password on: give --password-command, --password-file "
+                "or --no-test"
+            )
+        while True:
+            try:
+                typed = getpass.getpass(f"Password for {account.url} (not shown): ")
+            except EOFError:
+                raise click.Abort from None
+            if typed:
+                return Secret(typed)
+
+
+# ---- Who, and where
+
+
+def _address(given: Given, person: _Person) -> Address | None:
+    """None where the command line names server and user, so that nothing depends on it."""
+    text = given.address
+    if text is None:
+        if given.host is not None and given.user is not None:
+            return None
+        text = person.ask("E-mail address", "--address", None, discovery.parse_address)
+    return discovery.parse_address(text)
+
+
+def _name(given: Given, address: Address | None, path: Path, person: _Person) -> str:
+    if given.name is not None:
+        accounts.check_name(path, given.name, replace=given.replace)
+        return given.name
+
+    def check(text: str) -> None:
+        accounts.check_name(path, text, replace=given.replace)
+
+    proposed = address.domain.partition(".")[0] if address is not None else None
+    if proposed is not None:
+        try:
+            check(proposed)
+        except UsageError:
+            proposed = None
+    return person.ask("Name of the account", "--name", proposed, check)
+
+
+def _server(given: Given, address: Address | None, network: Network, person: _Person) -> Settings:
+    """What the command line says, or else what is found and agreed to."""
+    if given.host is None:
+        assert address is not None
+        found = _found(given, address, network, person)
+    else:
+        security = given.security or "tls"
+        port = given.port or DEFAULT_PORTS[security]
+        user = given.user or str(address)
+        found = discovery.with_provider(Settings(given.host, port, security, user, "the command line"))
+    for key, value in (("host", found.host), ("user", found.user), ("port", found.port)):
+        try:
+            config.convert(key, value)
+        except ValueError as error:
+            raise UsageError(f"--{key}: {error}") from None
+    return found
+
+
+def _found(given: Given, address: Address, network: Network, person: _Person) -> Settings:
+    found = discovery.discover(address, None)
+    if found.provider is None and given.lookup:
+        person.say(f"looking for the server of {address.domain} (--no-lookup asks nobody)")
+        found = discovery.discover(address, network)
+    settings = [_overridden(given, one) for one in found.settings]
+    if settings:
+        return _chosen(settings, person) if person.asks else _accepted(given, settings[0])
+    hint = _hint(found.provider)
+    if not person.present:
+        raise UsageError(
+            f"no server was found for {address.domain}: {f'{hint}; ' if hint else ''}give --host"
+        )
+    person.say(f"no server was found for {address.domain}: {hint or 'your provider names it as IMAP server'}")
+    return _edited(Settings("", 993, "tls", given.user or str(address), "what was typed"), person)
+
+
+def _hint(provider: Provider | None) -> str:
+    """What the provider of a server wants of its users and where it says so; "" for nothing."""
+    if provider is None or provider.hint is None:
+        return ""
+    return f"{provider.hint} ({provider.page})" if provider.page else provider.hint
+
+
+def _overridden(given: Given, settings: Settings) -> Settings:
+    security = given.security or settings.security
+    usual = settings.port if security == settings.security else DEFAULT_PORTS[security]
+    return replace(settings, security=security, port=given.port or usual, user=given.user or settings.user)
+
+
+def _accepted(given: Given, settings: Settings) -> Settings:
+    """For where nobody is asked."""
+    if not given.yes:
+        raise UsageError(
+            f"{settings.host} was found (from {settings.found}), and there is no terminal to ask whether it "
+            "is right: give --yes or --host"
+        )
+    if settings.doubt is not None:
+        raise UsageError(f"{settings.doubt}; if so, give --host {settings.host}")
+    return settings
+
+
+def _chosen(found: list[Settings], person: _Person) -> Settings:
+    choices = {}
+    for number, one in enumerate(found, 1):
+        choices[str(number)] = f"{_shown(one)} (from {one.found})"
+    choices["e"] = "something else"
+    answer = person.choose("Server", choices, "1")
+    settings = found[0 if answer == "e" else int(answer) - 1]
+    if answer == "e":
+        return _edited(settings, person)
+    if settings.doubt is not None:
+        person.say(settings.doubt)
+        if not person.agrees(f"Is {settings.host} the right place for your password?", default=False):
+            return _edited(replace(settings, host=""), person)
+    if _hint(settings.provider):
+        person.say(_hint(settings.provider))
+    return settings
+
+
+def _shown(settings: Settings) -> str:
+    how = "TLS" if settings.security == "tls" else "STARTTLS"
+    return f"{settings.host}, port {settings.port}, {how}, user {settings.user}"
+
+
+def _edited(settings: Settings, person: _Person) -> Settings:
+    def ask(question: str, key: str, default: str) -> str:
+        def check(text: str) -> object:
+            return config.convert(key, int(text) if key == "port" and text.isdecimal() else text)
+
+        return person.ask(question, f"--{key}", default or None, check, insist=True)
+
+    host = ask("Server", "host", settings.host)
+    kinds: dict[str, Security] = {"tls": "tls", "starttls": "starttls"}
+    security = kinds[ask("Encryption (tls or starttls)", "security", settings.security)]
+    usual = settings.port if security == settings.security else DEFAULT_PORTS[security]
+    port = int(ask("Port", "port", str(usual)))
+    user = ask("User", "user", settings.user)
+    typed = Settings(str(config.convert("host", host)), port, security, user, "what was typed")
+    return discovery.with_provider(typed)
+
+
+def _url(server: Settings) -> str:
+    scheme = "imaps" if server.security == "tls" else "imap"
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    return f"{scheme}://{quote(server.user, safe='')}@{host}:{server.port}"
+
+
+# ---- With what
+
+
+@dataclass(frozen=True, slots=True)
+class _Credential:
+    provider: CredentialProvider | None
+    """None where nobody has said the password, which is then not tried."""
+    entry: Mapping[str, object] = field(default_factory=dict)
+    """The settings that say where to take it from."""
+    comment: str = ""
+    """For the entry; ``{url}`` is the account's."""
+    keep: Callable[[Account], None] = lambda _: None
+    """Puts it there, if it is not yet. Raises CredentialError."""
+
+
+def _without_source(options: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in options.items() if key not in config.SECRETS}
+
+
+def _credential(
+    given: Given, path: Path, name: str, located: Located, server: Settings, person: _Person
+) -> _Credential:
+    account = located.account
+    if any(key in given.options for key in config.SECRETS):
+        # In the entry with all other options.
+        return _Credential(credentials.resolve(account, located.credentials))
+    if account.auth == "external":
+        return _Credential(credentials.resolve(account, CredentialSources()))
+    if given.keyring:
+        return _from_keyring(account, person)
+    if given.prompt:
+        return _asked_each_time(given, account, person)
+    if not person.present:
+        raise UsageError(
+            "there is no terminal to ask on: give --password-command, --password-file, --token-command, "
+            "--keyring or --prompt"
+        )
+    choices = {
+        "k": "from the keyring (Secret Service), where it is put now",
+        "c": "a command prints it, such as 'pass show mail'",
+        "f": "from a file that only you can read",
+        "a": "asked for at each mount",
+        "o": "no password but OAuth 2.0, with your consent in a browser",
+        "t": "no password but OAuth 2.0, a command prints the access token",
+    }
+    oauth = server.provider.oauth if server.provider is not None else None
+    if not keystore.works():
+        del choices["k"], choices["o"]
+    elif oauth is None:
+        del choices["o"]
+    person.say("Where does the password come from?")
+    usual = next(iter(choices)) if server.sign_in != "oauth" else "o" if "o" in choices else "t"
+    match person.choose("Password", choices, usual):
+        case "k":
+            return _from_keyring(account, person)
+        case "c":
+            command = person.ask("Command", "--password-command", None)
+            provider = credentials.resolve(account, CredentialSources(command=command))
+            return _Credential(provider, {"password-command": command})
+        case "f":
+            proposed = path.with_name(f"{name}.password")
+            return _from_file(person.ask("File", "--password-file", str(proposed)), account, person)
+        case "o":
+            assert oauth is not None
+            return _by_consent(oauth, name, account, person)
+        case "t":
+            command = person.ask("Command", "--token-command", None)
+            provider = credentials.resolve(account, CredentialSources(token_command=command))
+            return _Credential(provider, {"token-command": command})
+    return _asked_each_time(given, account, person)
+
+
+def _by_consent(provider: str, name: str, account: Account, person: _Person) -> _Credential:
+    """The refresh token goes into the keyring at once, as it is of use nowhere else.
+
+    The entry gets the client secret, if there is one, which is none where a program runs on everybody's own
+    machine (RFC 8252 section 8.5).
+    """
+    person.say("imapfs has no client id of its own: register one with the provider (the README says how)")
+    table = {"provider": provider, "client-id": person.ask("Client id", "--token-command", None)}
+    secret = person.ask("Client secret (empty for none)", "--token-command", "")
+    if secret:
+        table["client-secret"] = secret
+    client = cast(OAuthClient, config.convert("oauth", table))
+    here = client.device_url is None or person.agrees("Is there a browser on this machine")
+
+    def check(token: AccessToken) -> None:
+        Session.connect(account, token, tls_context(account), _CHECK_TIMEOUT).close()
+
+    consent.ask(client, account, person.say, device=not here, check=check)
+    sources = CredentialSources(oauth=client, name=name)
+    comment = f"To consent anew: imapfs login {name}"
+    return _Credential(credentials.resolve(account, sources), {"oauth": table}, comment)
+
+
+def _from_file(name: str, account: Account, person: _Person) -> _Credential:
+    path = Path.cwd() / Path(name).expanduser()
+    entry = {"password-file": str(path)}
+    if path.exists():
+        return _Credential(credentials.resolve(account, CredentialSources(file=path)), entry)
+    secret = person.password(account)
+    return _Credential(secret, entry, keep=lambda _: credentials.to_file(path, secret))
+
+
+def _from_keyring(account: Account, person: _Person) -> _Credential:
+    comment = f"The password is in the keyring; to change it: keyring set {keystore.PASSWORDS} {{url}}"
+    found = keystore.load(keystore.PASSWORDS, account.url)
+    if found is not None and person.agrees("Use the password that the keyring has for this account"):
+        return _Credential(found, comment=comment)
+    if not person.present:
+        raise CredentialError(
+            f"the keyring has no password for {account.url}: put it there with "
+            f"'keyring set {keystore.PASSWORDS} {account.url}'"
+        )
+    secret = person.password(account)
+    return _Credential(
+        secret, comment=comment, keep=lambda account: keystore.save(keystore.PASSWORDS, account.url, secret)
+    )
+
+
+def _asked_each_time(given: Given, account: Account, person: _Person) -> _Credential:
+    secret = person.password(account) if given.test else None
+    return _Credential(secret, comment="The password is asked for at each mount.")
+
+
+def _try_out(located: Located, provider: CredentialProvider | None) -> str:
+    """Log in once and look around; what to say about it. Raises ImapfsError."""
+    assert provider is not None
+    account = located.account
+    timeout = located.options["timeout"]
+    session = Session.connect(account, provider, tls_context(account), timeout)
+    try:
+        count = len(session.list_mailboxes())
+    finally:
+        session.close()
+    return f"logged in at {account.host} as {account.user}: {count} mailbox{'' if count == 1 else 'es'}"
+
+
+# ---- The entry
+
+
+def _entry(located: Located, credential: _Credential) -> dict[str, object]:
+    account = located.account
+    entry: dict[str, object] = {"host": account.host, "user": account.user}
+    if account.security != "tls":
+        entry["security"] = account.security
+    if account.port != DEFAULT_PORTS[account.security]:
+        entry["port"] = account.port
+    for key, value in {**located.given, **credential.entry}.items():
+        entry[key] = str(value) if isinstance(value, Path) else value
+    return entry
+
+
+def _comments(
+    address: Address | None, account: Account, server: Settings, credential: _Credential
+) -> list[str]:
+    today = date.today().isoformat()
+    comments = [
+        f"{address or server.user}; added by 'imapfs setup' on {today}, settings from {server.found}."
+    ]
+    if _hint(server.provider):
+        comments.append(_hint(server.provider))
+    if credential.comment:
+        comments.append(credential.comment.replace("{url}", account.url))
+    return [one_line(comment) for comment in comments]

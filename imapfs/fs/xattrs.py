@@ -1,0 +1,284 @@
+"""Extended attributes of a mounted account: what each means, read and written.
+
+Flags are ``user.imap.flags`` as a whole, ``user.imap.seen`` and the like one by one, and ``user.xdg.tags``,
+which file managers edit, for the keywords. The ``user.xdg.origin.*`` and ``user.mime_type`` names follow the
+freedesktop conventions.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Final
+
+from imapfs import __version__
+from imapfs.errors import Invalid, NoAttribute, NotPermitted, NotSupported
+from imapfs.fs.filesystem import MAX_AGE, Filesystem
+from imapfs.imap.grammar import format_iso
+from imapfs.imap.session import Session
+from imapfs.model import ROOT, Ino
+from imapfs.store.cache import Details, Mailbox
+from imapfs.store.spool import Draft
+from imapfs.sync.synchroniser import display_name
+
+STATUS: Final = b"user.imapfs.status"
+_SYSTEM_FLAGS: Final = {
+    b"user.imap.seen": "\\Seen",
+    b"user.imap.answered": "\\Answered",
+    b"user.imap.flagged": "\\Flagged",
+    b"user.imap.deleted": "\\Deleted",
+    b"user.imap.draft": "\\Draft",
+}
+_FLAGS: Final = b"user.imap.flags"
+_TAGS: Final = b"user.xdg.tags"
+_STATE: Final = b"user.imap.state"
+_MAILBOX_NUMBERS: Final = (
+    b"user.imap.uidvalidity",
+    b"user.imap.uidnext",
+    b"user.imap.messages",
+    b"user.imap.unseen",
+)
+_FLAG = re.compile(r"\\?[!#$&'+,\-./0-9:;<=>?@A-Z^_`a-z|~\[}]+")
+"""RFC 9051 section 9: flag-keyword is an atom; ``[`` and ``}`` are legal in one, ``]`` is not everywhere."""
+
+Change = Callable[[list[str]], tuple[set[str], set[str]]]
+"""From the flags that a message has: those to add and those to remove."""
+
+
+class Attributes:
+    """Reads and writes the extended attributes of one `Filesystem`.
+
+    ``inodes()`` is how many files and directories the kernel holds on to.
+    """
+
+    def __init__(self, fs: Filesystem, inodes: Callable[[], int]) -> None:
+        self._fs = fs
+        self._inodes = inodes
+
+    # -- reading -------------------------------------------------------------------------------------------
+
+    async def get(self, ino: Ino, name: bytes) -> bytes:
+        """The value of an attribute. Raises NoAttribute, or NotSupported outside ``user.``"""
+        if not name.startswith(b"user."):
+            raise NotSupported("only user attributes")
+        if ino == ROOT and name == STATUS:
+            return json.dumps(self.status()).encode()
+        if not name.startswith((b"user.imap.", b"user.xdg.", b"user.mime_type")):
+            raise NoAttribute("no such attribute")
+        found = self._file(ino)
+        if found is None:
+            found = await self._directory(ino, ask=name in _MAILBOX_NUMBERS)
+        try:
+            return found[name]
+        except KeyError:
+            raise NoAttribute("no such attribute") from None
+
+    def names(self, ino: Ino) -> list[bytes]:
+        """Names of the attributes, without asking the server."""
+        found = self._file(ino)
+        if found is not None:
+            return list(found)
+        names = [STATUS] if ino == ROOT else []
+        mailbox = self._fs.cache.mailbox(self._fs.node(ino).ino)
+        if mailbox is not None and mailbox.server_name is not None:
+            names += _mailbox(mailbox)
+            if mailbox.selectable:
+                names += _MAILBOX_NUMBERS
+        return names
+
+    def _file(self, ino: Ino) -> dict[bytes, bytes] | None:
+        """The attributes of a message or draft; None for a directory."""
+        draft = self._fs.spool.get(ino)
+        if draft is not None:
+            return _draft(draft)
+        details = self._fs.cache.details(ino)
+        if details is None:
+            return None
+        return _message(details, self._fs.cache.mailbox(details.parent))
+
+    async def _directory(self, ino: Ino, *, ask: bool) -> dict[bytes, bytes]:
+        """The attributes of a directory; with ``ask`` those that may take a question to the server."""
+        ino = self._fs.node(ino).ino
+        cache = self._fs.cache
+        mailbox = cache.mailbox(ino)
+        if mailbox is None or mailbox.server_name is None:
+            return {}
+        name = mailbox.server_name
+        if not ask or not mailbox.selectable:
+            return _mailbox(mailbox)
+        if mailbox.complete:
+            await self._fs.wait_for_news(self._fs.sync.refresh_mailbox(ino, MAX_AGE))
+            mailbox = cache.mailbox(ino) or mailbox
+            messages, unseen = cache.counts(ino)
+            numbers = {
+                "UIDVALIDITY": int(mailbox.uidvalidity),
+                "UIDNEXT": mailbox.uidnext,
+                "MESSAGES": messages,
+                "UNSEEN": unseen,
+            }
+        else:
+            # Not listed yet: no need to list it only to count.
+            numbers = await self._fs.pool.run(partial(Session.status, mailbox=name))
+        return {f"user.imap.{key.lower()}".encode(): b"%d" % number for key, number in numbers.items()}
+
+    def status(self) -> dict[str, object]:
+        """What ``imapfs status`` shows."""
+        fs = self._fs
+        fs.pool.look()
+        messages, bodies, size = fs.cache.totals()
+        waiting = [
+            {"path": fs.shown(draft), "state": draft.state, "error": draft.error, "size": draft.size}
+            for draft in fs.spool
+            if draft.state in {"sending", "unsent"}
+        ]
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "source": fs.config.account.url,
+            "mountpoint": str(fs.config.mountpoint),
+            "state": fs.pool.state.value,
+            "reason": fs.pool.reason,
+            "since": fs.pool.since.isoformat(timespec="seconds"),
+            **self._next_try(),
+            "read_only": fs.config.read_only,
+            "connections": {"open": fs.pool.open, "most": fs.pool.most, "limit": fs.pool.limit},
+            "push": fs.push.status(),
+            "cache": {
+                "path": str(fs.cache.directory),
+                "deleted": fs.cache.is_gone,
+                "bytes": size,
+                "limit": fs.config.cache_size,
+                "messages": messages,
+                "bodies": bodies,
+            },
+            "inodes": self._inodes(),
+            "waiting": waiting,
+        }
+
+    def _next_try(self) -> dict[str, object]:
+        """When something is tried next: as a time, and in seconds. None while online, or where nothing is."""
+        wait = self._fs.pool.retry_in
+        if wait is None or math.isinf(wait):
+            return {"retry_at": None, "retry_in": None}
+        at = datetime.now(UTC) + timedelta(seconds=wait)
+        return {"retry_at": at.isoformat(timespec="seconds"), "retry_in": round(wait, 1)}
+
+    # -- writing -------------------------------------------------------------------------------------------
+
+    async def set(self, ino: Ino, name: bytes, value: bytes) -> None:
+        """Set an attribute: a change of flags, on the server if the file is there."""
+        if not name.startswith(b"user."):
+            raise NotSupported("only user attributes")
+        if name == _STATE:
+            if value != b"sending":
+                raise Invalid("the only state to set is 'sending', which tries again")
+            self._fs.retry(ino)
+            return
+        await self._change(ino, _change(name, value))
+
+    async def remove(self, ino: Ino, name: bytes) -> None:
+        """Remove an attribute: the flags that it stands for."""
+        if name in _SYSTEM_FLAGS or name in {_FLAGS, _TAGS}:
+            await self._change(ino, _change(name, b""))
+            return
+        if self._file(ino) is None or name not in (self._file(ino) or {}):
+            raise NoAttribute("no such attribute")
+        raise NotPermitted("this attribute follows from the message")
+
+    async def _change(self, ino: Ino, change: Change) -> None:
+        draft = self._fs.spool.get(ino)
+        if draft is None:
+            if self._fs.node(ino).is_dir:
+                raise NotSupported("a mailbox has no flags")
+            await self._fs.operations.change_flags(ino, change)
+            # Somebody may have begun a new version meanwhile, with the flags as they were.
+            draft = self._fs.spool.get(ino)
+        if draft is not None:
+            draft.change_flags(change)
+
+
+def _change(name: bytes, value: bytes) -> Change:
+    """What setting an attribute does to the flags. Raises NotSupported, Invalid."""
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        raise Invalid("flags are text") from None
+    if name in _SYSTEM_FLAGS:
+        if text.strip() not in {"", "0", "1"}:
+            raise Invalid("the value is 1 or 0")
+        return partial(_one, _SYSTEM_FLAGS[name], text.strip() == "1")
+    if name == _FLAGS:
+        return partial(_all, _checked(text.split()), lambda _: True)
+    if name == _TAGS:
+        tags = [tag.strip().replace(" ", "_") for tag in text.split(",")]
+        keywords = _checked([tag for tag in tags if tag])
+        if any(tag.startswith("\\") for tag in keywords):
+            raise Invalid("a tag cannot begin with a backslash")
+        return partial(_all, keywords, lambda flag: not flag.startswith("\\"))
+    raise NotSupported("this attribute cannot be set")
+
+
+def _checked(flags: list[str]) -> list[str]:
+    for flag in flags:
+        if not _FLAG.fullmatch(flag) or flag.lower() == "\\recent":
+            raise Invalid(f"{flag} cannot be a flag")
+    return flags
+
+
+def _one(flag: str, wanted: bool, has: list[str]) -> tuple[set[str], set[str]]:
+    there = {f for f in has if f.lower() == flag.lower()}
+    if wanted:
+        return (set() if there else {flag}), set()
+    return set(), there
+
+
+def _all(wanted: list[str], concerned: Callable[[str], bool], has: list[str]) -> tuple[set[str], set[str]]:
+    lower = {flag.lower() for flag in wanted}
+    has_lower = {flag.lower() for flag in has}
+    add = {flag for flag in wanted if flag.lower() not in has_lower}
+    return add, {flag for flag in has if concerned(flag) and flag.lower() not in lower}
+
+
+def _mailbox(mailbox: Mailbox) -> dict[bytes, bytes]:
+    found = {b"user.imap.mailbox": display_name(mailbox.server_name or b"").encode()}
+    if mailbox.special_use:
+        found[b"user.imap.special_use"] = mailbox.special_use.encode()
+    return found
+
+
+def _flag_attributes(text: str) -> dict[bytes, bytes]:
+    flags = text.split()
+    lower = {flag.lower() for flag in flags}
+    found = {_FLAGS: text.encode()}
+    for name, flag in _SYSTEM_FLAGS.items():
+        found[name] = b"1" if flag.lower() in lower else b"0"
+    found[_TAGS] = ",".join(flag for flag in flags if not flag.startswith("\\")).encode()
+    return found
+
+
+def _draft(draft: Draft) -> dict[bytes, bytes]:
+    state = "sending" if draft.state == "open" else draft.state
+    found = {_STATE: state.encode(), **_flag_attributes(draft.flags)}
+    if draft.error:
+        found[b"user.imap.error"] = draft.error.encode()
+    return found
+
+
+def _message(details: Details, mailbox: Mailbox | None) -> dict[bytes, bytes]:
+    found = {
+        "user.imap.uid": str(details.uid),
+        "user.imap.uidvalidity": str(mailbox.uidvalidity if mailbox else 0),
+        "user.imap.internaldate": format_iso(details.date, details.zone),
+        "user.mime_type": "message/rfc822",
+    }
+    if details.modseq:
+        found["user.imap.modseq"] = str(details.modseq)
+    origin = (("subject", details.subject), ("from", details.from_), ("message-id", details.message_id))
+    for key, value in origin:
+        if value:
+            found[f"user.xdg.origin.email.{key}"] = value
+    encoded = {key.encode(): value.encode("utf-8", "replace") for key, value in found.items()}
+    return _flag_attributes(details.flags) | encoded

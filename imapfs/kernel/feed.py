@@ -1,0 +1,130 @@
+"""Sends events to the processes of `imapfs watch`, by a Unix socket in the account's cache directory.
+
+One line of JSON an event; the first line only says that nothing is missed from now on. A reader that is too
+slow loses events and is told how many; nobody else waits for it.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import struct
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+
+from imapfs.fs.events import SOCKET, Event, address
+
+log = logging.getLogger(__name__)
+
+_MOST: Final = 10_000
+"""Events that wait for one reader."""
+_CREDENTIALS: Final = struct.Struct("iII")
+"""struct ucred (unix(7)): process, user, group."""
+
+
+class _Reader:
+    """Lines on their way to one process."""
+
+    def __init__(self) -> None:
+        self._lines: list[bytes] = []
+        self._lost = 0
+        self._news = trio.Event()
+
+    def put(self, line: bytes) -> None:
+        if len(self._lines) < _MOST:
+            self._lines.append(line)
+        else:
+            self._lost += 1
+        self._news.set()
+
+    async def take(self) -> bytes:
+        """Everything so far."""
+        while not self._lines:
+            await self._news.wait()
+            self._news = trio.Event()
+        lines, self._lines = self._lines, []
+        if self._lost:
+            lines.append(_line(event="lost", count=self._lost))
+            self._lost = 0
+        return b"".join(lines)
+
+
+class Feed:
+    """Events for any number of processes of the user who mounted."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._readers: set[_Reader] = set()
+
+    def offer(self, event: Event) -> None:
+        if self._readers:
+            line = _line(**event.as_json())
+            for reader in self._readers:
+                reader.put(line)
+
+    async def serve(self) -> None:
+        """Serve until cancelled. Raises nothing: without readers a mount is as good."""
+        try:
+            async with _listener(self._directory) as listener:
+                await trio.serve_listeners(self._send, [trio.SocketListener(listener)])
+        except OSError as error:
+            log.warning("nobody can use 'imapfs watch' on this mount: %s", error)
+
+    async def _send(self, stream: trio.SocketStream) -> None:
+        """Send events until the other end is closed."""
+        if not _is_ours(stream.socket):
+            await stream.aclose()
+            return
+        reader = _Reader()
+        self._readers.add(reader)
+        reader.put(_line(event="watching"))
+        try:
+            async with stream, trio.open_nursery() as nursery:
+                nursery.start_soon(_until_closed, stream, nursery.cancel_scope)
+                while True:
+                    await stream.send_all(await reader.take())
+        except* trio.BrokenResourceError:
+            pass
+        finally:
+            self._readers.remove(reader)
+
+
+async def _until_closed(stream: trio.SocketStream, scope: trio.CancelScope) -> None:
+    """Nothing is ever said at the other end."""
+    with contextlib.suppress(trio.BrokenResourceError):
+        await stream.receive_some()
+    scope.cancel()
+
+
+@contextlib.asynccontextmanager
+async def _listener(directory: Path) -> AsyncIterator[trio.socket.SocketType]:
+    """A socket that only this user can connect to. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        (directory / SOCKET).unlink()
+    with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        with address(directory) as short:
+            await listener.bind(short)
+        # Nobody else can have reached it before: the directory is closed to them.
+        (directory / SOCKET).chmod(0o600)
+        listener.listen()
+        try:
+            yield listener
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                (directory / SOCKET).unlink()
+
+
+def _is_ours(connection: trio.socket.SocketType) -> bool:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, user, _ = _CREDENTIALS.unpack(credentials)
+    return bool(user == os.getuid())
+
+
+def _line(**record: Any) -> bytes:
+    now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return json.dumps({"time": now, **record}, ensure_ascii=False).encode() + b"\n"

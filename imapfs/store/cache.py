@@ -1,0 +1,832 @@
+"""The local mirror of an account's metadata: every query and every change of it.
+
+INVARIANTS
+- An inode number is never used again, not even after the database was rebuilt: numbers start at the time
+  of creation.
+- Within a directory a name is unique, and so is a UID. A node without a name is not shown: a message that
+  was replaced or removed here and is still on the server.
+- ``crc`` of a message is set only after its whole body is in its file (see `imapfs.store.bodies`).
+- A message row is of the UIDVALIDITY in its mailbox's row: a change of it drops all rows of that mailbox
+  in the same transaction.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from imapfs.model import ROOT, Ino, ModSeq, NameScheme, Uid, UidValidity
+from imapfs.names import message_name
+from imapfs.store.database import Connection, Database, IntegrityError
+
+MAX_UID: Final = (1 << 63) - 1
+"""Above every UID of a server."""
+
+
+class Node(NamedTuple):
+    """A directory entry; columns as in the schema."""
+
+    ino: Ino
+    parent: Ino
+    name: bytes | None
+    uid: Uid | None
+    size: int
+    exact: int
+    date: int | None
+    mtime: int
+    ctime: int
+    mode: int | None
+    crc: int | None
+    pack: int | None
+    offset: int
+
+    @property
+    def is_dir(self) -> bool:
+        return self.uid is None
+
+
+_NODE: Final = "ino, parent, name, uid, size, exact, date, mtime, ctime, mode, crc, pack, offset"
+
+
+class NewMessage(NamedTuple):
+    """A message as the server lists it; columns as in the schema."""
+
+    uid: Uid
+    size: int
+    date: int
+    zone: int
+    flags: str
+    modseq: ModSeq
+    subject: str
+    sender: str
+    from_: str
+    message_id: str
+
+
+class Details(NamedTuple):
+    """What the extended attributes of a message show; columns as in the schema."""
+
+    parent: Ino
+    uid: Uid
+    date: int
+    zone: int
+    flags: str
+    modseq: ModSeq
+    subject: str
+    from_: str
+    message_id: str
+
+
+class Mailbox(NamedTuple):
+    """What a directory stands for on the server; columns as in the schema."""
+
+    ino: Ino
+    server_name: bytes | None
+    delimiter: bytes
+    selectable: int
+    special_use: str
+    uidvalidity: UidValidity
+    uidnext: int
+    modseq: ModSeq
+    complete: int
+
+
+_MAILBOX: Final = (
+    "ino, server_name, delimiter, selectable, special_use, uidvalidity, uidnext, modseq, complete"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """A directory that the account should have: entry names from the root, and what it stands for."""
+
+    path: tuple[bytes, ...]
+    server_name: bytes | None
+    delimiter: bytes
+    selectable: bool
+    special_use: str
+
+
+class Gone(NamedTuple):
+    """A directory entry that was removed."""
+
+    parent: Ino
+    name: bytes | None
+    ino: Ino
+    size: int
+    mtime: int
+    ctime: int
+    mode: int | None
+    crc: int | None
+    pack: int | None
+    offset: int
+    uid: Uid | None
+    is_dir: bool
+
+    @classmethod
+    def of(cls, node: Node) -> "Gone":
+        """``node`` as one that is not shown any more; its body stays."""
+        shown = node.parent, node.name, node.ino, node.size, node.mtime, node.ctime, node.mode
+        return cls(*shown, None, None, 0, node.uid, node.is_dir)
+
+
+class Body(NamedTuple):
+    """A body that is complete and on disk, for a message that had this UID."""
+
+    ino: Ino
+    uid: Uid
+    size: int
+    crc: int
+    pack: int | None
+    """The pack that it is in; None if it has a file of its own."""
+    offset: int
+
+
+class Cache:
+    """One account's metadata. All methods are synchronous, run on the trio thread, and raise CacheError."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.directory = database.directory
+
+    @classmethod
+    def open(cls, directory: Path, names: NameScheme) -> "Cache":
+        """Open the cache in ``directory``, with message names by the scheme ``names``."""
+        cache = cls(Database.open(directory))
+        try:
+            cache._use_names(names)
+        except BaseException:
+            cache.close()
+            raise
+        return cache
+
+    def close(self) -> None:
+        self._database.close()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether somebody has deleted the cache directory: what it is asked for it still knows."""
+        return self._database.is_gone
+
+    # -- looking -------------------------------------------------------------------------------------------
+
+    def node(self, ino: Ino) -> Node | None:
+        with self._database.read() as db:
+            row = db.execute(f"SELECT {_NODE} FROM node WHERE ino = ?", (ino,)).fetchone()
+        return Node._make(row) if row else None
+
+    def child(self, parent: Ino, name: bytes) -> Node | None:
+        with self._database.read() as db:
+            row = db.execute(
+                f"SELECT {_NODE} FROM node WHERE parent = ? AND name = ?", (parent, name)
+            ).fetchone()
+        return Node._make(row) if row else None
+
+    def children(self, parent: Ino, after: int, limit: int) -> list[Node]:
+        """Entries of a directory by inode number, beginning after ``after``."""
+        with self._database.read() as db:
+            rows = db.execute(
+                f"SELECT {_NODE} FROM node WHERE parent = ? AND ino > ? AND name IS NOT NULL"
+                " ORDER BY ino LIMIT ?",
+                (parent, after, limit),
+            ).fetchall()
+        return [Node._make(row) for row in rows]
+
+    def uncached_after(self, node: Node, by_name: bool, limit: int) -> list[Node]:
+        """Messages beside ``node`` whose bodies are not cached, those after it by name or by inode."""
+        column, value = ("name", node.name) if by_name else ("ino", node.ino)
+        with self._database.read() as db:
+            rows = db.execute(
+                f"SELECT {_NODE} FROM node WHERE parent = ? AND {column} > ? AND uid IS NOT NULL"
+                f" AND crc IS NULL AND name IS NOT NULL ORDER BY {column} LIMIT ?",
+                (node.parent, value, limit),
+            ).fetchall()
+        return [Node._make(row) for row in rows]
+
+    def message(self, mailbox: Ino, uid: Uid) -> Node | None:
+        with self._database.read() as db:
+            row = db.execute(
+                f"SELECT {_NODE} FROM node WHERE parent = ? AND uid = ?", (mailbox, uid)
+            ).fetchone()
+        return Node._make(row) if row else None
+
+    def details(self, ino: Ino) -> Details | None:
+        """What is known of a message; None if it is none."""
+        with self._database.read() as db:
+            row = db.execute(
+                "SELECT parent, uid, date, zone, flags, modseq, subject, from_, message_id"
+                " FROM node WHERE ino = ? AND uid IS NOT NULL",
+                (ino,),
+            ).fetchone()
+        return Details._make(row) if row else None
+
+    def mailbox(self, ino: Ino) -> Mailbox | None:
+        with self._database.read() as db:
+            row = db.execute(f"SELECT {_MAILBOX} FROM mailbox WHERE ino = ?", (ino,)).fetchone()
+        return Mailbox._make(row) if row else None
+
+    def mailboxes(self) -> list[Mailbox]:
+        """All that the server lists."""
+        with self._database.read() as db:
+            rows = db.execute(
+                f"SELECT {_MAILBOX} FROM mailbox WHERE server_name IS NOT NULL ORDER BY ino"
+            ).fetchall()
+        return [Mailbox._make(row) for row in rows]
+
+    def special_use(self, use: str) -> Ino | None:
+        """The directory of the mailbox with this RFC 6154 attribute, if there is one."""
+        with self._database.read() as db:
+            row = db.execute(
+                "SELECT ino FROM mailbox WHERE special_use = ? AND selectable ORDER BY ino", (use,)
+            ).fetchone()
+        return Ino(row[0]) if row else None
+
+    def path(self, ino: Ino) -> tuple[bytes, ...]:
+        """Names of the directories from the root down to ``ino``, which is one; () for the root."""
+        names: list[bytes] = []
+        with self._database.read() as db:
+            while ino != ROOT:
+                row = db.execute("SELECT parent, name FROM node WHERE ino = ?", (ino,)).fetchone()
+                if row is None:
+                    break
+                ino = row[0]
+                names.append(row[1])
+        return tuple(reversed(names))
+
+    def directory_at(self, path: tuple[bytes, ...]) -> Ino | None:
+        """The directory with this path from the root, if there is one."""
+        ino = ROOT
+        for name in path:
+            node = self.child(ino, name)
+            if node is None or not node.is_dir:
+                return None
+            ino = node.ino
+        return ino
+
+    def family(self, ino: Ino) -> list[Ino]:
+        """A directory and all below it."""
+        return [ino, *(one for child in self.directories(ino) for one in self.family(child.ino))]
+
+    def directories(self, parent: Ino) -> list[Node]:
+        """The directories in a directory."""
+        with self._database.read() as db:
+            rows = db.execute(
+                f"SELECT {_NODE} FROM node WHERE parent = ? AND uid IS NULL ORDER BY ino", (parent,)
+            ).fetchall()
+        return [Node._make(row) for row in rows]
+
+    def rename_directory(self, ino: Ino, parent: Ino, name: bytes, old: bytes, new: bytes) -> None:
+        """A mailbox and all below it were renamed on the server, from ``old`` to ``new``."""
+        now = time.time_ns()
+        with self._database.write() as db:
+            (was,) = db.execute("SELECT parent FROM node WHERE ino = ?", (ino,)).fetchone()
+            self._yield_name(db, parent, name)
+            db.execute(
+                "UPDATE node SET parent = ?, name = ?, ctime = ? WHERE ino = ?", (parent, name, now, ino)
+            )
+            pending = [ino]
+            while pending:
+                here = pending.pop()
+                (server_name,) = db.execute(
+                    "SELECT server_name FROM mailbox WHERE ino = ?", (here,)
+                ).fetchone()
+                if server_name is not None and server_name.startswith(old):
+                    db.execute(
+                        "UPDATE mailbox SET server_name = ? WHERE ino = ?",
+                        (new + server_name[len(old) :], here),
+                    )
+                pending += [
+                    Ino(child)
+                    for (child,) in db.execute(
+                        "SELECT node.ino FROM node JOIN mailbox USING (ino) WHERE parent = ?", (here,)
+                    )
+                ]
+            self._changed(db, {Ino(was), parent}, now)
+
+    def last_uid(self, mailbox: Ino, below: int = MAX_UID) -> int:
+        """The highest UID known under ``below``, or 0."""
+        with self._database.read() as db:
+            (uid,) = db.execute(
+                "SELECT max(uid) FROM node WHERE parent = ? AND uid < ?", (mailbox, below)
+            ).fetchone()
+        return int(uid or 0)
+
+    def counts(self, mailbox: Ino) -> tuple[int, int]:
+        """Numbers of messages known, and of those without ``\\Seen``."""
+        with self._database.read() as db:
+            messages, unseen = db.execute(
+                "SELECT count(*), coalesce(sum(flags NOT LIKE '%\\Seen%'), 0) FROM node"
+                " WHERE parent = ? AND uid IS NOT NULL",
+                (mailbox,),
+            ).fetchone()
+        return int(messages), int(unseen)
+
+    def flags(self, mailbox: Ino) -> dict[int, str]:
+        """UID -> flags of every message known."""
+        with self._database.read() as db:
+            return dict(
+                db.execute("SELECT uid, flags FROM node WHERE parent = ? AND uid IS NOT NULL", (mailbox,))
+            )
+
+    def totals(self) -> tuple[int, int, int]:
+        """Numbers of messages known and bodies cached, and the bodies' bytes."""
+        with self._database.read() as db:
+            (messages,) = db.execute("SELECT count(uid) FROM node").fetchone()
+            bodies, size = db.execute(
+                "SELECT count(*), coalesce(sum(size), 0) FROM node WHERE crc IS NOT NULL"
+            ).fetchone()
+        return int(messages), int(bodies), int(size)
+
+    # -- directories ---------------------------------------------------------------------------------------
+
+    def set_tree(self, wanted: Sequence[Directory]) -> tuple[list[Node], list[Gone]]:
+        """Make the directories be exactly ``wanted`` (parents before children): the added and the removed.
+
+        A directory that is no mailbox any more, though others are below it, loses its messages.
+        """
+        added: list[Node] = []
+        gone: list[Gone] = []
+        now = time.time_ns()
+        with self._database.write() as db:
+            known: dict[tuple[bytes, ...], Node] = dict(self._walk(db, ROOT, ()))
+            inos: dict[tuple[bytes, ...], Ino] = {(): ROOT}
+            changed: set[Ino] = set()
+            for directory in wanted:
+                parent = inos[directory.path[:-1]]
+                values = (
+                    directory.server_name,
+                    directory.delimiter,
+                    directory.selectable,
+                    directory.special_use,
+                )
+                node = known.pop(directory.path, None)
+                if node is not None:
+                    inos[directory.path] = node.ino
+                    db.execute(
+                        "UPDATE mailbox SET server_name = ?, delimiter = ?, selectable = ?, special_use = ?"
+                        " WHERE ino = ?",
+                        (*values, node.ino),
+                    )
+                    if not directory.selectable and (left := self._empty(db, node.ino, UidValidity(0))):
+                        gone += left
+                        changed.add(node.ino)
+                    continue
+                ino = _take_inos(db, 1)
+                inos[directory.path] = ino
+                name = directory.path[-1]
+                self._yield_name(db, parent, name)
+                db.execute(
+                    "INSERT INTO node (ino, parent, name, alias, size, exact, mtime, ctime)"
+                    " VALUES (?, ?, ?, 0, 0, 1, ?, ?)",
+                    (ino, parent, name, now, now),
+                )
+                db.execute(
+                    f"INSERT INTO mailbox ({_MAILBOX}) VALUES (?, ?, ?, ?, ?, 0, 0, 0, 0)", (ino, *values)
+                )
+                added.append(Node(ino, parent, name, None, 0, 1, None, now, now, None, None, None, 0))
+                changed.add(parent)
+            for node in known.values():
+                gone += _delete(db, "parent = ? AND uid IS NOT NULL", (node.ino,))
+                gone += _delete(db, "ino = ?", (node.ino,))
+                db.execute("DELETE FROM mailbox WHERE ino = ?", (node.ino,))
+                changed.add(node.parent)
+            self._changed(db, changed, now)
+        return added, gone
+
+    def _walk(
+        self, db: Connection, parent: Ino, path: tuple[bytes, ...]
+    ) -> Iterator[tuple[tuple[bytes, ...], Node]]:
+        """All directories below ``parent`` with their paths, children first."""
+        rows = db.execute(
+            f"SELECT {_NODE} FROM node JOIN mailbox USING (ino) WHERE parent = ?", (parent,)
+        ).fetchall()
+        for row in rows:
+            node = Node._make(row)
+            here = (*path, node.name or b"")
+            yield from self._walk(db, node.ino, here)
+            yield here, node
+
+    def set_state(
+        self, mailbox: Ino, uidvalidity: UidValidity, uidnext: int, modseq: ModSeq, *, complete: bool
+    ) -> None:
+        """Note up to where a mailbox is known."""
+        with self._database.write() as db:
+            db.execute(
+                "UPDATE mailbox SET uidvalidity = ?, uidnext = ?, modseq = ?, complete = ? WHERE ino = ?",
+                (uidvalidity, uidnext, modseq, complete, mailbox),
+            )
+
+    def reset(self, mailbox: Ino, uidvalidity: UidValidity) -> list[Gone]:
+        """Forget all messages of a mailbox: from now on its UIDs are of ``uidvalidity``."""
+        with self._database.write() as db:
+            gone = self._empty(db, mailbox, uidvalidity)
+            if gone:
+                self._changed(db, {mailbox})
+        return gone
+
+    def _empty(self, db: Connection, mailbox: Ino, uidvalidity: UidValidity) -> list[Gone]:
+        db.execute(
+            "UPDATE mailbox SET uidvalidity = ?, uidnext = 0, modseq = 0, complete = 0 WHERE ino = ?",
+            (uidvalidity, mailbox),
+        )
+        return _delete(db, "parent = ? AND uid IS NOT NULL", (mailbox,))
+
+    def _changed(self, db: Connection, directories: Iterable[Ino], now: int | None = None) -> None:
+        now = now or time.time_ns()
+        db.executemany(
+            "UPDATE node SET mtime = max(mtime, ?), ctime = max(ctime, ?) WHERE ino = ?",
+            [(now, now, directory) for directory in directories],
+        )
+
+    # -- messages ------------------------------------------------------------------------------------------
+
+    def add_messages(self, mailbox: Ino, messages: Sequence[NewMessage]) -> list[tuple[Ino, bytes]]:
+        """Add messages not known yet; known ones only get their flags. The inode and name of each new one.
+
+        Of what is said twice about a message the last counts.
+        """
+        messages = list({m.uid: m for m in messages}.values())
+        with self._database.write() as db:
+            names = self._names(db)
+            known = {
+                uid
+                for m in messages
+                for (uid,) in db.execute(
+                    "SELECT uid FROM node WHERE parent = ? AND uid = ?", (mailbox, m.uid)
+                )
+            }
+            self._store_flags(db, mailbox, [(m.uid, m.flags, m.modseq) for m in messages if m.uid in known])
+            new = [m for m in messages if m.uid not in known]
+            first = _take_inos(db, len(new))
+            added = [
+                (Ino(first + i), message_name(names, m.date, m.sender, m.subject, m.uid))
+                for i, m in enumerate(new)
+            ]
+            rows = [_row(ino, mailbox, name, 0, m) for (ino, name), m in zip(added, new, strict=True)]
+            try:
+                db.executemany(_INSERT_MESSAGE, rows)
+            except IntegrityError:
+                # The user gave one of these names to another message.
+                db.execute("DELETE FROM node WHERE parent = ? AND ino >= ?", (mailbox, first))
+                added = []
+                for row in rows:
+                    name = _free_name(db, mailbox, row[2])
+                    db.execute(_INSERT_MESSAGE, (*row[:2], name, *row[3:]))
+                    added.append((row[0], name))
+            if rows:
+                self._changed(db, {mailbox})
+        return added
+
+    def set_flags(self, mailbox: Ino, flags: Sequence[tuple[Uid, str, ModSeq]]) -> list[Ino]:
+        """Set flags and MODSEQ; the inodes of those whose flags differ from before."""
+        with self._database.write() as db:
+            return self._store_flags(db, mailbox, flags)
+
+    def _store_flags(
+        self, db: Connection, mailbox: Ino, flags: Sequence[tuple[Uid, str, ModSeq]]
+    ) -> list[Ino]:
+        changed = []
+        for uid, text, modseq in flags:
+            row = db.execute(
+                "SELECT ino, flags FROM node WHERE parent = ? AND uid = ?", (mailbox, uid)
+            ).fetchone()
+            if row:
+                db.execute(
+                    "UPDATE node SET flags = ?, modseq = max(modseq, ?) WHERE ino = ?", (text, modseq, row[0])
+                )
+                if set(row[1].split()) != set(text.split()):
+                    changed.append(Ino(row[0]))
+        return changed
+
+    def remove(self, mailbox: Ino, ranges: Iterable[tuple[int, int]], limit: int) -> list[Gone]:
+        """Remove messages whose UIDs are in ``ranges`` (both ends included), ``limit`` of them at most."""
+        gone: list[Gone] = []
+        with self._database.write() as db:
+            for low, high in ranges:
+                gone += _delete(
+                    db,
+                    "ino IN (SELECT ino FROM node WHERE parent = ? AND uid BETWEEN ? AND ?"
+                    " ORDER BY uid LIMIT ?)",
+                    (mailbox, low, high, limit - len(gone)),
+                )
+                if len(gone) >= limit:
+                    break
+            if gone:
+                self._changed(db, {mailbox})
+        return gone
+
+    def remove_node(self, ino: Ino) -> list[Gone]:
+        """Remove one node; what was removed."""
+        with self._database.write() as db:
+            gone = _delete(db, "ino = ?", (ino,))
+            self._changed(db, {g.parent for g in gone})
+        return gone
+
+    def rename(self, ino: Ino, name: bytes) -> None:
+        """Give a message a name of the user's own; whatever had it in that directory is shown no more."""
+        now = time.time_ns()
+        with self._database.write() as db:
+            (parent,) = db.execute("SELECT parent FROM node WHERE ino = ?", (ino,)).fetchone()
+            self._yield_name(db, Ino(parent), name)
+            db.execute("UPDATE node SET name = ?, alias = 1, ctime = ? WHERE ino = ?", (name, now, ino))
+            self._changed(db, {Ino(parent)}, now)
+
+    def hide(self, ino: Ino) -> None:
+        """Show a message no more, though it is on the server still."""
+        with self._database.write() as db:
+            row = db.execute("SELECT parent FROM node WHERE ino = ?", (ino,)).fetchone()
+            db.execute("UPDATE node SET name = NULL, alias = 1 WHERE ino = ?", (ino,))
+            if row:
+                self._changed(db, {Ino(row[0])})
+
+    def hidden(self) -> list[tuple[Ino, bytes, int, int, str]]:
+        """Messages that are not shown: inode; mailbox, UIDVALIDITY and UID on the server; flags."""
+        with self._database.read() as db:
+            return db.execute(
+                "SELECT node.ino, server_name, uidvalidity, uid, flags FROM node"
+                " JOIN mailbox ON mailbox.ino = node.parent WHERE name IS NULL AND uid IS NOT NULL"
+            ).fetchall()
+
+    def show(self, ino: Ino) -> None:
+        """Undo `hide`: the message gets the name that follows from it."""
+        with self._database.write() as db:
+            self._name_after_message(db, ino)
+
+    def _yield_name(self, db: Connection, parent: Ino, name: bytes) -> None:
+        """Whichever message has ``name`` gets one that follows from it instead."""
+        for (ino,) in db.execute(
+            "SELECT ino FROM node WHERE parent = ? AND name = ? AND uid IS NOT NULL", (parent, name)
+        ).fetchall():
+            self._name_after_message(db, ino)
+
+    def _name_after_message(self, db: Connection, ino: Ino) -> None:
+        parent, *message = db.execute(
+            "SELECT parent, date, sender, subject, uid FROM node WHERE ino = ?", (ino,)
+        ).fetchone()
+        name = _free_name(db, Ino(parent), message_name(self._names(db), *message))
+        db.execute("UPDATE node SET name = ?, alias = 0 WHERE ino = ?", (name, ino))
+        self._changed(db, {Ino(parent)})
+
+    def move(
+        self, ino: Ino, mailbox: Ino, uid: Uid, name: bytes, *, original_stays: bool = False
+    ) -> list[Gone]:
+        """A message is in another mailbox now, under ``name``; its inode and cached body stay.
+
+        ``original_stays``: the server could only copy it, so that what it was copied from is there still,
+        not to be shown. Returns what a synchronisation may have listed the message as meanwhile.
+        """
+        now = time.time_ns()
+        with self._database.write() as db:
+            if original_stays:
+                columns = "uid, size, exact, date, mtime, ctime, zone, flags, modseq, subject, sender, from_,"
+                columns += " message_id"
+                db.execute(
+                    f"INSERT INTO node (ino, parent, name, alias, {columns})"
+                    f" SELECT ?, parent, NULL, 1, -uid {columns.removeprefix('uid')} FROM node WHERE ino = ?",
+                    (_take_inos(db, 1), ino),
+                )
+            gone = _delete(db, "parent = ? AND uid = ? AND ino <> ?", (mailbox, uid, ino))
+            (old,) = db.execute("SELECT parent FROM node WHERE ino = ?", (ino,)).fetchone()
+            self._yield_name(db, mailbox, name)
+            db.execute(
+                "UPDATE node SET parent = ?, uid = ?, name = ?, alias = 1, modseq = 0, ctime = ?"
+                " WHERE ino = ?",
+                (mailbox, uid, name, now, ino),
+            )
+            # The UID is unique in the mailbox: only now is it free for what stays.
+            db.execute("UPDATE node SET uid = -uid WHERE parent = ? AND uid < 0", (old,))
+            self._changed(db, {Ino(old), mailbox}, now)
+        return gone
+
+    def twin(self, mailbox: Ino, message: NewMessage) -> Node | None:
+        """A message of another mailbox that looks the same: by Message-ID, INTERNALDATE and size."""
+        if not message.message_id:
+            return None
+        with self._database.read() as db:
+            row = db.execute(
+                f"SELECT {_NODE} FROM node WHERE date = ? AND uid IS NOT NULL AND message_id = ?"
+                " AND (exact OR size = ?) AND parent <> ? AND name IS NOT NULL ORDER BY ino",
+                (message.date, message.message_id, message.size, mailbox),
+            ).fetchone()
+        return Node._make(row) if row else None
+
+    def relocate(self, ino: Ino, mailbox: Ino, message: NewMessage) -> bytes:
+        """Another client has moved a message to this mailbox, where it is ``message``; its new name there.
+
+        Inode and cached body stay.
+        """
+        now = time.time_ns()
+        with self._database.write() as db:
+            (old,) = db.execute("SELECT parent FROM node WHERE ino = ?", (ino,)).fetchone()
+            name = message_name(self._names(db), message.date, message.sender, message.subject, message.uid)
+            name = _free_name(db, mailbox, name)
+            db.execute(
+                "UPDATE node SET parent = ?, uid = ?, name = ?, alias = 0, flags = ?, modseq = ?, ctime = ?"
+                " WHERE ino = ?",
+                (mailbox, message.uid, name, message.flags, message.modseq, now, ino),
+            )
+            self._changed(db, {Ino(old), mailbox}, now)
+        return name
+
+    def adopt(self, ino: Ino, mailbox: Ino, name: bytes | None, message: NewMessage) -> list[Gone]:
+        """A file that was made here is a message on the server now, under the same inode and name.
+
+        Returns what was under that UID (listed by a synchronisation meanwhile) or inode (an older version).
+        """
+        with self._database.write() as db:
+            gone = _delete(db, "ino = ? OR (parent = ? AND uid = ?)", (ino, mailbox, message.uid))
+            if name is not None:
+                self._yield_name(db, mailbox, name)
+            db.execute(_INSERT_MESSAGE, _row(ino, mailbox, name, 1, message))
+            self._changed(db, {mailbox})
+        return gone
+
+    def is_named(self, mailbox: Ino, uid: int) -> bool:
+        """Whether a message with this UID is known under a name that was given to it here."""
+        with self._database.read() as db:
+            row = db.execute("SELECT alias FROM node WHERE parent = ? AND uid = ?", (mailbox, uid)).fetchone()
+        return bool(row and row[0])
+
+    def mailbox_named(self, server_name: bytes) -> Mailbox | None:
+        with self._database.read() as db:
+            row = db.execute(
+                f"SELECT {_MAILBOX} FROM mailbox WHERE server_name = ?", (server_name,)
+            ).fetchone()
+        return Mailbox._make(row) if row else None
+
+    def displace(self, ino: Ino) -> Ino:
+        """Free an inode number for a new version of its message: the old one, not shown, gets the new number
+        that is returned."""
+        with self._database.write() as db:
+            new = _take_inos(db, 1)
+            db.execute(
+                "UPDATE node SET ino = ?, name = NULL, alias = 1, crc = NULL WHERE ino = ?", (new, ino)
+            )
+        return new
+
+    def give_inode(self, old: Ino, new: Ino, name: bytes) -> None:
+        """A message goes on under another inode: that of a file that was put in its place unchanged."""
+        with self._database.write() as db:
+            db.execute(
+                "UPDATE node SET ino = ?, name = ?, alias = 1, ctime = ? WHERE ino = ?",
+                (new, name, time.time_ns(), old),
+            )
+
+    def set_local(self, ino: Ino, *, mode: int | None = None, mtime: int | None = None) -> None:
+        """Keep permission bits, or an mtime in nanoseconds, that the user has set."""
+        with self._database.write() as db:
+            db.execute(
+                "UPDATE node SET mode = coalesce(?, mode), mtime = coalesce(?, mtime), ctime = ?"
+                " WHERE ino = ?",
+                (mode, mtime, time.time_ns(), ino),
+            )
+
+    def reserve_inos(self, last: int) -> None:
+        """Give out no inode number up to ``last``."""
+        with self._database.write() as db:
+            db.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'next_ino'", (last + 1,))
+
+    def new_ino(self) -> Ino:
+        """An inode number that was never used."""
+        with self._database.write() as db:
+            return _take_inos(db, 1)
+
+    def touch_directory(self, ino: Ino) -> None:
+        """Note that the contents of a directory changed."""
+        with self._database.write() as db:
+            self._changed(db, {ino})
+
+    # -- names ---------------------------------------------------------------------------------------------
+
+    def _names(self, db: Connection) -> NameScheme:
+        (names,) = db.execute("SELECT value FROM meta WHERE key = 'names'").fetchone()
+        return "uid" if names == "uid" else "subject"
+
+    def _use_names(self, names: NameScheme) -> None:
+        with self._database.read() as db:
+            if self._names(db) == names:
+                return
+        with self._database.write() as db:
+            rows = db.execute(
+                "SELECT ino, date, sender, subject, uid, parent FROM node WHERE uid IS NOT NULL AND NOT alias"
+            ).fetchall()
+            db.execute("UPDATE node SET name = NULL WHERE uid IS NOT NULL AND NOT alias")
+            for ino, date, sender, subject, uid, parent in rows:
+                name = _free_name(db, Ino(parent), message_name(names, date, sender, subject, uid))
+                db.execute("UPDATE node SET name = ? WHERE ino = ?", (name, ino))
+            db.execute("UPDATE meta SET value = ? WHERE key = 'names'", (names,))
+
+    # -- bodies --------------------------------------------------------------------------------------------
+
+    def set_size(self, ino: Ino, size: int) -> bool:
+        """Note the exact size of a message; true if it was not known as such."""
+        with self._database.write() as db:
+            return (
+                db.execute(
+                    "UPDATE node SET size = ?, exact = 1 WHERE ino = ? AND NOT (exact AND size = ?)",
+                    (size, ino, size),
+                ).rowcount
+                > 0
+            )
+
+    def add_bodies(self, bodies: Sequence[Body]) -> list[Body]:
+        """Note that bodies are cached; those returned are of messages that are gone, or others by now."""
+        now = int(time.time())
+        with self._database.write() as db:
+            noted = db.executemany(
+                "UPDATE node SET size = ?, exact = 1, crc = ?, pack = ?, offset = ?, used = ?"
+                " WHERE ino = ? AND uid = ? AND crc IS NULL",
+                [(b.size, b.crc, b.pack, b.offset, now, b.ino, b.uid) for b in bodies],
+            ).rowcount
+            if noted == len(bodies):
+                return []
+            return [
+                body
+                for body in bodies
+                if not db.execute(
+                    "SELECT 1 FROM node WHERE ino = ? AND uid = ? AND crc IS NOT NULL"
+                    " AND pack IS ? AND offset = ?",
+                    (body.ino, body.uid, body.pack, body.offset),
+                ).fetchone()
+            ]
+
+    def packs(self) -> list[tuple[int | None, int, int, int]]:
+        """Of each pack of bodies: its number, how many are in it, their bytes, and where the last one ends.
+
+        What has a file of its own is together under None.
+        """
+        with self._database.read() as db:
+            return db.execute(
+                "SELECT pack, count(*), sum(size), max(offset + size) FROM node WHERE crc IS NOT NULL"
+                " GROUP BY pack"
+            ).fetchall()
+
+    def use_bodies(self, inos: Iterable[Ino]) -> None:
+        """Note that bodies were wanted now."""
+        now = int(time.time())
+        with self._database.write() as db:
+            db.executemany("UPDATE node SET used = ? WHERE ino = ?", [(now, ino) for ino in inos])
+
+    def forget_bodies(self, inos: Iterable[Ino]) -> None:
+        """Note that bodies are not cached."""
+        with self._database.write() as db:
+            db.executemany("UPDATE node SET crc = NULL WHERE ino = ?", [(ino,) for ino in inos])
+
+    def oldest_bodies(self, size: int) -> list[Node]:
+        """The messages with the least recently used bodies, which have ``size`` bytes together."""
+        chosen: list[Node] = []
+        with self._database.read() as db:
+            for row in db.execute(f"SELECT {_NODE} FROM node WHERE crc IS NOT NULL ORDER BY used, ino"):
+                if size <= 0:
+                    break
+                chosen.append(Node._make(row))
+                size -= chosen[-1].size
+        return chosen
+
+    def cached(self, inos: Sequence[Ino]) -> set[Ino]:
+        """Those of ``inos`` whose bodies are cached."""
+        with self._database.read() as db:
+            return {
+                Ino(ino)
+                for i in inos
+                for (ino,) in db.execute("SELECT ino FROM node WHERE ino = ? AND crc IS NOT NULL", (i,))
+            }
+
+
+def _take_inos(db: Connection, n: int) -> Ino:
+    """The first of ``n`` consecutive inode numbers that were never used."""
+    (first,) = db.execute("SELECT value FROM meta WHERE key = 'next_ino'").fetchone()
+    db.execute("UPDATE meta SET value = ? WHERE key = 'next_ino'", (first + n,))
+    return Ino(first)
+
+
+def _row(ino: Ino, mailbox: Ino, name: bytes | None, alias: int, message: NewMessage) -> tuple[Any, ...]:
+    time_ns = message.date * 1_000_000_000
+    return (ino, mailbox, name, alias, time_ns, time_ns, *message)
+
+
+_INSERT_MESSAGE: Final = (
+    "INSERT INTO node (exact, ino, parent, name, alias, mtime, ctime, uid, size, date, zone, flags, modseq,"
+    " subject, sender, from_, message_id) VALUES (0, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
+
+
+def _free_name(db: Connection, parent: Ino, name: bytes) -> bytes:
+    """``name``, or where it is taken, one like it."""
+    stem = name.removesuffix(b".eml")
+    n = 1
+    while db.execute("SELECT 1 FROM node WHERE parent = ? AND name = ?", (parent, name)).fetchone():
+        n += 1
+        name = b"%s~%d.eml" % (stem[:240].decode("utf-8", "ignore").encode(), n)
+    return name
+
+
+def _delete(db: Connection, where: str, values: tuple[int, ...]) -> list[Gone]:
+    rows = db.execute(
+        "SELECT parent, name, ino, size, mtime, ctime, mode, crc, pack, offset, uid, uid IS NULL FROM node"
+        f" WHERE {where}",
+        values,
+    ).fetchall()
+    db.execute(f"DELETE FROM node WHERE {where}", values)
+    return [Gone._make(row) for row in rows]

@@ -1,0 +1,509 @@
+"""How the mount learns of changes by itself: which mailboxes are watched, and what follows from what is told.
+
+Theory of operation. Where the server has NOTIFY, one connection watches all mailboxes, with INBOX selected;
+where it has IDLE, one connection each watches those that are in use: INBOX, open directories, then the last
+used. Such connections are given up as soon as somebody else needs one, and had again when nobody does.
+Beside that, and where there is neither, the list of mailboxes and STATUS of all that were ever listed are
+asked for at an interval: servers do not always tell of everything (Dovecot's NOTIFY not of what was delivered
+straight into a Maildir).
+
+What is told is a hint that something changed, and leads to an ordinary synchronisation: after a moment, as
+changes come in bursts, and one at a time for each mailbox. What the cache knows already, such as a change
+that was made here and comes back, leads to nothing. All of it runs on the trio thread but for `Watch.run`.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Final, Literal
+
+import trio
+
+from imapfs.errors import ImapfsError, MailboxGone, NotSupported, report
+from imapfs.imap.idle import (
+    Began,
+    Event,
+    Exists,
+    Flagged,
+    Listed,
+    Opened,
+    Status,
+    Tree,
+    Vanished,
+    Watch,
+)
+from imapfs.imap.pool import SessionPool
+from imapfs.imap.session import Session
+from imapfs.model import ROOT, Ino, Uid
+from imapfs.store.cache import Cache, Mailbox
+from imapfs.sync.synchroniser import Synchroniser, display_name
+
+log = logging.getLogger(__name__)
+
+How = Literal["notify", "idle", "poll"]
+
+_DEBOUNCE: Final = 0.05
+"""Seconds between the first sign of a change and the question what it was."""
+_SETTLE: Final = 2.0
+"""Seconds for which the mailboxes in use may change before watches move to others."""
+_PAUSE_FIRST: Final = 1.0
+_PAUSE_MOST: Final = 60.0
+_SOUND: Final = 30.0
+"""Seconds after which the end of a watch is no sign that the next will end as well."""
+_LOOK: Final = 5.0
+"""Seconds between polls while somebody looks into mailboxes, for servers do not tell of everything: Dovecot
+not of what is delivered straight into a Maildir within a second of another change."""
+_LOOKS: Final = 20
+"""How much longer than a poll the time to the next of them is."""
+_AT_ONCE: Final = 2
+"""Most synchronisations at once that nobody has asked for."""
+
+
+class Push:
+    """Keeps the cache up to date for as long as ``nursery`` lives. ``interval`` of polling in seconds."""
+
+    def __init__(
+        self, pool: SessionPool, cache: Cache, sync: Synchroniser, nursery: trio.Nursery, interval: float
+    ) -> None:
+        self._pool = pool
+        self._cache = cache
+        self._sync = sync
+        self._fresh = sync.freshness
+        self._nursery = nursery
+        self._interval = interval
+        self._root = ROOT
+        self._how: How = "poll"
+        self._chosen = trio.Event()
+        self._unsupported: set[str] = set()
+        """What the server offers and does not do."""
+        self._used: dict[Ino, float] = {}
+        self._opened: Counter[Ino] = Counter()
+        self._watchers: dict[Ino, _Watcher] = {}
+        """By the mailbox that they watch; those that watch everything by `ROOT`."""
+        self._other_wishes = trio.Event()
+        self._settling = False
+        self._following: set[Ino] = set()
+        self._turns = trio.Semaphore(max(1, min(_AT_ONCE, pool.limit - 1)))
+        self._last_poll = time.monotonic()
+        self._poll_took = 0.0
+        self._polled: dict[Ino, Mapping[str, int]] = {}
+        """What STATUS said of mailboxes of which it says something else than a synchronisation."""
+
+    def start(self, root: Ino) -> None:
+        """Begin to watch what is below ``root``."""
+        self._root = root
+        self._nursery.start_soon(self._watch_forever)
+        self._nursery.start_soon(self._poll_forever)
+
+    def unwatch(self, key: Ino) -> None:
+        """Changes are not told any more."""
+        self._fresh.unwatch(None if key == ROOT else key)
+
+    def status(self) -> dict[str, object]:
+        """How changes are learned of now: for ``imapfs status``."""
+        live = [ino for ino, watcher in self._watchers.items() if watcher.live]
+        boxes = [box for ino in live if (box := self._cache.mailbox(ino)) is not None]
+        return {
+            "by": "notify" if ROOT in live else "idle" if live else "poll",
+            "idle": [display_name(box.server_name or b"") for box in boxes],
+            "poll": self._interval,
+        }
+
+    # -- what is in use ------------------------------------------------------------------------------------
+
+    def used(self, mailbox: Ino) -> None:
+        """Somebody looks into a mailbox."""
+        now = time.monotonic()
+        self._used[mailbox] = now
+        if self._fresh.is_watched(mailbox) and now - self._last_poll > max(_LOOK, _LOOKS * self._poll_took):
+            self._last_poll = now
+            self._nursery.start_soon(self._poll)
+        if self._how == "idle" and mailbox not in self._watchers and not self._settling:
+            self._settling = True
+            self._nursery.start_soon(self._settle)
+
+    def opened(self, mailbox: Ino) -> None:
+        """A directory was opened, and counts as in use until it is `closed`."""
+        self._opened[mailbox] += 1
+        self.used(mailbox)
+
+    def closed(self, mailbox: Ino) -> None:
+        self._opened[mailbox] -= 1
+        if not self._opened[mailbox]:
+            del self._opened[mailbox]
+
+    async def _settle(self) -> None:
+        """Move watches to the mailboxes that are wanted more."""
+        self._wish()
+        await trio.sleep(_SETTLE)
+        self._settling = False
+        try:
+            wanted = self._wanted()
+        except ImapfsError as error:
+            report(error, "the watches stay where they are")
+            return
+        for ino, watcher in self._watchers.items():
+            if ino not in wanted:
+                watcher.stop()
+        self._wish()
+
+    def _wish(self) -> None:
+        """Have those who wait for a mailbox to watch look again."""
+        self._other_wishes.set()
+        self._other_wishes = trio.Event()
+
+    def rank(self, ino: Ino) -> tuple[bool, bool, float]:
+        """How much a mailbox is worth to be watched."""
+        box = self._cache.mailbox(ino)
+        return (ino == ROOT or _is_inbox(box), ino in self._opened, self._used.get(ino, 0.0))
+
+    def _wanted(self) -> list[Ino]:
+        """The mailboxes to be watched by IDLE, the most important first."""
+        known = [
+            box.ino
+            for box in self._mailboxes()
+            if (box.ino in self._used or _is_inbox(box)) and self._is_listed(box)
+        ]
+        return sorted(known, key=self.rank, reverse=True)[: self._pool.watch_limit]
+
+    def _mailboxes(self) -> list[Mailbox]:
+        """Those that hold messages and are in the mount."""
+        return [box for box in self._cache.mailboxes() if box.selectable and self._is_mounted(box.ino)]
+
+    def _is_mounted(self, ino: Ino) -> bool:
+        if self._root == ROOT:
+            return True
+        top = self._cache.path(self._root)
+        return self._cache.path(ino)[: len(top)] == top
+
+    def _is_listed(self, box: Mailbox) -> bool:
+        """Whether there is something that could be out of date."""
+        return bool(box.complete) or self._sync.is_refreshing(box.ino)
+
+    # -- watching ------------------------------------------------------------------------------------------
+
+    async def _watch_forever(self) -> None:
+        pause = _Pause()
+        while True:
+            await self._pool.until_online()
+            try:
+                how = await self._pool.run(self._choose)
+                if how != self._how or not self._chosen.is_set():
+                    log.info("changes are learned of by %s", how)
+                self._how = how
+                self._chosen.set()
+                if how == "notify":
+                    await self._watch_everything(pause)
+                elif how == "idle":
+                    await self._watch_used()
+                else:
+                    await trio.sleep(self._interval)
+            except ImapfsError as error:
+                log.debug("nothing can be watched: %s", error)
+                await pause.after(0)
+            except Exception as error:
+                report(error, "watching failed")
+                await pause.after(0)
+
+    def _choose(self, session: Session) -> How:
+        def can(capability: str) -> bool:
+            return session.has(capability) and capability not in self._unsupported
+
+        if not can("IDLE"):
+            return "poll"
+        # Without modification sequences the first words of NOTIFY would not say what is new.
+        return "notify" if can("NOTIFY") and can("CONDSTORE") else "idle"
+
+    async def _watch_everything(self, pause: "_Pause") -> None:
+        started = time.monotonic()
+        inbox = next((box for box in self._mailboxes() if _is_inbox(box)), None)
+        try:
+            if await self._watch(ROOT, inbox):
+                return
+        except NotSupported as error:
+            log.info("the server cannot watch all mailboxes: %s", error)
+            self._unsupported.add("NOTIFY")
+            return
+        await pause.after(time.monotonic() - started)
+
+    async def _watch_used(self) -> None:
+        """Watch the mailboxes that are in use, until the server turns out not to be able to."""
+        async with trio.open_nursery() as nursery:
+            for _ in range(self._pool.watch_limit):
+                nursery.start_soon(self._watch_one_after_another)
+
+    async def _watch_one_after_another(self) -> None:
+        pause = _Pause()
+        while "IDLE" not in self._unsupported:
+            started = time.monotonic()
+            try:
+                ino = next((ino for ino in self._wanted() if ino not in self._watchers), None)
+                box = self._cache.mailbox(ino) if ino is not None else None
+                if box is None:
+                    await self._other_wishes.wait()
+                    continue
+                if await self._watch(box.ino, box):
+                    continue
+            except NotSupported as error:
+                log.info("the server cannot watch mailboxes: %s", error)
+                self._unsupported.add("IDLE")
+                for watcher in self._watchers.values():
+                    watcher.stop()
+                self._wish()
+                return
+            except Exception as error:
+                report(error, "a mailbox cannot be watched")
+            await pause.after(time.monotonic() - started)
+
+    async def _watch(self, key: Ino, box: Mailbox | None) -> bool:
+        """Watch a mailbox, or with `ROOT` as ``key`` everything with ``box`` selected; true if ended as told.
+
+        Raises NotSupported.
+        """
+        watcher = self._watchers[key] = _Watcher(self, key, box)
+        try:
+            await self._pool.watch(watcher, box.server_name if box is not None else None)
+        except NotSupported:
+            raise
+        except ImapfsError as error:
+            log.log(logging.INFO if watcher.live else logging.DEBUG, "a watch ended: %s", error)
+            if isinstance(error, MailboxGone):
+                self._used.pop(key, None)
+                self._sync.refresh_tree(0)
+            return False
+        finally:
+            watcher.end()
+            del self._watchers[key]
+        return watcher.stopped
+
+    # -- what is told --------------------------------------------------------------------------------------
+
+    def hear(self, watcher: "_Watcher", events: Sequence[Event]) -> None:
+        """Take what the server said to a watcher. Called by trio itself, which no error must reach."""
+        try:
+            for event in events:
+                self._hear(watcher, event)
+        except Exception as error:
+            report(error, "what the server told was not understood")
+
+    def _hear(self, watcher: "_Watcher", event: Event) -> None:
+        box = watcher.selected
+        match event:
+            case Began():
+                watcher.live = True
+                self._fresh.watch(None if watcher.key == ROOT else watcher.key, watcher.since)
+            case Tree(entries):
+                if self._sync.is_known(entries):
+                    self._fresh.asked(ROOT, watcher.since)
+                else:
+                    self._changed(ROOT)
+            case Listed(entry):
+                is_there = "\\nonexistent" not in entry.attributes
+                if is_there != (self._cache.mailbox_named(entry.name) is not None):
+                    self._changed(ROOT)
+            case Status(mailbox, numbers):
+                named = self._cache.mailbox_named(mailbox)
+                if named is not None:
+                    self._look(named.ino, numbers, None if watcher.live else watcher.since)
+            case Opened(state) if box is not None:
+                numbers = {
+                    "UIDVALIDITY": state.uidvalidity,
+                    "UIDNEXT": state.uidnext,
+                    "MESSAGES": state.exists,
+                    "HIGHESTMODSEQ": state.highestmodseq,
+                }
+                self._look(
+                    box.ino, {key: n for key, n in numbers.items() if n or key == "MESSAGES"}, watcher.since
+                )
+                # Flags may be others without a MODSEQ to tell. A second look takes a second connection.
+                if not state.highestmodseq and self._pool.limit > 1 and self._is_listed(box):
+                    self._changed(box.ino)
+            case _ if box is not None and self._is_news(box.ino, event):
+                self._changed(box.ino)
+
+    def _is_news(self, ino: Ino, event: Event) -> bool:
+        """Whether the cache does not know it yet. What was done here comes back, and it does."""
+        match event:
+            case _ if self._fresh.has_news(ino) or self._sync.is_refreshing(ino):
+                return True  # there may be more to it than can be said now
+            case Exists(count):
+                return count != self._cache.counts(ino)[0]
+            case Vanished(ranges):
+                return any(low <= self._cache.last_uid(ino, high + 1) for low, high in ranges)
+            case Flagged(uid, modseq):
+                known = self._cache.message(ino, Uid(uid))
+                details = self._cache.details(known.ino) if known is not None else None
+                return details is None or not 0 < modseq <= details.modseq
+        return True
+
+    def _look(self, ino: Ino, numbers: Mapping[str, int], asked: float | None) -> None:
+        """Compare a mailbox with what STATUS says; where it is the same it is known as of ``asked``."""
+        box = self._cache.mailbox(ino)
+        if box is None or not self._is_listed(box):
+            return
+        if not box.complete or self._differs(box, numbers):
+            self._changed(ino)
+        elif asked is not None:
+            self._fresh.asked(ino, asked)
+
+    def _differs(self, box: Mailbox, numbers: Mapping[str, int]) -> bool:
+        messages, unseen = self._cache.counts(box.ino)
+        known = {"UIDVALIDITY": box.uidvalidity, "UIDNEXT": box.uidnext, "MESSAGES": messages}
+        if numbers.get("HIGHESTMODSEQ") and box.modseq:
+            known["HIGHESTMODSEQ"] = box.modseq
+        else:
+            known["UNSEEN"] = unseen
+        return any(numbers.get(key, value) != value for key, value in known.items())
+
+    def _changed(self, what: Ino) -> None:
+        """There is news of a mailbox, or with `ROOT` of the list of mailboxes."""
+        self._fresh.told(what)
+        if what not in self._following and self._is_mounted(what):
+            self._following.add(what)
+            self._nursery.start_soon(self._follow, what)
+
+    async def _follow(self, what: Ino) -> None:
+        """Synchronise until there is no more news."""
+        pause = _DEBOUNCE
+        try:
+            while True:
+                await trio.sleep(pause)
+                box = self._cache.mailbox(what)
+                wanted = what == ROOT or (box is not None and self._is_listed(box))
+                if not wanted or not self._fresh.has_news(what):
+                    return
+                await self._sync.at_rest(what)
+                async with self._turns:
+                    started = time.monotonic()
+                    refresh = (
+                        self._sync.refresh_tree(0) if what == ROOT else self._sync.refresh_mailbox(what, 0)
+                    )
+                    if refresh is not None:
+                        await refresh.finished()
+                        if refresh.error is not None:
+                            return  # the next poll, or look, tries again
+                # A mailbox that changes all the time is not asked about all the time.
+                pause = _DEBOUNCE + time.monotonic() - started
+        except Exception as error:
+            report(error, "a change was not followed")
+        finally:
+            self._following.discard(what)
+
+    # -- polling -------------------------------------------------------------------------------------------
+
+    async def _poll_forever(self) -> None:
+        await self._chosen.wait()
+        if self._how != "notify":
+            await self._poll()
+        while True:
+            await trio.sleep(self._interval)
+            await self._poll()
+
+    async def _poll(self) -> None:
+        """Learn of changes by asking. While the server is away, others try to reach it."""
+        if self._pool.reason is not None:
+            return
+        started = self._last_poll = time.monotonic()
+        try:
+            listed = [box for box in self._mailboxes() if box.complete]
+            if not listed and not self._fresh.is_due(ROOT, self._interval):
+                return
+            found = await self._sync.poll([box.server_name or b"" for box in listed])
+            self._poll_took = time.monotonic() - started
+            in_use = set(self._wanted())
+            for box in listed:
+                numbers = found.get(box.server_name or b"")
+                if numbers is not None:
+                    self._compare(box.ino, numbers, started, box.ino in in_use)
+        except ImapfsError as error:
+            log.debug("there was no polling: %s", error)
+        except Exception as error:
+            report(error, "polling failed")
+
+    def _compare(self, ino: Ino, numbers: Mapping[str, int], asked: float, in_use: bool) -> None:
+        box = self._cache.mailbox(ino)
+        if box is None or not box.complete:
+            return
+        if self._differs(box, numbers):
+            # Some servers say one UIDNEXT here and another, or none, when they open the mailbox.
+            if self._polled.get(ino) == numbers and not self._fresh.has_news(ino):
+                return
+            self._polled[ino] = numbers
+            self._changed(ino)
+        elif numbers.get("HIGHESTMODSEQ"):
+            self._fresh.asked(ino, asked)
+        elif in_use and not (self._fresh.is_watched(ino) and self._pool.limit > 1):
+            # STATUS says nothing of most flags.
+            self._changed(ino)
+        if self._fresh.has_news(ino):
+            self._changed(ino)
+
+
+class _Watcher:
+    """One watch and what it stands for: a `imapfs.imap.pool.Watcher`."""
+
+    def __init__(self, push: Push, key: Ino, selected: Mailbox | None) -> None:
+        self.key = key
+        self.selected = selected
+        self.live = False
+        """Whether everything is told."""
+        self.since = 0.0
+        """When it began to look."""
+        self._push = push
+        self._ended = False
+        token = trio.lowlevel.current_trio_token()
+        self._watch = Watch(
+            selected and selected.server_name,
+            self._heard,
+            partial(token.run_sync_soon, idempotent=True),
+            everywhere=key == ROOT,
+        )
+
+    @property
+    def rank(self) -> tuple[bool, bool, float]:
+        return self._push.rank(self.key)
+
+    @property
+    def stopped(self) -> bool:
+        return self._watch.stopped
+
+    def run(self, session: Session) -> None:
+        self.since = time.monotonic()
+        self._watch.run(session)
+
+    def stop(self) -> None:
+        self._watch.stop()
+
+    def end(self) -> None:
+        self._ended = True
+        self.live = False
+        self._watch.close()
+        self._push.unwatch(self.key)
+
+    def _heard(self, events: Sequence[Event]) -> None:
+        if not self._ended:
+            self._push.hear(self, events)
+
+
+class _Pause:
+    """Time between attempts, longer with each that fails.
+
+    Coming online again does not shorten it, as a server may end each connection that watches. It need not: an
+    attempt waits for being online, and does not fail meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._next = _PAUSE_FIRST
+
+    async def after(self, lasted: float) -> None:
+        """Wait after an attempt that lasted so many seconds."""
+        if lasted > _SOUND:
+            self._next = _PAUSE_FIRST
+        await trio.sleep(self._next)
+        self._next = min(_PAUSE_MOST, 2 * self._next)
+
+
+def _is_inbox(box: Mailbox | None) -> bool:
+    return box is not None and (box.server_name or b"").upper() == b"INBOX"
