@@ -1,6 +1,7 @@
 """The database and the body files by themselves: identity, eviction, damage, and what is cleaned up."""
 
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -276,6 +277,27 @@ def test_two_packs_that_are_lent_are_different_ones(cache: Cache) -> None:
     store = BodyStore(cache, 1 << 30)
     with store.lend_pack() as one, store.lend_pack() as other:
         assert one.path != other.path
+
+
+def test_disk_that_takes_no_body_keeps_nobody_from_what_is_in_memory(
+    cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = BodyStore(cache, 1 << 30)
+    [(ino, _)] = cache.add_messages(inbox(cache), [message(1)])
+    shutil.rmtree(store.directory)
+    spool = Spool(store, 4)
+    spool.write(b"body")
+    with store.lend_pack() as pack, pytest.raises(CacheError):
+        spool.keep(ino, Uid(1), pack)
+    written = tmp_path / "written"
+    written.write_bytes(b"body")
+    caplog.set_level("INFO")
+    store.take(written, ino, Uid(1))
+    assert "a body was not kept in the cache" in caplog.text
+    assert written.read_bytes() == b"body"
+    node = cache.node(ino)
+    assert node is not None
+    assert node.crc is None
 
 
 def test_full_pack_is_lent_no_more(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,15 @@ def test_full_disk(user: Account, mount: Mounter, small_disk: Path) -> None:
     mounted.unmount()
 
 
+def test_messages_are_read_where_nothing_can_be_cached(user: Account, mount: Mounter) -> None:
+    user.deliver("INBOX", [(plain(n), DATE, "") for n in range(3)])
+    mounted = mount(user, expected_log=["was not cached"])
+    files = shown(mounted.path / "INBOX")
+    (bodies,) = mounted.cache.glob("*/bodies")
+    shutil.rmtree(bodies)
+    assert {uid: path.read_bytes() for uid, path in files.items()} == served(user)
+
+
 def test_cache_deleted_under_the_mount(user: Account, mount: Mounter) -> None:
     """What is on the server can be used on; what was not sent yet is lost, and that is said."""
     user.deliver("INBOX", [(plain(n), DATE, "") for n in range(4)])

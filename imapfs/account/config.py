@@ -513,7 +513,7 @@ def locate(source: str, options: Mapping[str, object], config_path: Path) -> Loc
     """
     given = _checked(options, Path.cwd(), lambda key: "-o" if key == "options" else f"--{key}")
     entry = Options() if "://" in source else _account_options(source, config_path)
-    merged: Options = {**_defaults(), **entry, **given}
+    merged: Options = {**defaults(), **entry, **given}
     if "://" in source:
         account = parse_source(source)
     else:
@@ -619,7 +619,8 @@ def _read_only(entry: Options, given: Options) -> tuple[bool, frozenset[str]]:
     return entry.get("read-only", False) or bool(from_entry), passed
 
 
-def _defaults() -> Options:
+def defaults() -> Options:
+    """What holds for an account that says nothing."""
     table = {setting.key: setting.default for setting in SETTINGS if setting.default is not None}
     return _checked(table, Path("/"), lambda key: f"default of {key}")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import Final, cast
+from typing import cast
 from urllib.parse import quote
 
 import click
@@ -29,9 +29,6 @@ from imapfs.errors import AuthenticationFailed, CredentialError, ImapfsError, Us
 from imapfs.imap.connect import tls_context
 from imapfs.imap.session import Session
 from imapfs.model import DEFAULT_PORTS, AccessToken, Account, CredentialProvider, Secret, Security
-
-_CHECK_TIMEOUT: Final = 30.0
-"""Seconds to wait for the server while a consent is tried out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,7 +398,7 @@ def _by_consent(provider: str, name: str, account: Account, person: _Person) -> 
     here = client.device_url is None or person.agrees("Is there a browser on this machine")
 
     def check(token: AccessToken) -> None:
-        Session.connect(account, token, tls_context(account), _CHECK_TIMEOUT).close()
+        Session.connect(account, token, tls_context(account), config.defaults()["timeout"]).close()
 
     consent.ask(client, account, person.say, device=not here, check=check)
     sources = CredentialSources(oauth=client, name=name)

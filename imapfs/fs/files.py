@@ -95,9 +95,8 @@ class Files:
             self._ahead.opened(node)
         if node.exact and not (wanted and node.size <= SMALL):
             return None
-        if node.crc is not None and node.pack is not None and (data := self._bodies.load(node)) is not None:
-            return data
-        return self._whole(node, file)
+        data = self._bodies.load(node)
+        return self._whole(node, file) if data is None else data
 
     def open_known(self, ino: Ino) -> None:
         """Begin to read a file that the caller has all bytes of."""
@@ -141,11 +140,11 @@ class Files:
 
     async def contents(self, node: Node) -> bytes:
         """All bytes of a message, whatever a draft with its inode holds."""
-        if node.crc is not None and node.pack is not None:
-            data = self._bodies.load(node)
-            if data is not None:
-                return data
-        elif node.crc is not None and (fd := await self._bodies.open(node)) is not None:
+        data = self._bodies.load(node)
+        if data is not None:
+            return data
+        fd = await self._bodies.open(node)
+        if fd is not None:
             try:
                 return os.pread(fd, os.fstat(fd).st_size, 0)
             finally:
@@ -186,19 +185,17 @@ class Files:
         node = self._cache.node(ino)
         if node is None:
             raise MessageGone("it was removed on the server")
-        if node.crc is not None and node.pack is not None:
-            data = self._bodies.load(node)
-            if data is not None:
-                return data
-        elif node.crc is not None:
-            fd = self._bodies.pin(node) if ino in self._verified else await self._bodies.open(node)
-            if fd is not None:
-                self._verified.add(ino)
-                if file.fd >= 0 or not file.users:
-                    os.close(fd)  # another reader was quicker, or the last one gave up
-                else:
-                    file.fd = fd
-                return None
+        data = self._bodies.load(node)
+        if data is not None:
+            return data
+        fd = self._bodies.pin(node) if ino in self._verified else await self._bodies.open(node)
+        if fd is not None:
+            self._verified.add(ino)
+            if file.fd >= 0 or not file.users:
+                os.close(fd)  # another reader was quicker, or the last one gave up
+            else:
+                file.fd = fd
+            return None
         if file.download is None:
             file.download = self._fetcher.start(node).acquire()
         return None
@@ -288,11 +285,9 @@ class Files:
         file = self._open.get(gone.ino)
         if file is not None and self._cache.node(gone.ino) is None:
             file.gone = gone
-            if file.fd < 0 and file.download is None and gone.crc is not None:
-                if gone.pack is not None:
-                    file.data = self._bodies.load(gone)
-                else:
-                    file.fd = -1 if (fd := self._bodies.pin(gone)) is None else fd
+            if file.fd < 0 and file.download is None:
+                file.data = self._bodies.load(gone)
+                file.fd = -1 if (fd := self._bodies.pin(gone)) is None else fd
 
     def deleted(self, draft: Draft) -> None:
         """A draft is about to be deleted: who has it open keeps it."""

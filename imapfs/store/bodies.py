@@ -236,7 +236,7 @@ class BodyStore:
 
     @contextlib.contextmanager
     def lend_pack(self) -> Iterator[Pack]:
-        """A pack that is nobody else's for the time being. Raises CacheError."""
+        """A pack that is nobody else's for the time being."""
         if self._room:
             pack = self._room.pop()
         else:
@@ -245,7 +245,8 @@ class BodyStore:
             self._next_pack += 1
         pack.lent = True
         try:
-            with self.writing():
+            # Here, so that two threads never open it at once. What speaks against it is for who writes to it.
+            with contextlib.suppress(OSError):
                 self._opened(pack)
             yield pack
         finally:
@@ -276,8 +277,10 @@ class BodyStore:
     # -- reading -------------------------------------------------------------------------------------------
 
     def load(self, stored: Stored) -> bytes | None:
-        """The body of a small message, or None if it is not intact in the cache."""
-        pack = None if stored.pack is None else self._packs.get(stored.pack)
+        """The body of a small message, or None if it is not, or not intact, in the cache."""
+        if stored.crc is None or stored.pack is None:
+            return None
+        pack = self._packs.get(stored.pack)
         data = b""
         if pack is not None:
             with contextlib.suppress(OSError):
@@ -289,7 +292,9 @@ class BodyStore:
         return data
 
     async def open(self, node: Node) -> int | None:
-        """A descriptor of the body of a large message, or None if it is not intact in the cache."""
+        """A descriptor of the body of a large message, or None if it is not, or not intact, in the cache."""
+        if node.crc is None or node.pack is not None:
+            return None
         fd = self.pin(node)
         if fd is None:
             self._lost(node)
@@ -307,7 +312,9 @@ class BodyStore:
         return fd
 
     def pin(self, stored: Stored) -> int | None:
-        """A descriptor of a large body, unverified, that outlives its removal; None if there is no file."""
+        """A descriptor of a large body, unverified, that outlives its removal; None if there is none."""
+        if stored.crc is None or stored.pack is not None:
+            return None
         try:
             return os.open(self.path(stored.ino), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.servers.account import DEADLINE, ImapAccount, run_as
-from tests.servers.loop import BUFFER, LoopThread, Port, abort, accept_tls, server_context
+from tests.servers.loop import BUFFER, LoopThread, Port, abort, accept, accept_tls, server_context
 from tests.servers.tls import CertificateAuthority
 
 UNPACKED = Path(__file__).parents[2] / ".servers" / "courier"
@@ -186,8 +186,8 @@ class Courier:
 
     async def _accept(self) -> None:
         while True:
-            connection, _ = await asyncio.get_running_loop().sock_accept(self._listener)
-            self._thread.spawn(self._serve(connection))
+            connection = await accept(self._listener)
+            self._thread.spawn(self._serve(connection), owned=connection)
 
     async def _serve(self, connection: socket.socket) -> None:
         with suppress(OSError, asyncio.IncompleteReadError), connection:

@@ -32,11 +32,18 @@ class LoopThread:
         """Run ``coroutine`` in the loop and return what it returns; called from any other thread."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(DEADLINE)
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Start ``coroutine`` as a task that ends with the loop; called in the loop."""
+    def spawn(
+        self, coroutine: Coroutine[Any, Any, None], owned: socket.socket | None = None
+    ) -> asyncio.Task[None]:
+        """Start ``coroutine`` as a task that ends with the loop; called in the loop.
+
+        ``owned`` is closed with it, for one that is cancelled before it begins closes nothing by itself.
+        """
         task = self.loop.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        if owned is not None:
+            task.add_done_callback(lambda _: owned.close())
         return task
 
     def close(self) -> None:
@@ -89,6 +96,25 @@ def server_context(certificate: tuple[Path, Path]) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificate)
     return context
+
+
+async def accept(listener: socket.socket) -> socket.socket:
+    """Return the next connection, non-blocking.
+
+    Unlike `sock_accept` of asyncio, which loses one that comes as it is cancelled, never takes one in vain.
+    """
+    loop = asyncio.get_running_loop()
+    while True:
+        ready = asyncio.Event()
+        loop.add_reader(listener, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_reader(listener)
+        with suppress(BlockingIOError):
+            connection, _ = listener.accept()
+            connection.setblocking(False)
+            return connection
 
 
 async def accept_tls(connection: socket.socket, context: ssl.SSLContext) -> Streams:

@@ -23,7 +23,16 @@ from typing import Literal
 
 from tests.servers.account import DEADLINE, Endpoint, ImapAccount
 from tests.servers.hiding import Hidden
-from tests.servers.loop import BUFFER, LoopThread, Port, abort, accept_tls, server_context, tell_when_sent
+from tests.servers.loop import (
+    BUFFER,
+    LoopThread,
+    Port,
+    abort,
+    accept,
+    accept_tls,
+    server_context,
+    tell_when_sent,
+)
 
 Edit = Callable[[bytes], bytes | None]
 """Given a line of the server with its line end: what to send in its place (any number of lines), None to
@@ -333,11 +342,11 @@ class Proxy:
     async def _accept_from(self, listener: socket.socket) -> None:
         with listener:
             while True:
-                accepted, _ = await asyncio.get_running_loop().sock_accept(listener)
-                self._serve(_Connection(self, accepted))
+                accepted = await accept(listener)
+                self._serve(_Connection(self, accepted), accepted)
 
-    def _serve(self, connection: "_Connection") -> None:
-        task = self._thread.spawn(connection.run())
+    def _serve(self, connection: "_Connection", accepted: socket.socket) -> None:
+        task = self._thread.spawn(connection.run(), owned=accepted)
         with self._changed:
             self._connections[connection] = task
             self._changed.notify_all()
