@@ -6,20 +6,8 @@ decides what the caller does next; the errno is a property of the class so that 
 """
 
 import errno
-import logging
 import os
-import time
-from typing import ClassVar, Final
-
-log = logging.getLogger(__name__)
-
-_REMINDER: Final = 60.0
-"""Seconds after which the log repeats what a disk says."""
-
-
-def one_line(text: str) -> str:
-    """``text`` on one line, without what would steer a terminal or cannot be encoded."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+from typing import ClassVar
 
 
 class ImapfsError(Exception):
@@ -244,36 +232,3 @@ class CacheError(ImapfsError):
         made = cls(f"{what}: {os.strerror(number)}; free or repair that disk")
         made.errno = number
         return made
-
-
-class _Told:
-    """What was logged a moment ago."""
-
-    def __init__(self) -> None:
-        self._at: dict[str, float] = {}
-
-    def is_news(self, text: str) -> bool:
-        now = time.monotonic()
-        self._at = {told: at for told, at in self._at.items() if now - at < _REMINDER}
-        return self._at.setdefault(text, now) == now
-
-
-_told = _Told()
-
-
-def report(error: Exception, what: str) -> ImapfsError:
-    """Log the end of a background task and give the error for those who wait for it.
-
-    What the network does is worth a line, once; what the disk or our own mistake does is a warning or worse.
-    """
-    if isinstance(error, ImapfsError):
-        level = logging.INFO
-        if isinstance(error, CacheError):
-            # A full disk is met by every message of a mailbox.
-            level = logging.WARNING if _told.is_news(str(error)) else logging.DEBUG
-        elif isinstance(error, Offline):
-            level = logging.DEBUG
-        log.log(level, "%s: %s", what, error)
-        return error
-    log.error("%s: internal error", what, exc_info=error)
-    return ImapfsError(f"{what}: internal error, see the log")

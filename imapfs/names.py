@@ -102,6 +102,18 @@ def entry_name(component: bytes) -> bytes:
     return start + _MARK + hashlib.sha256(component).hexdigest()[:_HASH_DIGITS].encode("ascii")
 
 
+def is_inbox(server_name: bytes | None) -> bool:
+    """Whether a mailbox name means INBOX, in any case (RFC 9051 section 5.1)."""
+    return server_name is not None and server_name.upper() == b"INBOX"
+
+
+def renamed(server_name: bytes, old: bytes, new: bytes, delimiter: bytes) -> bytes | None:
+    """The name of a mailbox after ``old`` was renamed to ``new``; None if it is neither that nor below it."""
+    if server_name == old or (delimiter and server_name.startswith(old + delimiter)):
+        return new + server_name[len(old) :]
+    return None
+
+
 def server_component(entry: bytes) -> bytes | None:
     """The raw component that ``entry`` is the `entry_name` of: the inverse, for names that a user chooses.
 

@@ -1,11 +1,13 @@
 """What is in the spool survives everything, and what leaves it is meant to."""
 
 import errno
+import io
 import json
 import os
 import string
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -174,7 +176,7 @@ def full(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Spool]:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", no_space)
+        patched.setattr("imapfs.store.spool.replace_file", no_space)
         yield spool
 
 
@@ -191,12 +193,13 @@ def test_a_full_disk_leaves_the_old_description(spool: Spool, monkeypatch: pytes
     draft.save()
     before = (spool.directory / "7.json").read_text()
 
-    def half(self: Path, data: str) -> int:
-        self.write_bytes(data[:10].encode())
-        raise OSError(errno.ENOSPC, "No space left on device")
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            super().write(data[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", half)
+        patched.setattr(os, "fdopen", lambda fd, mode: Full(fd, mode))
         with pytest.raises(CacheError):
             draft.save()
     assert (spool.directory / "7.json").read_text() == before

@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 from imapfs.account import keyring as keystore
 from imapfs.errors import CredentialError
+from imapfs.log import shown
 from imapfs.model import Account, Secret
-from imapfs.redact import shown
 
 _LIFETIME: Final = 300.0
 """Seconds for which a token is used whose end the server does not tell (RFC 6749 section 5.1)."""

@@ -26,7 +26,8 @@ from imapfs.cli.parameters import (
     setting_option,
     setting_options,
 )
-from imapfs.errors import AuthenticationFailed, CredentialError, ImapfsError, UsageError, one_line
+from imapfs.errors import AuthenticationFailed, CredentialError, ImapfsError, UsageError
+from imapfs.log import one_line
 from imapfs.model import Secret, Security
 
 if TYPE_CHECKING:

@@ -25,9 +25,10 @@ from imapfs.account.credentials import CredentialSources
 from imapfs.account.discovery import Address, Network, Settings
 from imapfs.account.oauth import OAuthClient
 from imapfs.account.providers import Provider
-from imapfs.errors import AuthenticationFailed, CredentialError, ImapfsError, UsageError, one_line
+from imapfs.errors import AuthenticationFailed, CredentialError, ImapfsError, UsageError
 from imapfs.imap.connect import tls_context
 from imapfs.imap.session import Session
+from imapfs.log import one_line
 from imapfs.model import DEFAULT_PORTS, AccessToken, Account, CredentialProvider, Secret, Security
 
 

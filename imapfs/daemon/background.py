@@ -20,7 +20,8 @@ from typing import NoReturn
 from imapfs import mounts
 from imapfs.daemon import desktop, systemd
 from imapfs.daemon import preflight as machine
-from imapfs.errors import AuthenticationFailed, ImapfsError, UsageError, one_line
+from imapfs.errors import AuthenticationFailed, ImapfsError, UsageError
+from imapfs.log import one_line
 from imapfs.model import CredentialProvider, MountConfig
 
 _LOG_BYTES = 5 * 2**20

@@ -45,15 +45,15 @@ from imapfs.errors import (
     Throttled,
     TlsError,
     UsageError,
-    report,
 )
 from imapfs.fs.events import Event, Kind, Place
 from imapfs.fs.files import Files, Opening
 from imapfs.imap.backoff import State
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Quota, Session
+from imapfs.log import report
 from imapfs.model import ROOT, Ino, MountConfig
-from imapfs.names import server_component
+from imapfs.names import is_inbox, renamed, server_component
 from imapfs.store.bodies import BodyStore
 from imapfs.store.cache import Cache, Gone, Node
 from imapfs.store.spool import Base, Draft, Spool
@@ -873,7 +873,7 @@ class Filesystem:
         if isinstance(node, Draft) or not node.is_dir:
             raise NotADirectory("it is a file")
         mailbox = self.cache.mailbox(node.ino)
-        if mailbox is None or mailbox.server_name is None or mailbox.server_name.upper() == b"INBOX":
+        if mailbox is None or mailbox.server_name is None or is_inbox(mailbox.server_name):
             raise NotPermitted("it cannot be deleted")
         refresh = self.sync.refresh_tree(0)
         if refresh is not None:
@@ -889,7 +889,7 @@ class Filesystem:
         mailbox = self.cache.mailbox(source.ino)
         if target is not None:
             raise NotEmpty("there is a file or mailbox of that name")
-        if mailbox is None or mailbox.server_name is None or mailbox.server_name.upper() == b"INBOX":
+        if mailbox is None or mailbox.server_name is None or is_inbox(mailbox.server_name):
             # RENAME INBOX moves its messages and leaves it there (RFC 9051 section 6.3.6), and some servers
             # lose them.
             raise NotPermitted("this mailbox cannot be renamed")
@@ -899,14 +899,13 @@ class Filesystem:
         await self.operations.rename_mailbox(source.ino, old, new, parent, name)
         self._follow_mailbox(Renamed(old, new, mailbox.delimiter))
 
-    def _follow_mailbox(self, renamed: Renamed) -> None:
+    def _follow_mailbox(self, change: Renamed) -> None:
         """A mailbox has another name on the server: so has what drafts belong to, and where they are."""
-        old, new, delimiter = renamed
         for draft in (*self.spool, *self.spool.sent):
             for place in (draft.base, draft.attempt):
-                below = delimiter and place and place.mailbox.startswith(old + delimiter)
-                if place is not None and (place.mailbox == old or below):
-                    place.mailbox = new + place.mailbox[len(old) :]
+                now = place and renamed(place.mailbox, change.old, change.new, change.delimiter)
+                if place is not None and now is not None:
+                    place.mailbox = now
                     draft.save()
         for draft in self.spool:
             path = self.cache.path(draft.parent)

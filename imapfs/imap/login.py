@@ -12,8 +12,8 @@ from imapfs.errors import AuthenticationFailed, ConnectionLost, ProtocolError, S
 from imapfs.imap import refusals, sasl
 from imapfs.imap.throttle import asked_wait
 from imapfs.imap.wire import Completion, Wire, astring
+from imapfs.log import shown
 from imapfs.model import AccessToken, Account, Secret
-from imapfs.redact import shown
 
 _HIDDEN: Final = "(its answer repeats the password and is not shown)"
 

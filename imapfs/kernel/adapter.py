@@ -33,7 +33,7 @@ from pyfuse3 import (
     SetattrFields,
 )
 
-from imapfs.errors import CacheError, ImapfsError, UsageError, report
+from imapfs.errors import CacheError, ImapfsError, UsageError
 from imapfs.fs.events import Stream
 from imapfs.fs.files import Opening
 from imapfs.fs.filesystem import Attributes as FileAttributes
@@ -45,9 +45,11 @@ from imapfs.kernel import network
 from imapfs.kernel.caller import PROOF
 from imapfs.kernel.feed import Feed
 from imapfs.kernel.inotify import Announcer
+from imapfs.log import report
 from imapfs.model import ROOT, CredentialProvider, Ino, MountConfig
 from imapfs.store.cache import Cache
 from imapfs.sync.synchroniser import Changes
+from imapfs.waiting import Flag
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +168,7 @@ class Adapter(pyfuse3.Operations):
         self._listings: dict[int, _Listing] = {}
         self._next_listing = 1
         self._invalid = _Invalid()
-        self._invalid_news = trio.Event()
+        self._invalid_news = Flag()
 
     # -- what the server changed ---------------------------------------------------------------------------
 
@@ -212,7 +214,6 @@ class Adapter(pyfuse3.Operations):
         """Tell the kernel what it has to drop, as it comes."""
         while True:
             await self._invalid_news.wait()
-            self._invalid_news = trio.Event()
             batch, self._invalid = self._invalid, _Invalid()
             if batch:
                 await trio.to_thread.run_sync(_invalidate, batch, abandon_on_cancel=True)

@@ -18,6 +18,7 @@ from typing import Any, Final
 import trio
 
 from imapfs.fs.events import SOCKET, Event, address
+from imapfs.waiting import Flag
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class _Reader:
     def __init__(self) -> None:
         self._lines: list[bytes] = []
         self._lost = 0
-        self._news = trio.Event()
+        self._news = Flag()
 
     def put(self, line: bytes) -> None:
         if len(self._lines) < _MOST:
@@ -46,7 +47,6 @@ class _Reader:
         """Everything so far."""
         while not self._lines:
             await self._news.wait()
-            self._news = trio.Event()
         lines, self._lines = self._lines, []
         if self._lost:
             lines.append(_line(event="lost", count=self._lost))

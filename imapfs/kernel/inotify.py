@@ -35,6 +35,7 @@ from imapfs.fs.events import Event, Kind, Place
 from imapfs.fs.filesystem import Attributes, Filesystem
 from imapfs.kernel import caller
 from imapfs.model import Ino
+from imapfs.waiting import Flag
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class Announcer:
         self._holds = holds
         self._process: trio.Process | None = None
         self._waiting: deque[Event] = deque()
-        self._news = trio.Event()
+        self._news = Flag()
         self._overflow = False
         self._failures = 0
         self._asked = False
@@ -136,7 +137,6 @@ class Announcer:
                     raise
                 self._failures = 0
             await self._news.wait()
-            self._news = trio.Event()
 
     async def _announce(self, event: Event) -> None:
         """Raises OSError, ValueError or BrokenResourceError if there can be no announcements."""

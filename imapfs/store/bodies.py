@@ -26,7 +26,8 @@ from typing import Final, Protocol
 
 import trio
 
-from imapfs.errors import CacheError, report
+from imapfs.errors import CacheError
+from imapfs.log import report
 from imapfs.model import Ino, Uid
 from imapfs.store.cache import Body, Cache, Node
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import trio
 
+from imapfs.atomic import replace_file
 from imapfs.errors import CacheError
 from imapfs.model import ROOT, Ino
 
@@ -262,11 +263,8 @@ class Spool:
 
     def save(self, draft: Draft) -> None:
         """Write the description of ``draft`` down, all of it or nothing. Raises CacheError."""
-        temporary = self.directory / f"{draft.ino}.json.tmp"
         try:
-            temporary.touch(mode=0o600)
-            temporary.write_text(json.dumps(_describe(draft)))
-            temporary.rename(self._description(draft.ino))
+            replace_file(self._description(draft.ino), json.dumps(_describe(draft)).encode(), durable=False)
         except OSError as error:
             raise CacheError.from_os_error(error, f"cannot write to the spool {self.directory}") from None
 

@@ -190,12 +190,3 @@ def _digest(data: bytes | mmap.mmap) -> str:
 def _is_clean(data: bytes | mmap.mmap) -> bool:
     head = bytes(data[: 1 << 18])
     return head[: max(0, head.find(b"\r\n\r\n"))].isascii() and data.find(b"\0") < 0
-
-
-def replace_file(path: Path, data: bytes | mmap.mmap) -> None:
-    """Replace a file."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.touch(mode=0o600)
-    with temporary.open("r+b") as file:
-        file.write(data)
-    temporary.rename(path)

@@ -15,13 +15,15 @@ from typing import NamedTuple
 
 import trio
 
-from imapfs.errors import CacheError, ConnectionLost, ImapfsError, MailboxGone, MessageGone, report
+from imapfs.errors import CacheError, ConnectionLost, ImapfsError, MailboxGone, MessageGone
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
 from imapfs.imap.wire import Sink
+from imapfs.log import report
 from imapfs.model import Ino, Uid
 from imapfs.store.bodies import SMALL, BodyStore, Pack, Spool
 from imapfs.store.cache import Body, Cache, Mailbox, Node
+from imapfs.waiting import Signal
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ class Download:
         self.done = False
         """Nothing more comes: the body is complete and kept, or ``error`` says why it is not."""
         self._spool: Spool | None = None
-        self._changed = trio.Event()
+        self._changed = Signal()
 
     async def wait_for(self, end: int) -> Spool:
         """Wait until the exact size is known and the bytes before ``end``, or all there are, have come.
@@ -55,8 +57,7 @@ class Download:
 
     def wake(self) -> None:
         """Let everyone who waits look again."""
-        self._changed.set()
-        self._changed = trio.Event()
+        self._changed.send()
 
     def set_spool(self, spool: Spool) -> None:
         """From now on the bytes come here; an earlier spool was of a connection that broke."""

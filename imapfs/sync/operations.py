@@ -9,15 +9,15 @@ last. APPEND has its own module, `imapfs.sync.upload`, on the same principle.
 
 import json
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import trio
 
+from imapfs.atomic import replace_file
 from imapfs.errors import (
     CacheError,
     ConnectionLost,
@@ -27,16 +27,17 @@ from imapfs.errors import (
     NotSupported,
     Refused,
     Throttled,
-    report,
 )
 from imapfs.headers import parse_headers
 from imapfs.imap.grammar import FetchData, parse_date
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
+from imapfs.log import report
 from imapfs.model import DeletePolicy, Ino, ModSeq, Uid, UidValidity
 from imapfs.store.cache import Cache, Details, Gone, Node
 from imapfs.store.spool import Base
 from imapfs.sync.synchroniser import Changes, Synchroniser
+from imapfs.waiting import Delays, Flag
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,8 @@ T = TypeVar("T")
 
 _CONFLICTS = 5
 """How often a change of flags is worked out anew because another client was quicker."""
-_RETRY_FIRST = 1.0
-_RETRY_MOST = 60.0
+_FIRST_RETRY = 1.0
+_MAX_RETRY = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class Operations:
         self._sync = sync
         self._journal = journal
         self._policy = policy
-        self._cut_off = trio.Event()
+        self._cut_off = Flag()
         if journal.left:
             self._cut_off.set()
 
@@ -262,11 +263,9 @@ class Operations:
         """Finish the moves that the end of an earlier process, or of a connection, cut in two."""
         while True:
             await self._cut_off.wait()
-            self._cut_off = trio.Event()
-            delay = _RETRY_FIRST
+            delays = Delays(_FIRST_RETRY, _MAX_RETRY)
             while not await self.recover():
-                await trio.sleep(delay)
-                delay = min(_RETRY_MOST, delay * 2)
+                await delays.sleep()
 
     async def recover(self) -> bool:
         """Try to finish the moves that were cut in two; false if some have to wait for the server."""
@@ -578,15 +577,9 @@ class Journal:
             self._write()
 
     def _write(self) -> None:
-        temporary = self._path.with_suffix(".tmp")
-        entries: list[dict[str, Any]] = [asdict(entry) for entry in self._entries]
+        text = json.dumps([asdict(entry) for entry in self._entries])
         try:
-            temporary.touch(mode=0o600)
-            with temporary.open("w") as file:
-                json.dump(entries, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(self._path)
+            replace_file(self._path, text.encode(), durable=True)
         except OSError as error:
             raise CacheError.from_os_error(error, f"cannot write the journal {self._path}") from None
 

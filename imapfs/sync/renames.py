@@ -17,6 +17,7 @@ from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
 from imapfs.model import Ino, Uid
 from imapfs.store.cache import Cache, Directory, Mailbox, NewMessage, Node
+from imapfs.waiting import Signal
 
 _MOST: Final = 1000
 """Messages that come at once and are looked for in other mailboxes; more are somebody's archive."""
@@ -60,7 +61,7 @@ class Crossing:
         """Mailboxes whose synchronisation waits here: from these messages can be taken."""
         self._forgetting: set[Ino] = set()
         """Those of them that are about to forget what is gone."""
-        self._changed = trio.Event()
+        self._changed = Signal()
         self.is_in_use: Callable[[Ino], bool] = lambda _: False
         """Whether a message has to stay where it is, because something that is written belongs to it."""
 
@@ -96,8 +97,7 @@ class Crossing:
 
     def wake(self) -> None:
         """A synchronisation has come further, or to its end."""
-        self._changed.set()
-        self._changed = trio.Event()
+        self._changed.send()
 
 
 class Arrivals:

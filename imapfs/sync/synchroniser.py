@@ -20,17 +20,19 @@ from typing import Final, TypeVar
 
 import trio
 
-from imapfs.errors import ConnectionLost, ImapfsError, MailboxGone, ProtocolError, Refused, TimedOut, report
+from imapfs.errors import ConnectionLost, ImapfsError, MailboxGone, ProtocolError, Refused, TimedOut
 from imapfs.headers import parse_headers
 from imapfs.imap.grammar import FetchData, ListEntry, parse_date
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import MailboxState, Session
+from imapfs.log import report
 from imapfs.model import ROOT, Ino, ModSeq, Uid, UidValidity
-from imapfs.names import decode_mailbox, entry_name
+from imapfs.names import decode_mailbox, entry_name, is_inbox
 from imapfs.store.bodies import BodyStore
 from imapfs.store.cache import MAX_UID, Cache, Directory, Gone, Mailbox, NewMessage
 from imapfs.sync.freshness import Freshness
 from imapfs.sync.renames import Arrivals, Crossing, Moved, Renamed, find_renamed
+from imapfs.waiting import Signal
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ class Refresh:
         self.done = False
         self.started = trio.current_time()
         self._error: ImapfsError | None = None
-        self._changed = trio.Event()
+        self._changed = Signal()
 
     @property
     def error(self) -> ImapfsError | None:
@@ -85,8 +87,7 @@ class Refresh:
         return self._error and self._error.with_traceback(None)
 
     def wake(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+        self._changed.send()
 
     def finish(self, error: ImapfsError | None) -> None:
         self.done, self._error = True, error
@@ -684,15 +685,15 @@ def _components(entry: ListEntry, prefix: bytes) -> list[bytes]:
     """The hierarchy levels of a mailbox name as the mount shows them, still encoded."""
     name, delimiter = entry.name, entry.delimiter
     if not delimiter:
-        return [b"INBOX" if name.upper() == b"INBOX" else name]
+        return [b"INBOX" if is_inbox(name) else name]
     name = name.removesuffix(delimiter)
     if prefix and name[: len(prefix)].upper() == prefix.upper() and len(name) > len(prefix):
         rest = name[len(prefix) :].split(delimiter)
         # INBOX.INBOX stays under INBOX, for there is an INBOX already.
-        if rest[0].upper() != b"INBOX":
+        if not is_inbox(rest[0]):
             return rest
     components = name.split(delimiter)
-    if components[0].upper() == b"INBOX":
+    if is_inbox(components[0]):
         components[0] = b"INBOX"
     return components
 

@@ -25,6 +25,7 @@ from typing import Final
 
 import trio
 
+from imapfs.atomic import replace_file
 from imapfs.errors import (
     AuthenticationFailed,
     CacheError,
@@ -37,17 +38,18 @@ from imapfs.errors import (
     Refused,
     Throttled,
     TooBig,
-    report,
 )
 from imapfs.imap.grammar import FetchData
 from imapfs.imap.pool import SessionPool
+from imapfs.log import report
 from imapfs.model import Ino, Uid, UidValidity
 from imapfs.store.bodies import BodyStore
 from imapfs.store.cache import Cache, Gone, NewMessage, Node
 from imapfs.store.spool import Attempt, Base, Draft, Spool
-from imapfs.sync.append import Fit, Flight, Item, Search, fit_for_server, replace_file
+from imapfs.sync.append import Fit, Flight, Item, Search, fit_for_server
 from imapfs.sync.operations import Box, Operations
 from imapfs.sync.synchroniser import Changes, Synchroniser, new_message
+from imapfs.waiting import Delays
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ GRACE: Final = 0.25
 """Seconds that an upload nobody waits for is held back: programs set a file's time just after closing it."""
 _BATCH_BYTES: Final = 4 << 20
 _BATCH: Final = 100
-_RETRY_MOST: Final = 60.0
+_MAX_RETRY: Final = 60.0
 _HEADER = re.compile(rb"[!-9;-~]{1,76}[ \t]*:")
 
 
@@ -252,17 +254,16 @@ class Uploader:
 
     async def _remove_later(self) -> None:
         """Try again to remove old versions, as until then other clients see two messages."""
-        delay = 1.0
+        delays = Delays(1.0, _MAX_RETRY)
         while self._spool.sent:
-            await trio.sleep(delay)
-            delay = min(_RETRY_MOST, delay * 2)
+            await delays.sleep()
             await self._remove_all_old()
         self._removes_later = False
 
     # -- the worker of a mailbox ---------------------------------------------------------------------------
 
     async def _work(self, mailbox: Ino) -> None:
-        delay = 0.5
+        delays = Delays(0.5, _MAX_RETRY)
         try:
             while jobs := self._waiting(mailbox):
                 news = self._workers[mailbox] = trio.Event()
@@ -274,15 +275,15 @@ class Uploader:
                 batch = [job for job in jobs if job.due <= time.monotonic()][:_BATCH]
                 try:
                     await self._send(mailbox, batch)
-                    delay = 0.5
+                    delays.reset()
                 except (ConnectionLost, AuthenticationFailed, Throttled) as error:
                     log.info("%d uploads wait for the server: %s", len(batch), error)
+                    due = time.monotonic() + delays.next()
                     for job in batch:
                         if not job.settled:
                             job.draft.error = str(error)
                             job.tried(error)
-                            job.due = time.monotonic() + delay
-                    delay = min(_RETRY_MOST, delay * 2)
+                            job.due = due
         finally:
             del self._workers[mailbox]
 
@@ -336,7 +337,7 @@ class Uploader:
                 if not job.settled and not isinstance(failure, CacheError):
                     self._refuse(job, failure)
                 elif not job.settled:
-                    job.due = time.monotonic() + _RETRY_MOST
+                    job.due = time.monotonic() + _MAX_RETRY
                     job.tried(failure)
         finally:
             for prepared in ready:
@@ -385,7 +386,7 @@ class Uploader:
             # The others need not wait for what this disk cannot do now.
             if isinstance(error, OSError):
                 error = CacheError.from_os_error(error, f"cannot read {draft.file}")
-            job.due = time.monotonic() + _RETRY_MOST
+            job.due = time.monotonic() + _MAX_RETRY
             job.tried(report(error, f"{draft.shown} is not sent yet"))
             return None
         date, zone = draft.mtime // 1_000_000_000, 0
@@ -528,7 +529,7 @@ class Uploader:
         same = fit.clean and message.size == len(fit.data)
         if same:
             if fit.converted:
-                replace_file(draft.file, fit.data)
+                replace_file(draft.file, fit.data, durable=False)
             self._bodies.take(draft.file, draft.ino, message.uid)
         self._keep_local(draft, message.date)
         self._spool.forget(draft)

@@ -21,7 +21,7 @@ from typing import Final, Literal
 
 import trio
 
-from imapfs.errors import ImapfsError, MailboxGone, NotSupported, report
+from imapfs.errors import ImapfsError, MailboxGone, NotSupported
 from imapfs.imap.idle import (
     Began,
     Event,
@@ -36,9 +36,12 @@ from imapfs.imap.idle import (
 )
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
+from imapfs.log import report
 from imapfs.model import ROOT, Ino, Uid
+from imapfs.names import is_inbox
 from imapfs.store.cache import Cache, Mailbox
 from imapfs.sync.synchroniser import Synchroniser, display_name
+from imapfs.waiting import Signal
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +85,7 @@ class Push:
         self._opened: Counter[Ino] = Counter()
         self._watchers: dict[Ino, _Watcher] = {}
         """By the mailbox that they watch; those that watch everything by `ROOT`."""
-        self._other_wishes = trio.Event()
+        self._other_wishes = Signal()
         self._settling = False
         self._following: set[Ino] = set()
         self._turns = trio.Semaphore(max(1, min(_AT_ONCE, pool.limit - 1)))
@@ -151,8 +154,7 @@ class Push:
 
     def _wish(self) -> None:
         """Have those who wait for a mailbox to watch look again."""
-        self._other_wishes.set()
-        self._other_wishes = trio.Event()
+        self._other_wishes.send()
 
     def rank(self, ino: Ino) -> tuple[bool, bool, float]:
         """How much a mailbox is worth to be watched."""
@@ -506,4 +508,4 @@ class _Pause:
 
 
 def _is_inbox(box: Mailbox | None) -> bool:
-    return box is not None and (box.server_name or b"").upper() == b"INBOX"
+    return box is not None and is_inbox(box.server_name)

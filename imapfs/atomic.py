@@ -1,0 +1,36 @@
+"""Replacing a file as a whole: after a kill it has either its old or its new contents."""
+
+import mmap
+import os
+from pathlib import Path
+from typing import Final
+
+TEMPORARY: Final = ".tmp"
+"""Suffix of a file that is not complete. What has it after a kill is of no use."""
+
+
+def replace_file(path: Path, data: bytes | mmap.mmap, *, durable: bool) -> None:
+    """Replace the contents of ``path``, or make it, readable by its owner only.
+
+    ``durable``: the new contents survive a power cut from when this returns. Raises OSError; the old contents
+    are still there then.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(data)
+        if durable:
+            file.flush()
+            os.fsync(fd)
+    temporary.rename(path)
+    if durable:
+        sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in ``directory`` survive a power cut. Raises OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
