@@ -15,7 +15,7 @@ from imapfs.model import Ino, Uid
 
 if TYPE_CHECKING:
     # Which the process of `imapfs watch` has no use for.
-    from imapfs.store.cache import Gone
+    from imapfs.store.cache import Node
 
 SOCKET: Final = "events"
 """Name of the Unix socket in an account's cache directory at which the daemon sends events as lines."""
@@ -49,7 +49,7 @@ class Event:
     """All flags, separated by spaces, where they are news."""
     source: Place | None = None
     """Where it was before, of what was moved or renamed."""
-    gone: "Gone | None" = None
+    gone: "Node | None" = None
     """What it was, of what is not there any more."""
 
     @property

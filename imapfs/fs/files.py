@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from imapfs.errors import CacheError, MessageGone
 from imapfs.model import Ino
 from imapfs.store.bodies import SMALL, BodyStore
-from imapfs.store.cache import Cache, Gone, Node
+from imapfs.store.cache import Cache, Node
 from imapfs.store.spool import Draft, Spool
 from imapfs.sync.download import Download, Fetcher
 from imapfs.sync.prefetch import FetchAhead
@@ -32,7 +32,7 @@ class OpenFile:
         self.data: bytes | None = None
         """All of a small message that is not in the cache any more."""
         self.download: Download | None = None
-        self.gone: Gone | None = None
+        self.gone: Node | None = None
         """What it was, once it was removed on the server."""
         self.orphan: Draft | None = None
         """The draft that it was, once it was deleted: as on any disk it lives on until it is closed."""
@@ -280,7 +280,7 @@ class Files:
 
     # -- what happens to open files ------------------------------------------------------------------------
 
-    def removed(self, gone: Gone) -> None:
+    def removed(self, gone: Node) -> None:
         """A message was removed: whoever has it open goes on reading what is cached."""
         file = self._open.get(gone.ino)
         if file is not None and self._cache.node(gone.ino) is None:

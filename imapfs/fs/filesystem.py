@@ -55,7 +55,7 @@ from imapfs.log import report
 from imapfs.model import ROOT, Ino, MountConfig
 from imapfs.names import is_inbox, renamed, server_component
 from imapfs.store.bodies import BodyStore
-from imapfs.store.cache import Cache, Gone, Node
+from imapfs.store.cache import Cache, Node
 from imapfs.store.spool import Base, Draft, Spool
 from imapfs.sync.download import Fetcher
 from imapfs.sync.operations import Journal, Operations
@@ -96,9 +96,8 @@ class Attributes(NamedTuple):
     """Permission bits that the user has set."""
 
     @classmethod
-    def of(cls, gone: Gone) -> "Attributes":
-        """What it was."""
-        return cls(gone.ino, gone.is_dir, gone.size, gone.mtime, gone.ctime, gone.mode)
+    def of(cls, node: Node) -> "Attributes":
+        return cls(node.ino, node.is_dir, node.size, node.mtime, node.ctime, node.mode)
 
 
 class Space(NamedTuple):
@@ -287,7 +286,7 @@ class Filesystem:
                 yield self._event("created" if moved.mailbox else "arrived", after, moved.ino)
             elif before is not None:
                 node = self.cache.node(moved.ino)
-                gone = node and Gone.of(node)
+                gone = node and node.without_body()
                 yield Event("deleted" if moved.mailbox else "expunged", before, moved.ino, gone=gone)
         for gone in changes.gone:
             if gone.name is not None and gone.name not in changes.replaced:

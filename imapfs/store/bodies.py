@@ -52,7 +52,7 @@ _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int6
 
 
 class Stored(Protocol):
-    """What says where a body is: a `Node`, a `Gone` or a `Body`. ``crc`` is None if it is not cached."""
+    """What says where a body is: a `Node` or a `Body`. ``crc`` is None if it is not cached."""
 
     @property
     def ino(self) -> Ino: ...

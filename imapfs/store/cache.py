@@ -45,6 +45,10 @@ class Node(NamedTuple):
     def is_dir(self) -> bool:
         return self.uid is None
 
+    def without_body(self) -> "Node":
+        """The same entry for whoever removes it while its cached body stays."""
+        return self._replace(crc=None, pack=None, offset=0)
+
 
 _NODE: Final = "ino, parent, name, uid, size, exact, date, mtime, ctime, mode, crc, pack, offset"
 
@@ -106,29 +110,6 @@ class Directory:
     delimiter: bytes
     selectable: bool
     special_use: str
-
-
-class Gone(NamedTuple):
-    """A directory entry that was removed."""
-
-    parent: Ino
-    name: bytes | None
-    ino: Ino
-    size: int
-    mtime: int
-    ctime: int
-    mode: int | None
-    crc: int | None
-    pack: int | None
-    offset: int
-    uid: Uid | None
-    is_dir: bool
-
-    @classmethod
-    def of(cls, node: Node) -> "Gone":
-        """``node`` as one that is not shown any more; its body stays."""
-        shown = node.parent, node.name, node.ino, node.size, node.mtime, node.ctime, node.mode
-        return cls(*shown, None, None, 0, node.uid, node.is_dir)
 
 
 class Body(NamedTuple):
@@ -340,13 +321,13 @@ class Cache:
 
     # -- directories ---------------------------------------------------------------------------------------
 
-    def set_tree(self, wanted: Sequence[Directory]) -> tuple[list[Node], list[Gone]]:
+    def set_tree(self, wanted: Sequence[Directory]) -> tuple[list[Node], list[Node]]:
         """Make the directories be exactly ``wanted`` (parents before children): the added and the removed.
 
         A directory that is no mailbox any more, though others are below it, loses its messages.
         """
         added: list[Node] = []
-        gone: list[Gone] = []
+        gone: list[Node] = []
         now = time.time_ns()
         with self._database.write() as db:
             known: dict[tuple[bytes, ...], Node] = dict(self._walk(db, ROOT, ()))
@@ -417,7 +398,7 @@ class Cache:
                 (uidvalidity, uidnext, modseq, complete, mailbox),
             )
 
-    def reset(self, mailbox: Ino, uidvalidity: UidValidity) -> list[Gone]:
+    def reset(self, mailbox: Ino, uidvalidity: UidValidity) -> list[Node]:
         """Forget all messages of a mailbox: from now on its UIDs are of ``uidvalidity``."""
         with self._database.write() as db:
             gone = self._empty(db, mailbox, uidvalidity)
@@ -425,7 +406,7 @@ class Cache:
                 self._changed(db, {mailbox})
         return gone
 
-    def _empty(self, db: Connection, mailbox: Ino, uidvalidity: UidValidity) -> list[Gone]:
+    def _empty(self, db: Connection, mailbox: Ino, uidvalidity: UidValidity) -> list[Node]:
         db.execute(
             "UPDATE mailbox SET uidvalidity = ?, uidnext = 0, modseq = 0, complete = 0 WHERE ino = ?",
             (uidvalidity, mailbox),
@@ -499,9 +480,9 @@ class Cache:
                     changed.append(Ino(row[0]))
         return changed
 
-    def remove(self, mailbox: Ino, ranges: Iterable[tuple[int, int]], limit: int) -> list[Gone]:
+    def remove(self, mailbox: Ino, ranges: Iterable[tuple[int, int]], limit: int) -> list[Node]:
         """Remove messages whose UIDs are in ``ranges`` (both ends included), ``limit`` of them at most."""
-        gone: list[Gone] = []
+        gone: list[Node] = []
         with self._database.write() as db:
             for low, high in ranges:
                 gone += _delete(
@@ -516,7 +497,7 @@ class Cache:
                 self._changed(db, {mailbox})
         return gone
 
-    def remove_node(self, ino: Ino) -> list[Gone]:
+    def remove_node(self, ino: Ino) -> list[Node]:
         """Remove one node; what was removed."""
         with self._database.write() as db:
             gone = _delete(db, "ino = ?", (ino,))
@@ -570,7 +551,7 @@ class Cache:
 
     def move(
         self, ino: Ino, mailbox: Ino, uid: Uid, name: bytes, *, original_stays: bool = False
-    ) -> list[Gone]:
+    ) -> list[Node]:
         """A message is in another mailbox now, under ``name``; its inode and cached body stay.
 
         ``original_stays``: the server could only copy it, so that what it was copied from is there still,
@@ -629,7 +610,7 @@ class Cache:
             self._changed(db, {Ino(old), mailbox}, now)
         return name
 
-    def adopt(self, ino: Ino, mailbox: Ino, name: bytes | None, message: NewMessage) -> list[Gone]:
+    def adopt(self, ino: Ino, mailbox: Ino, name: bytes | None, message: NewMessage) -> list[Node]:
         """A file that was made here is a message on the server now, under the same inode and name.
 
         Returns what was under that UID (listed by a synchronisation meanwhile) or inode (an older version).
@@ -822,11 +803,10 @@ def _free_name(db: Connection, parent: Ino, name: bytes) -> bytes:
     return name
 
 
-def _delete(db: Connection, where: str, values: tuple[int, ...]) -> list[Gone]:
+def _delete(db: Connection, where: str, values: tuple[int, ...]) -> list[Node]:
     rows = db.execute(
-        "SELECT parent, name, ino, size, mtime, ctime, mode, crc, pack, offset, uid, uid IS NULL FROM node"
-        f" WHERE {where}",
+        f"SELECT {_NODE} FROM node WHERE {where}",
         values,
     ).fetchall()
     db.execute(f"DELETE FROM node WHERE {where}", values)
-    return [Gone._make(row) for row in rows]
+    return [Node._make(row) for row in rows]

@@ -34,7 +34,7 @@ from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
 from imapfs.log import report
 from imapfs.model import DeletePolicy, Ino, ModSeq, Uid, UidValidity
-from imapfs.store.cache import Cache, Details, Gone, Node
+from imapfs.store.cache import Cache, Details, Node
 from imapfs.store.spool import Base
 from imapfs.sync.synchroniser import Changes, Synchroniser
 from imapfs.waiting import Delays, Flag
@@ -343,7 +343,7 @@ class Operations:
             raise MailboxGone("the mailbox is gone")
         return Box(mailbox.ino, name, UidValidity(uidvalidity), mailbox.uidnext)
 
-    def _publish(self, gone: list[Gone]) -> None:
+    def _publish(self, gone: list[Node]) -> None:
         for parent in {g.parent for g in gone}:
             self._sync.publish(Changes(parent, gone=[g for g in gone if g.parent == parent]))
 

@@ -29,7 +29,7 @@ from imapfs.log import report
 from imapfs.model import ROOT, Ino, ModSeq, Uid, UidValidity
 from imapfs.names import decode_mailbox, entry_name, is_inbox
 from imapfs.store.bodies import BodyStore
-from imapfs.store.cache import MAX_UID, Cache, Directory, Gone, Mailbox, NewMessage
+from imapfs.store.cache import MAX_UID, Cache, Directory, Mailbox, NewMessage, Node
 from imapfs.sync.freshness import Freshness
 from imapfs.sync.renames import Arrivals, Crossing, Moved, Renamed, find_renamed
 from imapfs.waiting import Signal
@@ -62,7 +62,7 @@ class Changes:
 
     directory: Ino
     added: Sequence[tuple[Ino, bytes]] = ()
-    gone: Sequence[Gone] = ()
+    gone: Sequence[Node] = ()
     flagged: Sequence[Ino] = ()
     moved: Sequence[Moved] = ()
     """What another client has moved, or renamed, into this directory."""

@@ -44,7 +44,7 @@ from imapfs.imap.pool import SessionPool
 from imapfs.log import report
 from imapfs.model import Ino, Uid, UidValidity
 from imapfs.store.bodies import BodyStore
-from imapfs.store.cache import Cache, Gone, NewMessage, Node
+from imapfs.store.cache import Cache, NewMessage, Node
 from imapfs.store.spool import Attempt, Base, Draft, Spool
 from imapfs.sync.append import Fit, Flight, Item, Search, fit_for_server
 from imapfs.sync.operations import Box, Operations
@@ -458,7 +458,7 @@ class Uploader:
                 continue
             if uid is not None and uid >= flight.uidnext:
                 # Another client, or a filter, was quick to move it on.
-                self._adopt(box, prepared.job.draft, None, prepared.item.fit, prepared.item.flags)
+                self._was_removed(box, prepared.job.draft, Uid(uid), prepared.item.fit)
             else:
                 self._refuse(prepared.job, Refused("the server took it but does not show it: look there"))
         if throttled is not None:
@@ -496,22 +496,23 @@ class Uploader:
         node = self._cache.message(mailbox.ino, Uid(uid))
         return node is None or node.ino != draft.ino
 
-    def _adopt(self, box: Box, draft: Draft, data: FetchData | None, fit: Fit | None, flags: str) -> None:
+    def _was_removed(self, box: Box, draft: Draft, uid: Uid, fit: Fit) -> None:
+        """What was sent of a draft came to the server as ``uid``, and another client has removed it."""
+        draft.attempt = None
+        if fit.is_current(draft):
+            self._sync.publish(Changes(box.ino, gone=[_as_node(draft, uid)]))
+            if draft.base is not None:
+                self._note_old_version(draft, draft.base)
+            self._spool.forget(draft)
+            self._finish(draft, altered=True)
+
+    def _adopt(self, box: Box, draft: Draft, data: FetchData, fit: Fit | None, flags: str) -> None:
         """What was sent of a draft is on the server: from now on it is a message.
 
-        ``data`` is None if another client has removed it already. ``flags`` are those that it was sent with.
-        If it was written to since, ``fit`` is None or not current, and it goes on as a new version.
+        ``flags`` are those that it was sent with. If it was written to since, ``fit`` is None or not current,
+        and it goes on as a new version.
         """
         current = fit is not None and fit.is_current(draft)
-        if data is None:
-            draft.attempt = None
-            if current:
-                self._sync.publish(Changes(box.ino, gone=[_gone(draft)]))
-                if draft.base is not None:
-                    self._note_old_version(draft, draft.base)
-                self._spool.forget(draft)
-                self._finish(draft, altered=True)
-            return
         message = new_message(data)
         old = self._cache.node(draft.ino)
         if old is not None:
@@ -611,9 +612,10 @@ class Uploader:
         backup.save()
         # The message goes next.
         await backup.secure()
-        self._sync.publish(Changes(old.parent, gone=[Gone.of(old)], replaced=[name]))
+        self._sync.publish(Changes(old.parent, gone=[old.without_body()], replaced=[name]))
 
 
-def _gone(draft: Draft) -> Gone:
-    shown = draft.parent, draft.name, draft.ino, draft.size, draft.mtime, draft.ctime, draft.mode
-    return Gone(*shown, None, None, 0, None, False)
+def _as_node(draft: Draft, uid: Uid) -> Node:
+    """A draft as the message that it was on the server for a moment."""
+    times = None, draft.mtime, draft.ctime, draft.mode
+    return Node(draft.ino, draft.parent, draft.name, uid, draft.size, 1, *times, None, None, 0)
