@@ -16,8 +16,10 @@ from imapfs.imap.grammar import ListEntry
 from imapfs.model import ROOT, Ino, ModSeq, Uid
 from imapfs.store.bodies import BodyStore
 from imapfs.store.cache import Body, Cache, Directory, NewMessage
+from imapfs.store.spool import Spool
+from imapfs.sync.changes import ChangeHub, Changes
 from imapfs.sync.operations import Journal, Operations
-from imapfs.sync.synchroniser import Changes, Synchroniser, plan_tree
+from imapfs.sync.synchroniser import Synchroniser, plan_tree
 from tests import compare
 from tests.accounts import hide, pool, until
 from tests.conftest import ExpectedLog
@@ -110,9 +112,11 @@ async def mirror(account: Account, directory: Path) -> AsyncIterator[Mirror]:
         async with pool(account) as connections, trio.open_nursery() as nursery:
             bodies = BodyStore(cache, 1 << 30)
             changes: list[Changes] = []
-            made = Mirror(
-                cache, Synchroniser(connections, cache, bodies, nursery, changes.append), bodies, changes
-            )
+            hub = ChangeHub()
+            hub.subscribe(changes.append)
+            hub.subscribe(lambda change: bodies.drop(change.gone))
+            spool = Spool(directory / "cache" / "spool")
+            made = Mirror(cache, Synchroniser(connections, cache, spool, nursery, hub), bodies, changes)
             await made.refresh_tree()
             yield made
     finally:
@@ -341,7 +345,7 @@ async def test_message_that_another_client_moves_meanwhile_is_not_changed(
             await here.refresh(mailbox)
         ino, _, _ = here.messages()[1]
         journal = Journal(tmp_path / "journal.json")
-        operations = Operations(connections, here.cache, here.sync, journal, "expunge")
+        operations = Operations(connections, here.cache, here.sync, journal, "expunge", ChangeHub())
         outcomes = []
 
         async def expect_gone(work: Callable[[], Awaitable[None]]) -> None:

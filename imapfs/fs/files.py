@@ -7,7 +7,6 @@ A descriptor belongs to the inode, not to the handle: whoever has a file open se
 """
 
 import os
-import sys
 from collections.abc import Awaitable, Callable
 
 from imapfs.errors import CacheError, MessageGone
@@ -15,7 +14,7 @@ from imapfs.model import Ino
 from imapfs.store.bodies import SMALL, BodyStore
 from imapfs.store.cache import Cache, Node
 from imapfs.store.spool import Draft, Spool
-from imapfs.sync.download import Download, Fetcher
+from imapfs.sync.download import Download, Downloader
 from imapfs.sync.prefetch import FetchAhead
 
 Opening = bytes | None | Awaitable[bytes | None]
@@ -55,14 +54,14 @@ class Files:
         self,
         cache: Cache,
         bodies: BodyStore,
-        fetcher: Fetcher,
+        downloads: Downloader,
         ahead: FetchAhead,
         spool: Spool,
         make_draft: Callable[[Node], Draft],
     ) -> None:
         self._cache = cache
         self._bodies = bodies
-        self._fetcher = fetcher
+        self._downloads = downloads
         self._ahead = ahead
         self._spool = spool
         self._make_draft = make_draft
@@ -91,7 +90,7 @@ class Files:
         if wanted:
             if node.crc is None:
                 # Before what is fetched ahead of it.
-                file.download = file.download or self._fetcher.start(node).acquire()
+                file.download = file.download or self._downloads.start(node).acquire()
             self._ahead.opened(node)
         if node.exact and not (wanted and node.size <= SMALL):
             return None
@@ -124,7 +123,7 @@ class Files:
 
     async def _whole(self, node: Node, file: OpenFile) -> bytes | None:
         if file.download is None and file.fd < 0:
-            file.download = self._fetcher.start(node).acquire()
+            file.download = self._downloads.start(node).acquire()
         if file.download is None:
             return None
         spool = await file.download.wait_for(0)
@@ -137,24 +136,6 @@ class Files:
             file.download.release()
             file.download = None
         return data
-
-    async def contents(self, node: Node) -> bytes:
-        """All bytes of a message, whatever a draft with its inode holds."""
-        data = self._bodies.load(node)
-        if data is not None:
-            return data
-        fd = await self._bodies.open(node)
-        if fd is not None:
-            try:
-                return os.pread(fd, os.fstat(fd).st_size, 0)
-            finally:
-                os.close(fd)
-        download = self._fetcher.start(node).acquire()
-        try:
-            spool = await download.wait_for(sys.maxsize)
-            return bytes(spool.small) if spool.small is not None else os.pread(spool.fd, spool.size, 0)
-        finally:
-            download.release()
 
     # -- reading -------------------------------------------------------------------------------------------
 
@@ -197,7 +178,7 @@ class Files:
                 file.fd = fd
             return None
         if file.download is None:
-            file.download = self._fetcher.start(node).acquire()
+            file.download = self._downloads.start(node).acquire()
         return None
 
     # -- writing -------------------------------------------------------------------------------------------
@@ -259,7 +240,7 @@ class Files:
             raise MessageGone("it was removed on the server")
         content = b""
         if keep != 0:
-            content = (await self.contents(node))[:keep]
+            content = (await self._downloads.contents(node))[:keep]
             # Somebody else may have begun while this one was waiting.
             begun = self._spool.get(ino)
             if begun is not None:

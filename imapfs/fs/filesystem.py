@@ -57,11 +57,11 @@ from imapfs.names import is_inbox, renamed, server_component
 from imapfs.store.bodies import BodyStore
 from imapfs.store.cache import Cache, Node
 from imapfs.store.spool import Base, Draft, Spool
-from imapfs.sync.download import Fetcher
+from imapfs.sync.changes import ChangeHub, Changes, Renamed
+from imapfs.sync.download import Downloader
 from imapfs.sync.operations import Journal, Operations
 from imapfs.sync.prefetch import FetchAhead
-from imapfs.sync.renames import Renamed
-from imapfs.sync.synchroniser import Changes, Refresh, Synchroniser
+from imapfs.sync.synchroniser import Refresh, Synchroniser
 from imapfs.sync.upload import Uploader
 from imapfs.sync.watching import Push
 
@@ -140,18 +140,20 @@ class Filesystem:
         self._on_rewrite = on_rewrite
         self._bodies = BodyStore(cache, config.cache_size)
         self.spool = Spool(cache.directory / "spool")
-        self.sync = Synchroniser(pool, cache, self._bodies, nursery, self._changed)
-        self.sync.crossing.is_in_use = lambda ino: self.spool.get(ino) is not None
-        fetcher = Fetcher(pool, cache, self._bodies, nursery, on_resize, self.sync.look_again)
-        ahead = FetchAhead(cache, fetcher.start_ahead, config.fetch_ahead)
-        self.files = Files(cache, self._bodies, fetcher, ahead, self.spool, self._draft_of)
+        self._hub = ChangeHub()
+        self.sync = Synchroniser(pool, cache, self.spool, nursery, self._hub)
+        downloads = Downloader(pool, cache, self._bodies, self.sync, nursery, self._hub)
+        ahead = FetchAhead(cache, downloads.start_ahead, config.fetch_ahead)
+        self.files = Files(cache, self._bodies, downloads, ahead, self.spool, self._draft_of)
         self.push = Push(pool, cache, self.sync, nursery, config.poll)
         journal = Journal(cache.directory / "journal.json")
-        self.operations = Operations(pool, cache, self.sync, journal, config.delete)
+        self.operations = Operations(pool, cache, self.sync, journal, config.delete, self._hub)
         self.uploader = Uploader(
-            pool, cache, self._bodies, self.spool, self.sync, self.operations, nursery,
-            self._old_version, self._sent,
-        )  # fmt: skip
+            pool, cache, self._bodies, self.spool, self.sync, self.operations, downloads, nursery, self._hub
+        )
+        self._hub.subscribe(self._changed)
+        # Last: the others may want to keep a body that goes.
+        self._hub.subscribe(lambda changes: self._bodies.drop(changes.gone))
         self._root = ROOT
         self._patience = min(_PATIENCE, config.timeout / 2)
         self._quota: Quota | None = None
@@ -236,7 +238,7 @@ class Filesystem:
         log.warning("%s has lost its mailbox: it is at the top of the mount now", draft.shown)
         name = self.spool.free_name(self._root, draft.name)
         self.spool.rename(draft, self._root, name, self.cache.path(self._root))
-        self._on_changes(Changes(ROOT, added=[(draft.ino, name)]))
+        self._hub.publish(Changes(self._root, added=[(draft.ino, name)]))
 
     def _show_strays(self) -> None:
         """Show messages that an earlier process hid, as they were to be removed, and did not remove."""
@@ -270,6 +272,12 @@ class Filesystem:
         if any(moved.parent == self._root for moved in changes.moved):
             here = [m._replace(parent=ROOT if m.parent == self._root else m.parent) for m in changes.moved]
             changes = replace(changes, moved=here)
+        for ino in changes.uploaded:
+            self.files.replaced(ino)
+        for ino in changes.rewritten:
+            self._on_rewrite(ino)
+        for ino in changes.resized:
+            self._on_resize(ino)
         self._on_changes(changes)
 
     def events(self, changes: Changes) -> Iterator[Event]:
@@ -577,10 +585,6 @@ class Filesystem:
         name, uidvalidity = mailbox.server_name, mailbox.uidvalidity
         return Base(name, uidvalidity, details.uid, details.date, details.zone), details.flags
 
-    async def _old_version(self, ino: Ino) -> bytes:
-        """The bytes on the server of a message of which there may be a draft."""
-        return await self.files.contents(self.node(ino))
-
     def release(self, ino: Ino, *, writing: bool) -> None:
         """End one use of a file; when the last writer is done, what was written is complete."""
         last = self.files.release(ino, writing=writing)
@@ -625,15 +629,6 @@ class Filesystem:
             raise Invalid("it is not unsent")
         draft.dirty = False
         self.uploader.submit(draft, now=True)
-
-    def _sent(self, draft: Draft, altered: bool) -> None:
-        """A draft has become a message."""
-        self.files.replaced(draft.ino)
-        if altered:
-            self._on_rewrite(draft.ino)
-        else:
-            self._on_resize(draft.ino)
-        self._touched(draft.parent)
 
     def _touched(self, directory: Ino) -> None:
         self.cache.touch_directory(directory)

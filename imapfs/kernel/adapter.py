@@ -48,7 +48,7 @@ from imapfs.kernel.inotify import Announcer
 from imapfs.log import report
 from imapfs.model import ROOT, CredentialProvider, Ino, MountConfig
 from imapfs.store.cache import Cache
-from imapfs.sync.synchroniser import Changes
+from imapfs.sync.changes import Changes
 from imapfs.waiting import Flag
 
 log = logging.getLogger(__name__)

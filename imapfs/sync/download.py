@@ -8,6 +8,8 @@ have seen included, is touched on the trio thread only, where the thread's news 
 """
 
 import logging
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +25,8 @@ from imapfs.log import report
 from imapfs.model import Ino, Uid
 from imapfs.store.bodies import SMALL, BodyStore, Pack, Spool
 from imapfs.store.cache import Body, Cache, Mailbox, Node
+from imapfs.sync.changes import ChangeHub, Changes
+from imapfs.sync.synchroniser import Synchroniser
 from imapfs.waiting import Signal
 
 log = logging.getLogger(__name__)
@@ -85,25 +89,25 @@ class Download:
             self._spool.discard()
 
 
-class Fetcher:
-    """Downloads in progress. ``on_resize`` is called, before any reader goes on, with each message whose
-    exact size is not what was shown so far; ``on_mailbox_gone`` with a mailbox that is not what it was."""
+class Downloader:
+    """Downloads in progress. A message whose exact size is not the one that was shown is published on ``hub``
+    before any reader continues."""
 
     def __init__(
         self,
         pool: SessionPool,
         cache: Cache,
         bodies: BodyStore,
+        sync: Synchroniser,
         nursery: trio.Nursery,
-        on_resize: Callable[[Ino], None],
-        on_mailbox_gone: Callable[[Ino], None],
+        hub: ChangeHub,
     ) -> None:
         self._pool = pool
         self._cache = cache
         self._bodies = bodies
         self._nursery = nursery
-        self._on_resize = on_resize
-        self._on_mailbox_gone = on_mailbox_gone
+        self._sync = sync
+        self._hub = hub
         self._downloads: dict[Ino, Download] = {}
         # One connection stays free for what somebody waits for.
         self._ahead = trio.CapacityLimiter(max(1, pool.limit - 1))
@@ -122,6 +126,24 @@ class Fetcher:
         if new:
             self._downloads |= {download.node.ino: download for download in new}
             self._nursery.start_soon(self._run_ahead, new[0].node.parent, new)
+
+    async def contents(self, node: Node) -> bytes:
+        """Return all bytes of a message as the server has it, from the cache if they are there."""
+        data = self._bodies.load(node)
+        if data is not None:
+            return data
+        fd = await self._bodies.open(node)
+        if fd is not None:
+            try:
+                return os.pread(fd, os.fstat(fd).st_size, 0)
+            finally:
+                os.close(fd)
+        download = self.start(node).acquire()
+        try:
+            spool = await download.wait_for(sys.maxsize)
+            return bytes(spool.small) if spool.small is not None else os.pread(spool.fd, spool.size, 0)
+        finally:
+            download.release()
 
     async def _run_ahead(self, directory: Ino, downloads: Sequence[Download]) -> None:
         async with self._ahead:
@@ -144,7 +166,7 @@ class Fetcher:
         except Exception as failure:
             error = report(failure, f"{len(downloads)} messages of mailbox {directory} were not fetched")
             if isinstance(failure, MailboxGone):
-                self._on_mailbox_gone(directory)
+                self._sync.look_again(directory)
         finally:
             for download in downloads:
                 if not download.done:
@@ -172,7 +194,7 @@ class Fetcher:
     def _check_size(self, node: Node, size: int) -> None:
         if size != node.size:
             log.info("message %s has %d bytes, not %d as announced", node.uid, size, node.size)
-            self._on_resize(node.ino)
+            self._hub.publish(Changes(node.parent, resized=[node.ino]))
 
     def came(self, arrived: Sequence["Arrival"]) -> None:
         """Bodies are complete."""
@@ -213,13 +235,13 @@ class _Batch:
 
     def __init__(
         self,
-        fetcher: Fetcher,
+        downloader: Downloader,
         bodies: BodyStore,
         pack: Pack,
         mailbox: Mailbox,
         downloads: Sequence[Download],
     ) -> None:
-        self._fetcher = fetcher
+        self._downloader = downloader
         self._bodies = bodies
         self._pack = pack
         self._mailbox = mailbox
@@ -235,7 +257,7 @@ class _Batch:
         """On the trio thread: pass on what has arrived since the last time, all of it in one transaction."""
         arrived = [self._arrived.popleft() for _ in range(len(self._arrived))]
         if arrived:
-            self._fetcher.came(arrived)
+            self._downloader.came(arrived)
 
     def run(self, session: Session) -> None:
         """Fetch what is still wanted; what the server does not have stays wanted."""
@@ -265,7 +287,7 @@ class _Batch:
             self._spool = spool
             return spool
         self._shown = spool
-        self._token.run_sync_soon(self._fetcher.sized, download, spool)
+        self._token.run_sync_soon(self._downloader.sized, download, spool)
         return _Progress(spool, partial(self._token.run_sync_soon, download.wake, idempotent=True))
 
     def _close(self, uid: int, data: bytes | None) -> None:

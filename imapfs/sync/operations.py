@@ -36,7 +36,8 @@ from imapfs.log import report
 from imapfs.model import DeletePolicy, Ino, ModSeq, Uid, UidValidity
 from imapfs.store.cache import Cache, Details, Node
 from imapfs.store.spool import Base
-from imapfs.sync.synchroniser import Changes, Synchroniser
+from imapfs.sync.changes import ChangeHub, Changes
+from imapfs.sync.synchroniser import Synchroniser
 from imapfs.waiting import Delays, Flag
 
 log = logging.getLogger(__name__)
@@ -76,13 +77,20 @@ class Operations:
     """Moves, deletions, flags and mailboxes of one account."""
 
     def __init__(
-        self, pool: SessionPool, cache: Cache, sync: Synchroniser, journal: "Journal", policy: DeletePolicy
+        self,
+        pool: SessionPool,
+        cache: Cache,
+        sync: Synchroniser,
+        journal: "Journal",
+        policy: DeletePolicy,
+        hub: ChangeHub,
     ) -> None:
         self._pool = pool
         self._cache = cache
         self._sync = sync
         self._journal = journal
         self._policy = policy
+        self._hub = hub
         self._cut_off = Flag()
         if journal.left:
             self._cut_off.set()
@@ -201,7 +209,7 @@ class Operations:
                     raise MessageGone("it was removed on the server")
                 flags = data.flags or ""
                 changed = self._cache.set_flags(mailbox.ino, [(details.uid, flags, data.modseq or ModSeq(0))])
-                self._sync.publish(Changes(mailbox.ino, flagged=changed))
+                self._hub.publish(Changes(mailbox.ino, flagged=changed))
                 if not store.conflict:
                     missing = {flag for flag in add if flag.lower() not in flags.lower().split()}
                     if missing:
@@ -345,7 +353,7 @@ class Operations:
 
     def _publish(self, gone: list[Node]) -> None:
         for parent in {g.parent for g in gone}:
-            self._sync.publish(Changes(parent, gone=[g for g in gone if g.parent == parent]))
+            self._hub.publish(Changes(parent, gone=[g for g in gone if g.parent == parent]))
 
 
 @dataclass(frozen=True, slots=True)

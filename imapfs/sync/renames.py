@@ -7,7 +7,7 @@ is asked; else it was moved. A mailbox that is new, with the UIDVALIDITY of one 
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final
 
 import trio
 
@@ -17,6 +17,8 @@ from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
 from imapfs.model import Ino, Uid
 from imapfs.store.cache import Cache, Directory, Mailbox, NewMessage, Node
+from imapfs.store.spool import Spool
+from imapfs.sync.changes import Moved
 from imapfs.waiting import Signal
 
 _MOST: Final = 1000
@@ -27,34 +29,15 @@ _PATIENCE: Final = 1.0
 """Seconds that a synchronisation waits for others."""
 
 
-class Renamed(NamedTuple):
-    """A mailbox on the server."""
-
-    old: bytes
-    new: bytes
-    delimiter: bytes
-
-
-class Moved(NamedTuple):
-    """A directory entry that is in another place now, under the same inode."""
-
-    ino: Ino
-    parent: Ino
-    """Where it was."""
-    name: bytes
-    new_name: bytes
-    mailbox: Renamed | None = None
-    """What it was on the server, of a directory."""
-
-
 class Crossing:
     """Where synchronisations of mailboxes wait for each other, so that what was moved between them is found
     whichever of them is the first. Used on the trio thread.
 
-    ``running`` are the mailboxes that are synchronised, ``locks`` those that are in exclusive use.
+    ``running`` are the mailboxes that are synchronised, ``locks`` those that are in exclusive use. A message
+    that something in ``spool`` is a new version of has to stay where it is.
     """
 
-    def __init__(self, running: Collection[Ino], locks: Mapping[Ino, trio.Lock]) -> None:
+    def __init__(self, running: Collection[Ino], locks: Mapping[Ino, trio.Lock], spool: Spool) -> None:
         self._running = running
         self._locks = locks
         self._waiting: set[Ino] = set()
@@ -62,12 +45,11 @@ class Crossing:
         self._forgetting: set[Ino] = set()
         """Those of them that are about to forget what is gone."""
         self._changed = Signal()
-        self.is_in_use: Callable[[Ino], bool] = lambda _: False
-        """Whether a message has to stay where it is, because something that is written belongs to it."""
+        self._spool = spool
 
     def may_take(self, ino: Ino, mailbox: Ino) -> bool:
         """Whether a message that another client has moved can be taken from ``mailbox`` now."""
-        return self._is_at_rest(mailbox) and not self.is_in_use(ino)
+        return self._is_at_rest(mailbox) and self._spool.get(ino) is None
 
     def _is_at_rest(self, mailbox: Ino) -> bool:
         lock = self._locks.get(mailbox)

@@ -15,7 +15,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import trio
@@ -28,10 +27,11 @@ from imapfs.imap.session import MailboxState, Session
 from imapfs.log import report
 from imapfs.model import ROOT, Ino, ModSeq, Uid, UidValidity
 from imapfs.names import decode_mailbox, entry_name, is_inbox
-from imapfs.store.bodies import BodyStore
-from imapfs.store.cache import MAX_UID, Cache, Directory, Mailbox, NewMessage, Node
+from imapfs.store.cache import MAX_UID, Cache, Directory, Mailbox, NewMessage
+from imapfs.store.spool import Spool
+from imapfs.sync.changes import ChangeHub, Changes, Moved, Renamed
 from imapfs.sync.freshness import Freshness
-from imapfs.sync.renames import Arrivals, Crossing, Moved, Renamed, find_renamed
+from imapfs.sync.renames import Arrivals, Crossing, find_renamed
 from imapfs.waiting import Signal
 
 log = logging.getLogger(__name__)
@@ -54,22 +54,6 @@ _MAX_SIZE: Final = (1 << 62) - 1
 
 FlagChange = tuple[Uid, str, ModSeq]
 """UID, all flags, MODSEQ."""
-
-
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """What a synchronisation did to a directory: for whoever caches or watches it."""
-
-    directory: Ino
-    added: Sequence[tuple[Ino, bytes]] = ()
-    gone: Sequence[Node] = ()
-    flagged: Sequence[Ino] = ()
-    moved: Sequence[Moved] = ()
-    """What another client has moved, or renamed, into this directory."""
-    replaced: Sequence[bytes] = ()
-    """Names that stand for something else than before, such as a draft that has become a message."""
-    first_look: bool = False
-    """Whether what was added is news to us only: the mailbox was not known before."""
 
 
 class Refresh:
@@ -104,21 +88,20 @@ class Refresh:
 
 
 class Synchroniser:
-    """Synchronises on demand. ``on_changes`` is called on the trio thread after each transaction."""
+    """Synchronises on demand. What each transaction changed is published on ``hub``."""
 
     def __init__(
         self,
         pool: SessionPool,
         cache: Cache,
-        bodies: BodyStore,
+        spool: Spool,
         nursery: trio.Nursery,
-        on_changes: Callable[[Changes], None],
+        hub: ChangeHub,
     ) -> None:
         self._pool = pool
         self._cache = cache
-        self._bodies = bodies
         self._nursery = nursery
-        self._on_changes = on_changes
+        self._hub = hub
         self.freshness = Freshness()
         self.tree_lock = trio.Lock()
         """Held while mailboxes are listed or renamed. LOCK ORDER: before those of mailboxes."""
@@ -129,7 +112,7 @@ class Synchroniser:
         """How many changes are being made from here; and"""
         self._changed_at: dict[Ino, float] = {}
         """when the last one ended."""
-        self.crossing = Crossing(self._mailboxes.keys(), self._locks)
+        self.crossing = Crossing(self._mailboxes.keys(), self._locks, spool)
         self.prefix = b""
         """Prefix of the personal namespace, once the tree is known."""
         self.delimiter = b""
@@ -179,7 +162,7 @@ class Synchroniser:
             self.freshness.asked(ROOT, started)
             # In the order in which a client could have done it.
             for parent in dict.fromkeys([*(g.parent for g in gone), *(n.parent for n in added)]):
-                self.publish(
+                self._hub.publish(
                     Changes(
                         parent,
                         added=[(n.ino, n.name or b"") for n in added if n.parent == parent],
@@ -206,7 +189,9 @@ class Synchroniser:
                 return
             self._cache.rename_directory(box.ino, parent, name, old, new)
         renamed = Renamed(old, new, box.delimiter)
-        self.publish(Changes(parent, moved=[Moved(box.ino, node.parent, node.name or b"", name, renamed)]))
+        self._hub.publish(
+            Changes(parent, moved=[Moved(box.ino, node.parent, node.name or b"", name, renamed)])
+        )
 
     # -- the messages of one mailbox -----------------------------------------------------------------------
 
@@ -228,7 +213,7 @@ class Synchroniser:
             mailbox = self._cache.mailbox(ino)
             if mailbox is None or mailbox.server_name is None or not mailbox.selectable:
                 raise MailboxGone("the mailbox is gone")
-            work = _MailboxSync(self._cache, ino, refresh, self.publish, self.crossing)
+            work = _MailboxSync(self._cache, ino, refresh, self._hub, self.crossing)
             async with self.exclusive(ino):
                 await self._list_messages(work, mailbox.server_name)
             self.freshness.asked(ino, started)
@@ -307,12 +292,6 @@ class Synchroniser:
         if mailbox not in self._mailboxes:
             self.refresh_mailbox(mailbox, 0)
 
-    def publish(self, changes: Changes) -> None:
-        """Tell of a transaction; first those who may want to keep a body that goes."""
-        if changes.added or changes.gone or changes.flagged or changes.moved or changes.replaced:
-            self._on_changes(changes)
-            self._bodies.drop(changes.gone)
-
 
 class _Stale(Exception):
     """What is cached is of another incarnation of the mailbox."""
@@ -364,13 +343,13 @@ class _MailboxSync:
         cache: Cache,
         ino: Ino,
         refresh: Refresh,
-        publish: Callable[[Changes], None],
+        hub: ChangeHub,
         crossing: Crossing,
     ) -> None:
         self._cache = cache
         self.ino = ino
         self._refresh = refresh
-        self._publish = publish
+        self._hub = hub
         self._crossing = crossing
         self._arrivals = Arrivals(cache, ino, crossing.may_take)
         self._listing = False
@@ -596,22 +575,22 @@ class _MailboxSync:
             messages = self._arrivals.hold_back(messages)
         added = self._cache.add_messages(self.ino, messages) if messages else []
         flagged = self._cache.set_flags(self.ino, flags) if flags else []
-        self._publish(Changes(self.ino, added, flagged=flagged, first_look=self._first_look))
+        self._hub.publish(Changes(self.ino, added, flagged=flagged, first_look=self._first_look))
         self._refresh.wake()
 
     def _apply_arrivals(self) -> None:
         new, moved = self._arrivals.take()
-        self._publish(Changes(self.ino, self._cache.add_messages(self.ino, new), moved=moved))
+        self._hub.publish(Changes(self.ino, self._cache.add_messages(self.ino, new), moved=moved))
         self._refresh.wake()
 
     def _apply_removal(self, ranges: Sequence[tuple[int, int]]) -> int:
         gone = self._cache.remove(self.ino, ranges, _BATCH)
-        self._publish(Changes(self.ino, gone=gone))
+        self._hub.publish(Changes(self.ino, gone=gone))
         self._refresh.wake()
         return len(gone)
 
     def _apply_reset(self, uidvalidity: UidValidity) -> None:
-        self._publish(Changes(self.ino, gone=self._cache.reset(self.ino, uidvalidity)))
+        self._hub.publish(Changes(self.ino, gone=self._cache.reset(self.ino, uidvalidity)))
 
     def _done(self, state: MailboxState) -> None:
         def note() -> None:

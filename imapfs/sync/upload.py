@@ -19,7 +19,7 @@ import math
 import mmap
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -47,8 +47,10 @@ from imapfs.store.bodies import BodyStore
 from imapfs.store.cache import Cache, NewMessage, Node
 from imapfs.store.spool import Attempt, Base, Draft, Spool
 from imapfs.sync.append import Fit, Flight, Item, Search, fit_for_server
+from imapfs.sync.changes import ChangeHub, Changes
+from imapfs.sync.download import Downloader
 from imapfs.sync.operations import Box, Operations
-from imapfs.sync.synchroniser import Changes, Synchroniser, new_message
+from imapfs.sync.synchroniser import Synchroniser, new_message
 from imapfs.waiting import Delays
 
 log = logging.getLogger(__name__)
@@ -108,15 +110,8 @@ class _Prepared:
     item: Item
 
 
-OnSent = Callable[[Draft, bool], None]
-"""Called when a draft has become a message; the flag says whether its bytes are not those that it had."""
-
-
 class Uploader:
-    """Uploads drafts, one batch a mailbox at a time. ``on_sent`` is called after the cache has adopted one.
-
-    ``old_version(ino)`` gives the bytes of the message that a draft replaces.
-    """
+    """Uploads drafts, one batch a mailbox at a time."""
 
     def __init__(
         self,
@@ -126,9 +121,9 @@ class Uploader:
         spool: Spool,
         sync: Synchroniser,
         operations: Operations,
+        downloads: Downloader,
         nursery: trio.Nursery,
-        old_version: Callable[[Ino], Awaitable[bytes]],
-        on_sent: OnSent,
+        hub: ChangeHub,
     ) -> None:
         self._pool = pool
         self._cache = cache
@@ -137,8 +132,8 @@ class Uploader:
         self._sync = sync
         self._operations = operations
         self._nursery = nursery
-        self._old_version = old_version
-        self._on_sent = on_sent
+        self._downloads = downloads
+        self._hub = hub
         self._jobs: dict[Ino, Job] = {}
         self._workers: dict[Ino, trio.Event] = {}
         """Mailbox -> the event that tells its worker of something new."""
@@ -370,7 +365,7 @@ class Uploader:
                 old = self._operations.find(base)
                 # If it was deleted by another client meanwhile, this is simply a new message.
                 with contextlib.suppress(MessageGone, MailboxGone):
-                    if old is not None and await self._old_version(old.ino) == data[:]:
+                    if old is not None and await self._downloads.contents(old) == data[:]:
                         await self._unchanged(draft, fit, old)
                         return None
         except (Invalid, TooBig) as error:
@@ -500,7 +495,7 @@ class Uploader:
         """What was sent of a draft came to the server as ``uid``, and another client has removed it."""
         draft.attempt = None
         if fit.is_current(draft):
-            self._sync.publish(Changes(box.ino, gone=[_as_node(draft, uid)]))
+            self._hub.publish(Changes(box.ino, gone=[_as_node(draft, uid)]))
             if draft.base is not None:
                 self._note_old_version(draft, draft.base)
             self._spool.forget(draft)
@@ -520,7 +515,7 @@ class Uploader:
             self._cache.displace(draft.ino)
             self._bodies.drop([old])
         gone = self._cache.adopt(draft.ino, box.ino, draft.name, message)
-        self._sync.publish(Changes(box.ino, gone=gone, replaced=[draft.name, *(g.name or b"" for g in gone)]))
+        self._hub.publish(Changes(box.ino, gone=gone, replaced=[draft.name, *(g.name or b"" for g in gone)]))
         if fit is None or not current:
             self._go_on(draft, box, message)
             return
@@ -579,7 +574,9 @@ class Uploader:
 
     def _finish(self, draft: Draft, *, altered: bool) -> None:
         job = self._jobs.pop(draft.ino, None)
-        self._on_sent(draft, altered)
+        same, other = ([], [draft.ino]) if altered else ([draft.ino], [])
+        self._hub.publish(Changes(draft.parent, uploaded=[draft.ino], resized=same, rewritten=other))
+        self._cache.touch_directory(draft.parent)
         if job is not None:
             job.settle(None)
 
@@ -604,7 +601,7 @@ class Uploader:
         self._spool.forget(draft)
 
     async def _keep_backup(self, draft: Draft, old: Node, name: bytes) -> None:
-        content = await self._old_version(old.ino)
+        content = await self._downloads.contents(old)
         self._cache.hide(old.ino)
         backup = self._spool.create(self._cache.new_ino(), old.parent, name, draft.path, 0o600)
         await trio.to_thread.run_sync(backup.file.write_bytes, content)
@@ -612,7 +609,7 @@ class Uploader:
         backup.save()
         # The message goes next.
         await backup.secure()
-        self._sync.publish(Changes(old.parent, gone=[old.without_body()], replaced=[name]))
+        self._hub.publish(Changes(old.parent, gone=[old.without_body()], replaced=[name]))
 
 
 def _as_node(draft: Draft, uid: Uid) -> Node:
