@@ -21,8 +21,8 @@ import pytest
 import trio
 
 from imapfs import __version__, mounts
+from imapfs.daemon.mount import Observer
 from imapfs.errors import AuthenticationFailed, ImapfsError
-from imapfs.kernel.adapter import Observer
 from imapfs.model import CredentialProvider, MountConfig
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,7 @@ SOURCE = "imaps://alice@mail.example.org"
 DEADLINE = 20.0
 
 
-# ---- The stand-in for imapfs.kernel.adapter; it runs in the child processes
+# ---- The stand-in for imapfs.daemon.mount; it runs in the child processes
 
 
 class EmptyMailbox(pyfuse3.Operations):
@@ -65,8 +65,8 @@ class EmptyMailbox(pyfuse3.Operations):
 
 
 def serve(config: MountConfig, credentials: CredentialProvider, observer: Observer) -> None:
-    """What imapfs.kernel.adapter.serve promises, or one of the ways to break it that STAND_IN names."""
-    log = logging.getLogger("imapfs.kernel.adapter")
+    """What imapfs.daemon.mount.serve promises, or one of the ways to break it that STAND_IN names."""
+    log = logging.getLogger("imapfs.daemon.mount")
     password = credentials.get()
     log.info("first\nsecond \x1b[31m %s", password)
     log.debug("a detail")
@@ -122,9 +122,9 @@ def serve(config: MountConfig, credentials: CredentialProvider, observer: Observ
 
 
 def run_with_stand_in() -> None:
-    module = types.ModuleType("imapfs.kernel.adapter")
+    module = types.ModuleType("imapfs.daemon.mount")
     module.serve = serve  # type: ignore[attr-defined]
-    sys.modules["imapfs.kernel.adapter"] = module
+    sys.modules["imapfs.daemon.mount"] = module
     from imapfs.cli.main import main
 
     main()
@@ -412,13 +412,13 @@ def test_foreground_serves_until_unmounted(cli: Cli) -> None:
         assert cli.run("umount", cli.mountpoint).returncode == 0
         _, err = process.communicate(timeout=DEADLINE)
     assert process.returncode == 0
-    assert "INFO imapfs.kernel.adapter: first" in err
+    assert "INFO imapfs.daemon.mount: first" in err
 
 
 def test_log_is_private_has_one_line_for_an_event_and_no_password(cli: Cli) -> None:
     cli.mount()
     text = cli.log.read_text()
-    assert "INFO imapfs.kernel.adapter: first\\nsecond \\x1b[31m Secret(...)\n" in text
+    assert "INFO imapfs.daemon.mount: first\\nsecond \\x1b[31m Secret(...)\n" in text
     assert "a detail" not in text
     assert SECRET not in text
     assert stat.S_IMODE(cli.log.stat().st_mode) == 0o600
@@ -426,7 +426,7 @@ def test_log_is_private_has_one_line_for_an_event_and_no_password(cli: Cli) -> N
 
 def test_verbose_logs_details(cli: Cli) -> None:
     cli.mount("-v")
-    assert "DEBUG imapfs.kernel.adapter: a detail" in cli.log.read_text()
+    assert "DEBUG imapfs.daemon.mount: a detail" in cli.log.read_text()
 
 
 def test_log_goes_to_the_xdg_directory_by_default(cli: Cli) -> None:

@@ -8,9 +8,9 @@ import pytest
 import trio
 import trio.testing
 
+from imapfs.daemon import network
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
-from imapfs.kernel import network
 from tests.accounts import pool, until
 from tests.mounting import DEADLINE, ROOT
 from tests.servers.scripted import Scripted
@@ -18,7 +18,7 @@ from tests.servers.tls import CertificateAuthority
 
 CHANGE = f"""
 import fcntl, socket, struct, trio
-from imapfs.kernel import network
+from imapfs.daemon import network
 
 async def main():
     changed = trio.Event()

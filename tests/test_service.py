@@ -86,7 +86,7 @@ def test_journal_gets_a_line_with_a_priority_for_each_record(cli: Cli) -> None:
         cli.extra = {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
         subprocess.run(command, env=cli.environment("break"), stderr=stream, timeout=DEADLINE)
     lines = journal.read_text().splitlines()
-    assert lines[0] == "<6>imapfs.kernel.adapter: first\\nsecond \\x1b[31m Secret(...)"
+    assert lines[0] == "<6>imapfs.daemon.mount: first\\nsecond \\x1b[31m Secret(...)"
     bug = r"<3>imapfs.daemon.background: internal error\\nTraceback .*RuntimeError: a bug"
     assert re.fullmatch(bug, lines[1])
     assert lines[2].startswith("<3>imapfs: internal error: RuntimeError: a bug")

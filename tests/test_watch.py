@@ -12,19 +12,17 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
+from typing import Any
 
 import pytest
 import trio
 from pyfuse3 import FUSEError
 
+from imapfs.daemon.feed import Feed
 from imapfs.errors import NotPermitted
 from imapfs.fs.events import SOCKET, Event, Place, Stream, address
-from imapfs.fs.filesystem import Filesystem
 from imapfs.kernel import caller
 from imapfs.kernel.adapter import Adapter
-from imapfs.kernel.feed import Feed
 from imapfs.kernel.inotify import Announcer
 from imapfs.model import Ino, Uid
 from tests.accounts import until
@@ -349,10 +347,9 @@ def test_announcements_go_on_with_another_process(user: Account, mount: Mounter)
 
 
 def test_only_what_is_expected_is_answered() -> None:
-    adapter = Adapter(1, read_only=False)
-    adapter.announcer = Announcer(
-        cast(Filesystem, SimpleNamespace(config=SimpleNamespace(read_only=False))), bool
-    )
+    unused: Any = None
+    announcer = Announcer(unused, unused, unused, Path("/"), read_only=False)
+    adapter = Adapter(unused, unused, unused, unused, unused, announcer, Stream(), timeout=1, read_only=False)
     parent, name = Ino(2), b"1.eml"
     for request, arguments in (
         ("mknod", (parent, name, 0o600, 0)),

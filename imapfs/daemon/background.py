@@ -185,7 +185,7 @@ def _serve(
     """Returns after the unmount; any failure comes out as ImapfsError, the unexpected ones logged in full."""
     try:
         # pyfuse3 and trio, which must not be there yet when the process forks.
-        from imapfs.kernel.adapter import serve
+        from imapfs.daemon.mount import serve
 
         # An open file takes a descriptor here as well.
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

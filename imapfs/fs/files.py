@@ -3,41 +3,44 @@
 A file is a message (its bytes come from the cache or the server, and never change), or a draft (its bytes are
 in the spool). The first write to a message makes a draft of it, with the same inode: copy-on-write.
 
-A descriptor belongs to the inode, not to the handle: whoever has a file open sees what others write to it.
+A descriptor belongs to the inode, not to the handle: a program that has a file open sees what others write
+to it.
 """
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 
 from imapfs.errors import CacheError, MessageGone
+from imapfs.fs.tree import Entry, MailTree
 from imapfs.model import Ino
 from imapfs.store.bodies import SMALL, BodyStore
 from imapfs.store.cache import Cache, Node
 from imapfs.store.spool import Draft, Spool
+from imapfs.sync.changes import Changes
 from imapfs.sync.download import Download, Downloader
 from imapfs.sync.prefetch import FetchAhead
 
 Opening = bytes | None | Awaitable[bytes | None]
-"""All bytes of a small message, if they are wanted; or what has to be awaited for them."""
+"""All bytes of a small message, if they are wanted; or what to await for them."""
 
 
 class OpenFile:
-    """What some program has open."""
+    """A file that at least one program has open."""
 
     def __init__(self) -> None:
         self.users = 0
         self.writers = 0
         self.fd = -1
         self.data: bytes | None = None
-        """All of a small message that is not in the cache any more."""
+        """All bytes of a small message that is no longer in the cache."""
         self.download: Download | None = None
-        self.gone: Node | None = None
-        """What it was, once it was removed on the server."""
+        self.removed: Node | None = None
+        """The message that it was, once it was removed on the server."""
         self.orphan: Draft | None = None
-        """The draft that it was, once it was deleted: as on any disk it lives on until it is closed."""
+        """The draft that it was, once it was deleted. As on any disk, it lives until it is closed."""
 
     def forget_source(self) -> None:
-        """Find the bytes anew at the next read."""
+        """Let the next read look again where the bytes are."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -48,7 +51,7 @@ class OpenFile:
 
 
 class Files:
-    """All open files of a mount. ``make_draft(node)`` begins a new version of a message."""
+    """All open files of a mount."""
 
     def __init__(
         self,
@@ -57,20 +60,27 @@ class Files:
         downloads: Downloader,
         ahead: FetchAhead,
         spool: Spool,
-        make_draft: Callable[[Node], Draft],
+        tree: MailTree,
     ) -> None:
         self._cache = cache
         self._bodies = bodies
         self._downloads = downloads
         self._ahead = ahead
         self._spool = spool
-        self._make_draft = make_draft
+        self._tree = tree
         self._open: dict[Ino, OpenFile] = {}
         self._verified: set[Ino] = set()
         """Large messages whose cached bodies were found intact since the mount began."""
 
-    def get(self, ino: Ino) -> OpenFile | None:
-        return self._open.get(ino)
+    def is_shared(self, ino: Ino) -> bool:
+        """Return whether a file is not open exactly once."""
+        file = self._open.get(ino)
+        return file is None or file.users > 1
+
+    def is_written(self, ino: Ino) -> bool:
+        """Return whether a program has a file open for writing."""
+        file = self._open.get(ino)
+        return file is not None and file.writers > 0
 
     def close(self) -> None:
         """Release everything."""
@@ -245,7 +255,7 @@ class Files:
             begun = self._spool.get(ino)
             if begun is not None:
                 return begun
-        draft = self._make_draft(node)
+        draft = self._tree.new_version(node)
         try:
             draft.file.write_bytes(content)
         except OSError as error:
@@ -261,36 +271,39 @@ class Files:
 
     # -- what happens to open files ------------------------------------------------------------------------
 
-    def removed(self, gone: Node) -> None:
-        """A message was removed: whoever has it open goes on reading what is cached."""
-        file = self._open.get(gone.ino)
-        if file is not None and self._cache.node(gone.ino) is None:
-            file.gone = gone
+    def on_changes(self, changes: Changes) -> None:
+        """Keep the bytes of open messages that were removed. Those of uploaded drafts have moved."""
+        for node in changes.gone:
+            self._keep_removed(node)
+        for ino in changes.uploaded:
+            self._verified.discard(ino)
+            if (file := self._open.get(ino)) is not None:
+                file.forget_source()
+
+    def _keep_removed(self, node: Node) -> None:
+        file = self._open.get(node.ino)
+        if file is not None and self._cache.node(node.ino) is None:
+            file.removed = node
             if file.fd < 0 and file.download is None:
-                file.data = self._bodies.load(gone)
-                file.fd = -1 if (fd := self._bodies.pin(gone)) is None else fd
+                file.data = self._bodies.load(node)
+                file.fd = -1 if (fd := self._bodies.pin(node)) is None else fd
 
     def deleted(self, draft: Draft) -> None:
-        """A draft is about to be deleted: who has it open keeps it."""
+        """Keep the bytes of an open draft that is about to be deleted."""
         file = self._open.get(draft.ino)
         if file is not None and self._cache.node(draft.ino) is None:
             if file.fd < 0:
                 file.fd = _open_draft(draft)
             file.orphan = draft
 
-    def orphan(self, ino: Ino) -> tuple[Draft, int] | None:
-        """A draft that was deleted and is still open, and its size in bytes; None if there is none."""
+    def deleted_entry(self, ino: Ino) -> Entry | None:
+        """Return a file that was deleted, or removed on the server, and is still open."""
         file = self._open.get(ino)
-        if file is None or file.orphan is None:
+        if file is None or self._spool.get(ino) is not None:
             return None
-        return file.orphan, os.fstat(file.fd).st_size
-
-    def replaced(self, ino: Ino) -> None:
-        """The bytes of a file are others now: find them anew."""
-        self._verified.discard(ino)
-        file = self._open.get(ino)
-        if file is not None:
-            file.forget_source()
+        if file.orphan is not None:
+            return Entry.of_draft(file.orphan, size=os.fstat(file.fd).st_size)
+        return None if file.removed is None else Entry.of_node(file.removed)
 
 
 def _open_draft(draft: Draft) -> int:

@@ -5,26 +5,24 @@ which file managers edit, for the keywords. The ``user.xdg.origin.*`` and ``user
 freedesktop conventions.
 """
 
-import json
-import math
-import os
 import re
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Final
 
-from imapfs import __version__
 from imapfs.errors import Invalid, NoAttribute, NotPermitted, NotSupported
-from imapfs.fs.filesystem import MAX_AGE, Filesystem
+from imapfs.fs.refresh import Refresher
+from imapfs.fs.tree import MailTree
 from imapfs.imap.grammar import format_iso
+from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
-from imapfs.model import ROOT, Ino
-from imapfs.store.cache import Details, Mailbox
-from imapfs.store.spool import Draft
+from imapfs.model import Ino
+from imapfs.store.cache import Cache, Details, Mailbox
+from imapfs.store.spool import Draft, Spool
+from imapfs.sync.operations import Operations
 from imapfs.sync.synchroniser import display_name
+from imapfs.sync.upload import Uploader
 
-STATUS: Final = b"user.imapfs.status"
 _SYSTEM_FLAGS: Final = {
     b"user.imap.seen": "\\Seen",
     b"user.imap.answered": "\\Answered",
@@ -48,24 +46,33 @@ Change = Callable[[list[str]], tuple[set[str], set[str]]]
 """From the flags that a message has: those to add and those to remove."""
 
 
-class Attributes:
-    """Reads and writes the extended attributes of one `Filesystem`.
+class ExtendedAttributes:
+    """Reads and writes the extended attributes of messages, drafts and directories."""
 
-    ``inodes()`` is how many files and directories the kernel holds on to.
-    """
-
-    def __init__(self, fs: Filesystem, inodes: Callable[[], int]) -> None:
-        self._fs = fs
-        self._inodes = inodes
+    def __init__(
+        self,
+        tree: MailTree,
+        refresher: Refresher,
+        cache: Cache,
+        spool: Spool,
+        pool: SessionPool,
+        operations: Operations,
+        uploader: Uploader,
+    ) -> None:
+        self._tree = tree
+        self._refresher = refresher
+        self._cache = cache
+        self._spool = spool
+        self._pool = pool
+        self._operations = operations
+        self._uploader = uploader
 
     # -- reading -------------------------------------------------------------------------------------------
 
     async def get(self, ino: Ino, name: bytes) -> bytes:
-        """The value of an attribute. Raises NoAttribute, or NotSupported outside ``user.``"""
+        """Return the value of an attribute. Raises NoAttribute, or NotSupported outside ``user.``"""
         if not name.startswith(b"user."):
             raise NotSupported("only user attributes")
-        if ino == ROOT and name == STATUS:
-            return json.dumps(self.status()).encode()
         if not name.startswith((b"user.imap.", b"user.xdg.", b"user.mime_type")):
             raise NoAttribute("no such attribute")
         found = self._file(ino)
@@ -77,12 +84,12 @@ class Attributes:
             raise NoAttribute("no such attribute") from None
 
     def names(self, ino: Ino) -> list[bytes]:
-        """Names of the attributes, without asking the server."""
+        """Return the names of the attributes, without asking the server."""
         found = self._file(ino)
         if found is not None:
             return list(found)
-        names = [STATUS] if ino == ROOT else []
-        mailbox = self._fs.cache.mailbox(self._fs.node(ino).ino)
+        names: list[bytes] = []
+        mailbox = self._cache.mailbox(self._tree.node(ino).ino)
         if mailbox is not None and mailbox.server_name is not None:
             names += _mailbox(mailbox)
             if mailbox.selectable:
@@ -90,29 +97,28 @@ class Attributes:
         return names
 
     def _file(self, ino: Ino) -> dict[bytes, bytes] | None:
-        """The attributes of a message or draft; None for a directory."""
-        draft = self._fs.spool.get(ino)
+        """Return the attributes of a message or draft; None for a directory."""
+        draft = self._spool.get(ino)
         if draft is not None:
             return _draft(draft)
-        details = self._fs.cache.details(ino)
+        details = self._cache.details(ino)
         if details is None:
             return None
-        return _message(details, self._fs.cache.mailbox(details.parent))
+        return _message(details, self._cache.mailbox(details.parent))
 
     async def _directory(self, ino: Ino, *, ask: bool) -> dict[bytes, bytes]:
-        """The attributes of a directory; with ``ask`` those that may take a question to the server."""
-        ino = self._fs.node(ino).ino
-        cache = self._fs.cache
-        mailbox = cache.mailbox(ino)
+        """Return the attributes of a directory; with ``ask`` those for which the server may be asked."""
+        ino = self._tree.node(ino).ino
+        mailbox = self._cache.mailbox(ino)
         if mailbox is None or mailbox.server_name is None:
             return {}
         name = mailbox.server_name
         if not ask or not mailbox.selectable:
             return _mailbox(mailbox)
         if mailbox.complete:
-            await self._fs.wait_for_news(self._fs.sync.refresh_mailbox(ino, MAX_AGE))
-            mailbox = cache.mailbox(ino) or mailbox
-            messages, unseen = cache.counts(ino)
+            await self._refresher.mailbox(ino)
+            mailbox = self._cache.mailbox(ino) or mailbox
+            messages, unseen = self._cache.counts(ino)
             numbers = {
                 "UIDVALIDITY": int(mailbox.uidvalidity),
                 "UIDNEXT": mailbox.uidnext,
@@ -120,51 +126,9 @@ class Attributes:
                 "UNSEEN": unseen,
             }
         else:
-            # Not listed yet: no need to list it only to count.
-            numbers = await self._fs.pool.run(partial(Session.status, mailbox=name))
+            # A mailbox that was never listed need not be listed only to be counted.
+            numbers = await self._pool.run(partial(Session.status, mailbox=name))
         return {f"user.imap.{key.lower()}".encode(): b"%d" % number for key, number in numbers.items()}
-
-    def status(self) -> dict[str, object]:
-        """What ``imapfs status`` shows."""
-        fs = self._fs
-        fs.pool.look()
-        messages, bodies, size = fs.cache.totals()
-        waiting = [
-            {"path": fs.shown(draft), "state": draft.state, "error": draft.error, "size": draft.size}
-            for draft in fs.spool
-            if draft.state in {"sending", "unsent"}
-        ]
-        return {
-            "version": __version__,
-            "pid": os.getpid(),
-            "source": fs.config.account.url,
-            "mountpoint": str(fs.config.mountpoint),
-            "state": fs.pool.state.value,
-            "reason": fs.pool.reason,
-            "since": fs.pool.since.isoformat(timespec="seconds"),
-            **self._next_try(),
-            "read_only": fs.config.read_only,
-            "connections": {"open": fs.pool.open, "most": fs.pool.most, "limit": fs.pool.limit},
-            "push": fs.push.status(),
-            "cache": {
-                "path": str(fs.cache.directory),
-                "deleted": fs.cache.is_gone,
-                "bytes": size,
-                "limit": fs.config.cache_size,
-                "messages": messages,
-                "bodies": bodies,
-            },
-            "inodes": self._inodes(),
-            "waiting": waiting,
-        }
-
-    def _next_try(self) -> dict[str, object]:
-        """When something is tried next: as a time, and in seconds. None while online, or where nothing is."""
-        wait = self._fs.pool.retry_in
-        if wait is None or math.isinf(wait):
-            return {"retry_at": None, "retry_in": None}
-        at = datetime.now(UTC) + timedelta(seconds=wait)
-        return {"retry_at": at.isoformat(timespec="seconds"), "retry_in": round(wait, 1)}
 
     # -- writing -------------------------------------------------------------------------------------------
 
@@ -175,7 +139,7 @@ class Attributes:
         if name == _STATE:
             if value != b"sending":
                 raise Invalid("the only state to set is 'sending', which tries again")
-            self._fs.retry(ino)
+            self._retry(ino)
             return
         await self._change(ino, _change(name, value))
 
@@ -189,15 +153,23 @@ class Attributes:
         raise NotPermitted("this attribute follows from the message")
 
     async def _change(self, ino: Ino, change: Change) -> None:
-        draft = self._fs.spool.get(ino)
+        draft = self._spool.get(ino)
         if draft is None:
-            if self._fs.node(ino).is_dir:
+            if self._tree.node(ino).is_dir:
                 raise NotSupported("a mailbox has no flags")
-            await self._fs.operations.change_flags(ino, change)
+            await self._operations.change_flags(ino, change)
             # Somebody may have begun a new version meanwhile, with the flags as they were.
-            draft = self._fs.spool.get(ino)
+            draft = self._spool.get(ino)
         if draft is not None:
             draft.change_flags(change)
+
+    def _retry(self, ino: Ino) -> None:
+        """Upload again what was refused."""
+        draft = self._spool.get(ino)
+        if draft is None or draft.state != "unsent":
+            raise Invalid("it is not unsent")
+        draft.dirty = False
+        self._uploader.submit(draft, now=True)
 
 
 def _change(name: bytes, value: bytes) -> Change:

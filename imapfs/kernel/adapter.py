@@ -1,24 +1,22 @@
-"""The kernel's side: FUSE requests to `imapfs.fs.filesystem` and back. The only module that knows pyfuse3.
+"""FUSE requests: from the kernel to `imapfs.fs` and back. The only module that knows pyfuse3.
 
-Decides nothing about mail. What it owns: which inodes the kernel knows (lookup counts), what the kernel has
-cached and must be told to drop, and that nothing but a FUSEError ever leaves a handler, since anything else
-would end the mount.
+It decides nothing about mail. Nothing but a FUSEError leaves a handler, since any other exception would end
+the mount. What the kernel has cached is the business of `imapfs.kernel.invalidation`; the notifications
+themselves are sent here.
 
-The kernel may keep names and attributes for as long as it likes (`_TIMEOUT`), because it is told of each
-change. Those notifications can wait for a request under way in the same directory, so that they are sent
-from a thread, never from a handler. LOCK ORDER: there are no locks here; a handler that needs a notification
-to be done waits for the thread, which waits for the kernel only.
+LOCK ORDER: there are no locks here. A handler that needs a notification to be done waits for the thread that
+sends it, which waits for the kernel only.
 """
 
 import errno
 import functools
 import logging
 import os
-import signal
 import stat
-from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, cast
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -35,21 +33,17 @@ from pyfuse3 import (
 
 from imapfs.errors import CacheError, ImapfsError, UsageError
 from imapfs.fs.events import Stream
-from imapfs.fs.files import Opening
-from imapfs.fs.filesystem import Attributes as FileAttributes
+from imapfs.fs.files import Files, Opening
 from imapfs.fs.filesystem import Filesystem
-from imapfs.fs.xattrs import Attributes
-from imapfs.imap.backoff import State
-from imapfs.imap.pool import SessionPool
-from imapfs.kernel import network
+from imapfs.fs.tree import Entry
+from imapfs.fs.xattrs import ExtendedAttributes
 from imapfs.kernel.caller import PROOF
-from imapfs.kernel.feed import Feed
 from imapfs.kernel.inotify import Announcer
+from imapfs.kernel.invalidation import Invalid, KernelCache
+from imapfs.kernel.status import ATTRIBUTE as STATUS
+from imapfs.kernel.status import MountStatus
 from imapfs.log import report
-from imapfs.model import ROOT, CredentialProvider, Ino, MountConfig
-from imapfs.store.cache import Cache
-from imapfs.sync.changes import Changes
-from imapfs.waiting import Flag
+from imapfs.model import ROOT, Ino
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +54,8 @@ _TIMEOUT: Final = 86400.0
 """Seconds for which the kernel may use names and attributes without asking again."""
 _BLOCK: Final = 4096
 _TASKS: Final = 16
-_PUSH: Final = 1 << 17
-"""Most bytes in one notification."""
+_MAX_PUSH: Final = 1 << 17
+"""Bytes in one notification."""
 _DOT, _DOTDOT = 1, 2
 """Directory positions of ``.`` and ``..``; any other entry's is its inode number, which is larger."""
 
@@ -84,7 +78,7 @@ def prompt_handler(method: Method[P, T]) -> Method[P, T]:
             raise
         except trio.TooSlowError:
             log.warning("%s: no answer from the server within %g s", name, self.timeout)
-            raise FUSEError(self.fs.late_errno) from None
+            raise FUSEError(self.late_errno) from None
         except ImapfsError as error:
             if isinstance(error, CacheError):
                 report(error, name)
@@ -117,26 +111,10 @@ class _Listing:
     """An open directory and the page of it that the kernel is reading."""
 
     ino: Ino
-    page: Sequence[tuple[bytes, FileAttributes]] = ()
+    page: Sequence[Entry] = ()
     index: int = 0
-
-    def forget_page(self) -> None:
-        self.page, self.index = (), 0
-
-
-@dataclass(slots=True)
-class _Invalid:
-    """What the kernel has to drop."""
-
-    attributes: set[Ino] = field(default_factory=set)
-    contents: set[Ino] = field(default_factory=set)
-    entries: list[tuple[Ino, bytes, Ino]] = field(default_factory=list)
-    """Of what is gone: directory, name, inode."""
-    names: list[tuple[Ino, bytes]] = field(default_factory=list)
-    """Of what is still there."""
-
-    def __bool__(self) -> bool:
-        return bool(self.attributes or self.contents or self.entries or self.names)
+    version: tuple[int, int] = (0, 0)
+    """`KernelCache.listing_version` of the page."""
 
 
 class Adapter(pyfuse3.Operations):
@@ -145,84 +123,77 @@ class Adapter(pyfuse3.Operations):
     supports_dot_lookup = False
     enable_writeback_cache = False
 
-    def __init__(self, timeout: float, read_only: bool) -> None:
+    def __init__(
+        self,
+        fs: Filesystem,
+        files: Files,
+        xattrs: ExtendedAttributes,
+        status: MountStatus,
+        kernel: KernelCache,
+        announcer: Announcer,
+        events: Stream,
+        *,
+        timeout: float,
+        read_only: bool,
+    ) -> None:
         super().__init__()
+        self._fs = fs
+        self._files = files
+        self._xattrs = xattrs
+        self._status = status
+        self._kernel = kernel
+        self.announcer = announcer
+        self._events = events
         self.timeout = timeout
-        self.fs: Filesystem
-        self.xattrs: Attributes
-        self.announcer: Announcer
-        self.events = Stream()
         self._read_only = read_only
         self._file_mode = 0o400 if read_only else 0o600
         self._dir_mode = 0o500 if read_only else 0o700
         self._uid, self._gid = os.getuid(), os.getgid()
-        self._lookups: dict[int, int] = {}
-        """Inode -> references that the kernel holds (the nlookup of FORGET)."""
-        self._pushed: set[int] = set()
-        """Inodes whose bytes the kernel was given."""
-        self._resized: set[Ino] = set()
-        """Inodes of which the kernel may know a size that is not the exact one."""
         self._handles: dict[int, Ino] = {}
         """Handle -> file. The lowest bit says that it is open for writing."""
         self._next_file = 1
         self._listings: dict[int, _Listing] = {}
         self._next_listing = 1
-        self._invalid = _Invalid()
-        self._invalid_news = Flag()
 
-    # -- what the server changed ---------------------------------------------------------------------------
+    @property
+    def late_errno(self) -> int:
+        """The errno of a request that has taken longer than the timeout."""
+        return self._fs.late_errno
 
-    def on_changes(self, changes: Changes) -> None:
-        """Have the kernel drop what is no longer so, and tell who watches."""
-        # Flags are extended attributes, which the kernel does not keep.
-        if changes.added or changes.gone or changes.moved or changes.replaced:
-            self._forget_entries(changes)
-        for event in self.fs.events(changes):
-            self.events.publish(event)
+    # -- the mount -----------------------------------------------------------------------------------------
 
-    def _forget_entries(self, changes: Changes) -> None:
-        directories = {changes.directory, *(moved.parent for moved in changes.moved)}
-        for listing in self._listings.values():
-            if listing.ino in directories:
-                listing.forget_page()
-        for gone in changes.gone:
-            if gone.name is not None and gone.ino in self._lookups:
-                self._invalid.entries.append((changes.directory, gone.name, gone.ino))
-        for moved in changes.moved:
-            if moved.ino in self._lookups:
-                self._invalid.names.append((moved.parent, moved.name))
-        self._invalid.attributes |= directories
-        self._invalid_news.set()
+    def mount(self, mountpoint: Path, options: set[str]) -> None:
+        """Mount, with options for fusermount3. Raises UsageError."""
+        try:
+            pyfuse3.init(self, str(mountpoint), options)
+        except RuntimeError as error:
+            raise UsageError(
+                f"cannot mount on {mountpoint} ({error}): see what fusermount3 says with --foreground"
+            ) from None
 
-    def on_resize(self, ino: Ino) -> None:
-        """Have the kernel ask for the size of a message again."""
-        for listing in self._listings.values():
-            listing.forget_page()
-        if ino in self._lookups:
-            self._resized.add(ino)
-            self._invalid.attributes.add(ino)
-            self._invalid_news.set()
+    async def serve(self) -> None:
+        """Answer the kernel's requests until somebody unmounts."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._invalidate_forever)
+            try:
+                # With fewer, a task would be begun and ended for almost every request.
+                await pyfuse3.main(min_tasks=_TASKS)
+            except* ConnectionAbortedError:
+                # By a write to /sys/fs/fuse/connections. Some kernels report this at each unmount.
+                log.info("the kernel has ended the connection")
+            nursery.cancel_scope.cancel()
 
-    def on_rewrite(self, ino: Ino) -> None:
-        """Have the kernel drop the bytes of a file, and its size."""
-        self._pushed.discard(ino)
-        if ino in self._lookups:
-            self._invalid.contents.add(ino)
-            self._invalid_news.set()
+    @staticmethod
+    def unmount() -> None:
+        """End the mount, if the kernel has not."""
+        pyfuse3.close(unmount=True)
 
-    async def invalidate_forever(self) -> None:
-        """Tell the kernel what it has to drop, as it comes."""
+    async def _invalidate_forever(self) -> None:
         while True:
-            await self._invalid_news.wait()
-            batch, self._invalid = self._invalid, _Invalid()
-            if batch:
-                await trio.to_thread.run_sync(_invalidate, batch, abandon_on_cancel=True)
+            batch = await self._kernel.next_invalid()
+            await trio.to_thread.run_sync(_invalidate, batch, abandon_on_cancel=True)
 
     # -- announcements -------------------------------------------------------------------------------------
-
-    def holds(self, ino: Ino) -> bool:
-        """Whether the kernel has an inode in its caches."""
-        return ino == ROOT or ino in self._lookups
 
     def answer_announcer(self, request: str, *args: Any) -> object:
         """Answer a request of the announcer's own process: at once, and without any change."""
@@ -233,7 +204,7 @@ class Adapter(pyfuse3.Operations):
             entry.entry_timeout = entry.attr_timeout = 0
             return entry
         if request == "getattr":
-            return self._entry(self.fs.getattr(args[0]))
+            return self._entry(self._fs.getattr(args[0]))
         if request in {"mknod", "mkdir"}:
             return self._known(announcer.make(*args[:2], directory=request == "mkdir"))
         if request in {"unlink", "rmdir"}:
@@ -250,7 +221,7 @@ class Adapter(pyfuse3.Operations):
 
     # -- attributes ----------------------------------------------------------------------------------------
 
-    def _entry(self, attributes: FileAttributes) -> EntryAttributes:
+    def _entry(self, attributes: Entry) -> EntryAttributes:
         entry = EntryAttributes()
         entry.st_ino = InodeT(attributes.ino)
         if attributes.is_dir:
@@ -270,30 +241,24 @@ class Adapter(pyfuse3.Operations):
 
     @handler
     async def lookup(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        return self._known(await self.fs.lookup(Ino(parent_inode), name))
+        return self._known(await self._fs.lookup(Ino(parent_inode), name))
 
-    def _known(self, attributes: FileAttributes) -> EntryAttributes:
+    def _known(self, attributes: Entry) -> EntryAttributes:
         """An entry whose answer gives the kernel a reference to the inode."""
-        self._lookups[attributes.ino] = self._lookups.get(attributes.ino, 0) + 1
+        self._kernel.remember(attributes.ino)
         return self._entry(attributes)
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for ino, n in inode_list:
-            left = self._lookups.get(ino, 0) - n
-            if left > 0:
-                self._lookups[ino] = left
-            else:
-                self._lookups.pop(ino, None)
-                self._pushed.discard(ino)
-                self._resized.discard(Ino(ino))
+            self._kernel.forget(Ino(ino), n)
 
     @prompt_handler
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        return self._entry(self.fs.getattr(Ino(inode)))
+        return self._entry(self._fs.getattr(Ino(inode)))
 
     @handler
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
-        space = await self.fs.statfs()
+        space = await self._fs.statfs()
         data = pyfuse3.StatvfsData()
         data.f_bsize = data.f_frsize = _BLOCK
         data.f_blocks = space.total // _BLOCK
@@ -305,7 +270,7 @@ class Adapter(pyfuse3.Operations):
 
     @handler
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        await self.fs.opendir(Ino(inode))
+        await self._fs.opendir(Ino(inode))
         handle = self._next_listing
         self._next_listing += 1
         self._listings[handle] = _Listing(Ino(inode))
@@ -316,7 +281,7 @@ class Adapter(pyfuse3.Operations):
         listing = self._listings[fh]
         if start_id < _DOTDOT:
             # The kernel takes neither attributes nor references for these two.
-            here = self._entry(self.fs.getattr(listing.ino))
+            here = self._entry(self._fs.getattr(listing.ino))
             for name, position in ((b".", _DOT), (b"..", _DOTDOT)):
                 if start_id < position and not pyfuse3.readdir_reply(token, name, here, position):
                     return
@@ -324,31 +289,33 @@ class Adapter(pyfuse3.Operations):
         position = start_id
         while True:
             if not self._continues(listing, position):
-                listing.page, listing.index = await self.fs.readdir(listing.ino, position), 0
+                listing.version = self._kernel.listing_version(listing.ino)
+                listing.page, listing.index = await self._fs.readdir(listing.ino, position), 0
                 if not listing.page:
                     return
             while listing.index < len(listing.page):
-                name, attributes = listing.page[listing.index]
-                if not pyfuse3.readdir_reply(token, name, self._entry(attributes), attributes.ino):
+                found = listing.page[listing.index]
+                if not pyfuse3.readdir_reply(token, found.name, self._entry(found), found.ino):
                     return
-                self._lookups[attributes.ino] = self._lookups.get(attributes.ino, 0) + 1
+                self._kernel.remember(found.ino)
                 listing.index += 1
-                position = attributes.ino
-            listing.forget_page()
+                position = found.ino
+            listing.page, listing.index = (), 0
             if position != start_id:
                 return  # something to show: more is asked for when it is wanted
 
-    @staticmethod
-    def _continues(listing: _Listing, position: int) -> bool:
-        """Whether the page goes on right behind ``position``."""
+    def _continues(self, listing: _Listing, position: int) -> bool:
+        """Return whether the page is current and continues right after ``position``."""
         if listing.index >= len(listing.page):
             return False
-        before = listing.page[listing.index - 1][1].ino if listing.index else position
-        return before == position and listing.page[listing.index][1].ino > position
+        if listing.version != self._kernel.listing_version(listing.ino):
+            return False
+        before = listing.page[listing.index - 1].ino if listing.index else position
+        return before == position and listing.page[listing.index].ino > position
 
     @prompt_handler
     async def releasedir(self, fh: FileHandleT) -> None:
-        self.fs.closedir(self._listings.pop(fh).ino)
+        self._fs.closedir(self._listings.pop(fh).ino)
 
     # -- files ---------------------------------------------------------------------------------------------
 
@@ -363,32 +330,32 @@ class Adapter(pyfuse3.Operations):
     @prompt_handler
     async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> FileInfo:
         ino, writing = Ino(inode), flags & os.O_ACCMODE != os.O_RDONLY
-        if inode in self._pushed and flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
+        if inode in self._kernel.pushed and flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
             # The kernel has all of it: what is read twice comes here the second time.
-            self.fs.files.open_known(ino)
+            self._files.open_known(ino)
             return self._file_info(ino, flags)
-        opening = self.fs.open(ino, writing=writing, wanted=inode not in self._pushed and not writing)
+        opening = self._fs.open(ino, writing=writing, wanted=inode not in self._kernel.pushed and not writing)
         try:
-            if isinstance(opening, bytes) and ino not in self._resized and not flags & os.O_TRUNC:
+            if isinstance(opening, bytes) and ino not in self._kernel.resized and not flags & os.O_TRUNC:
                 data: bytes | None = opening
             else:
                 with trio.fail_after(self.timeout):
                     data = await self._opened(ino, opening, flags)
-            if data is not None and inode not in self._pushed:
+            if data is not None and inode not in self._kernel.pushed:
                 self._push(inode, data)
         except BaseException:
-            self.fs.release(ino, writing=writing)
+            self._fs.release(ino, writing=writing)
             raise
         return self._file_info(ino, flags)
 
     async def _opened(self, ino: Ino, opening: Opening, flags: int) -> bytes | None:
         data = await opening if isinstance(opening, Awaitable) else opening
-        if ino in self._resized:
+        if ino in self._kernel.resized:
             # Before the first read: the kernel would cut off or pad at the size that it knows.
-            await trio.to_thread.run_sync(_invalidate, _Invalid(attributes={ino}))
-            self._resized.discard(ino)
+            await trio.to_thread.run_sync(_invalidate, Invalid(attributes={ino}))
+            self._kernel.resized.discard(ino)
         if flags & os.O_TRUNC:
-            await self.fs.files.truncate(ino, 0)
+            await self._files.truncate(ino, 0)
             return None
         return data
 
@@ -398,31 +365,30 @@ class Adapter(pyfuse3.Operations):
         Safe here only because nobody else has the file open: a reader that waits for a page of it would hold
         the page's lock, and this thread is the one that has to answer it.
         """
-        file = self.fs.files.get(Ino(inode))
-        if file is None or file.users > 1:
+        if self._files.is_shared(Ino(inode)):
             return
         try:
-            for start in range(0, len(data), _PUSH):
-                pyfuse3.notify_store(inode, start, data[start : start + _PUSH])
+            for start in range(0, len(data), _MAX_PUSH):
+                pyfuse3.notify_store(inode, start, data[start : start + _MAX_PUSH])
         except OSError as error:
             log.debug("the kernel did not take the bytes of inode %d: %s", inode, error)
             return
-        self._pushed.add(inode)
+        self._kernel.pushed.add(Ino(inode))
 
     @handler
     async def create(
         self, parent_inode: InodeT, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        attributes = await self.fs.create(Ino(parent_inode), name, stat.S_IMODE(mode) & ~ctx.umask)
+        attributes = await self._fs.create(Ino(parent_inode), name, stat.S_IMODE(mode) & ~ctx.umask)
         return self._file_info(attributes.ino, flags), self._known(attributes)
 
     @handler
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        return await self.fs.files.read(self._handles[fh], off, size)
+        return await self._files.read(self._handles[fh], off, size)
 
     @handler
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
-        return await self.fs.files.write(self._handles[fh], off, buf)
+        return await self._files.write(self._handles[fh], off, buf)
 
     @prompt_handler
     async def flush(self, fh: FileHandleT) -> None:
@@ -430,19 +396,19 @@ class Adapter(pyfuse3.Operations):
             raise FUSEError(errno.ENOSYS)  # for good: then the kernel does not ask at each close
         if fh & 1:
             with trio.fail_after(self.timeout):
-                await self.fs.files.flush(self._handles[fh])
+                await self._files.flush(self._handles[fh])
 
     @handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        await self.fs.fsync(self._handles[fh])
+        await self._fs.fsync(self._handles[fh])
 
     @handler
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
-        await self.fs.fsync_directory()
+        await self._fs.fsync_directory()
 
     @prompt_handler
     async def release(self, fh: FileHandleT) -> None:
-        self.fs.release(self._handles.pop(fh), writing=bool(fh & 1))
+        self._fs.release(self._handles.pop(fh), writing=bool(fh & 1))
 
     @handler
     async def setattr(
@@ -455,20 +421,18 @@ class Adapter(pyfuse3.Operations):
     ) -> EntryAttributes:
         ino = Ino(inode)
         if fields.update_size:
-            await self.fs.files.truncate(ino, attr.st_size)
-            if fh is None:
-                self.fs.release_truncated(ino)
+            await self._fs.truncate(ino, attr.st_size, is_open=fh is not None)
         # With a new size the kernel sends the time of day along, which nobody asked for.
         sets_time = fields.update_mtime and not fields.update_size
         if sets_time or fields.update_mode or fields.update_uid or fields.update_gid:
-            self.fs.set_attributes(
+            self._fs.set_attributes(
                 ino,
                 mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
                 mtime=attr.st_mtime_ns if sets_time else None,
                 owner=attr.st_uid if fields.update_uid else None,
                 group=attr.st_gid if fields.update_gid else None,
             )
-        return self._entry(self.fs.getattr(ino))
+        return self._entry(self._fs.getattr(ino))
 
     # -- names ---------------------------------------------------------------------------------------------
 
@@ -486,25 +450,25 @@ class Adapter(pyfuse3.Operations):
             raise FUSEError(errno.EINVAL)
         keep_existing = bool(flags & pyfuse3.RENAME_NOREPLACE)
         here, there = Ino(parent_inode_old), Ino(parent_inode_new)
-        with self.events.request((here, name_old), (there, name_new)):
-            await self.fs.rename(here, name_old, there, name_new, keep_existing=keep_existing)
+        with self._events.request((here, name_old), (there, name_new)):
+            await self._fs.rename(here, name_old, there, name_new, keep_existing=keep_existing)
 
     @handler
     async def unlink(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
-        with self.events.request((parent_inode, name)):
-            await self.fs.unlink(Ino(parent_inode), name)
+        with self._events.request((parent_inode, name)):
+            await self._fs.unlink(Ino(parent_inode), name)
 
     @handler
     async def mkdir(
         self, parent_inode: InodeT, name: bytes, mode: int, ctx: RequestContext
     ) -> EntryAttributes:
-        with self.events.request((parent_inode, name)):
-            return self._known(await self.fs.mkdir(Ino(parent_inode), name))
+        with self._events.request((parent_inode, name)):
+            return self._known(await self._fs.mkdir(Ino(parent_inode), name))
 
     @handler
     async def rmdir(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
-        with self.events.request((parent_inode, name)):
-            await self.fs.rmdir(Ino(parent_inode), name)
+        with self._events.request((parent_inode, name)):
+            await self._fs.rmdir(Ino(parent_inode), name)
 
     @prompt_handler
     async def link(
@@ -528,24 +492,27 @@ class Adapter(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> bytes:
-        return await self.xattrs.get(Ino(inode), name)
+        if inode == ROOT and name == STATUS:
+            return self._status.as_json()
+        return await self._xattrs.get(Ino(inode), name)
 
     @prompt_handler
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[bytes]:
-        return self.xattrs.names(Ino(inode))
+        names = self._xattrs.names(Ino(inode))
+        return [STATUS, *names] if inode == ROOT else names
 
     @handler
     async def setxattr(self, inode: InodeT, name: bytes, value: bytes, ctx: RequestContext) -> None:
-        with self.events.request(inode):
-            await self.xattrs.set(Ino(inode), name, value)
+        with self._events.request(inode):
+            await self._xattrs.set(Ino(inode), name, value)
 
     @handler
     async def removexattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> None:
-        with self.events.request(inode):
-            await self.xattrs.remove(Ino(inode), name)
+        with self._events.request(inode):
+            await self._xattrs.remove(Ino(inode), name)
 
 
-def _invalidate(batch: _Invalid) -> None:
+def _invalidate(batch: Invalid) -> None:
     """In a thread: may wait until requests under way in the same directory are answered."""
     for parent, name, ino in [*batch.entries, *((*entry, 0) for entry in batch.names)]:
         try:
@@ -559,141 +526,3 @@ def _invalidate(batch: _Invalid) -> None:
         except OSError as error:
             if error.errno != errno.ENOENT:
                 log.debug("the kernel did not drop the attributes of inode %d: %s", ino, error)
-
-
-class Observer(Protocol):
-    """Who is told how the mount is; called on the trio thread, where nothing may wait."""
-
-    def live(self) -> None:
-        """The mount answers: once, and not at all if there can be none."""
-
-    def state(self, reason: str | None, needs_person: bool) -> None:
-        """The account is offline for ``reason``, or online if that is None.
-
-        ``needs_person``: and stays so until somebody sets the credentials right.
-        """
-
-    def ending(self) -> None:
-        """The mount is gone; what is waiting is being sent."""
-
-
-def serve(config: MountConfig, credentials: CredentialProvider, observer: Observer) -> None:
-    """Mount and serve until the mount ends: by umount, SIGINT or SIGTERM.
-
-    Raises ImapfsError if there can be no mount.
-    """
-    trio.run(_serve, config, credentials, observer)
-
-
-async def _serve(config: MountConfig, credentials: CredentialProvider, observer: Observer) -> None:
-    pool = SessionPool(config.account, credentials, config.connections, config.timeout)
-    # Nobody is called when a pause that the server asked for is over: it is not told of.
-    pool.on_state = lambda: observer.state(
-        pool.reason if pool.state is State.OFFLINE else None, pool.needs_person
-    )
-    cache = Cache.open(config.cache_dir / _cache_name(config), config.names)
-    failure: ImapfsError | None = None
-    try:
-        async with trio.open_nursery() as background:
-            try:
-                with (
-                    trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,
-                    trio.CancelScope() as life,
-                ):
-                    background.start_soon(_end_on_signal, signals, life)
-                    background.start_soon(pool.keep)
-                    background.start_soon(network.watch, pool.network_changed, pool.resumed)
-                    await _run(config, pool, cache, background, observer)
-            except ImapfsError as error:
-                # Out of the nursery as itself, not in a group.
-                failure = error
-            finally:
-                await pool.close()
-                background.cancel_scope.cancel()
-    finally:
-        cache.close()
-    if failure is not None:
-        raise failure
-
-
-async def _end_on_signal(signals: AsyncIterable[int], life: trio.CancelScope) -> None:
-    async for number in signals:
-        log.info("%s: unmounting", signal.Signals(number).name)
-        life.cancel()
-
-
-async def _run(
-    config: MountConfig,
-    pool: SessionPool,
-    cache: Cache,
-    background: trio.Nursery,
-    observer: Observer,
-) -> None:
-    """Mount, and serve until somebody unmounts or this is cancelled."""
-    adapter = Adapter(config.timeout, config.read_only)
-    fs = adapter.fs = Filesystem(
-        config,
-        pool,
-        cache,
-        background,
-        on_changes=adapter.on_changes,
-        on_resize=adapter.on_resize,
-        on_rewrite=adapter.on_rewrite,
-    )
-    adapter.xattrs = Attributes(fs, lambda: len(adapter._lookups))
-    announcer = adapter.announcer = Announcer(fs, adapter.holds)
-    feed = Feed(cache.directory)
-    try:
-        await fs.start()
-        # Not before: what the first look at the server finds is no news.
-        adapter.events.subscribe(announcer.offer)
-        adapter.events.subscribe(feed.offer)
-        _mount(adapter, config)
-        try:
-            log.info("mounted %s on %s", config.account.url, config.mountpoint)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(adapter.invalidate_forever)
-                nursery.start_soon(announcer.run)
-                nursery.start_soon(feed.serve)
-                observer.live()
-                try:
-                    # With fewer, a task would be begun and ended for almost every request.
-                    await pyfuse3.main(min_tasks=_TASKS)
-                except* ConnectionAbortedError:
-                    # By who may write to /sys/fs/fuse/connections; some kernels say so at any unmount.
-                    log.info("the kernel has ended the connection")
-                nursery.cancel_scope.cancel()
-        finally:
-            pyfuse3.close(unmount=True)
-            log.info("unmounted %s", config.mountpoint)
-            observer.ending()
-            with trio.CancelScope(shield=True):
-                await announcer.end()
-    finally:
-        with trio.CancelScope(shield=True):
-            await fs.end()
-
-
-def _mount(adapter: Adapter, config: MountConfig) -> None:
-    options = {*config.fuse_options, "default_permissions", "subtype=imapfs"}
-    # A comma would begin another option.
-    options.add("fsname=" + config.account.url.replace("\\", "\\\\").replace(",", "\\,"))
-    if config.read_only:
-        options.add("ro")
-    try:
-        pyfuse3.init(adapter, str(config.mountpoint), options)
-    except RuntimeError as error:
-        raise UsageError(
-            f"cannot mount on {config.mountpoint} ({error}): see what fusermount3 says with --foreground"
-        ) from None
-
-
-def _cache_name(config: MountConfig) -> str:
-    """The directory of an account's cache: readable, and no path whatever the user name holds."""
-    account = config.account
-    return (
-        "".join(
-            c if c.isalnum() or c in "@.-_+" else f"%{ord(c):02X}" for c in f"{account.user}@{account.host}"
-        ).lstrip(".")
-        + f"_{account.port}"
-    )

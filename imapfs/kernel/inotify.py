@@ -24,16 +24,18 @@ import os
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import trio
 
 from imapfs.errors import NotFound, NotPermitted
 from imapfs.fs.events import Event, Kind, Place
-from imapfs.fs.filesystem import Attributes, Filesystem
+from imapfs.fs.filesystem import Filesystem
+from imapfs.fs.tree import Entry, MailTree
 from imapfs.kernel import caller
+from imapfs.kernel.invalidation import KernelCache
 from imapfs.model import Ino
 from imapfs.waiting import Flag
 
@@ -66,14 +68,20 @@ class _Expected:
 
 
 class Announcer:
-    """Announces events in the mount of ``fs``.
+    """Announces events in the mount of ``fs`` at ``mountpoint``."""
 
-    ``holds(ino)`` says whether the kernel has a directory in its caches. One that is watched, it has.
-    """
-
-    def __init__(self, fs: Filesystem, holds: Callable[[Ino], bool]) -> None:
+    def __init__(
+        self,
+        fs: Filesystem,
+        tree: MailTree,
+        kernel: KernelCache,
+        mountpoint: Path,
+        read_only: bool,
+    ) -> None:
         self._fs = fs
-        self._holds = holds
+        self._tree = tree
+        self._kernel = kernel
+        self._mountpoint = mountpoint
         self._process: trio.Process | None = None
         self._waiting: deque[Event] = deque()
         self._news = Flag()
@@ -83,12 +91,14 @@ class Announcer:
         """Whether the request of the event that is being announced has come: then it is not tried again."""
         self._expected: _Expected | None = None
         # On a mount that the kernel knows to be read-only the calls fail before they come here.
-        self._active = not fs.config.read_only
+        self._active = not read_only
 
     def offer(self, event: Event) -> None:
         """Have an event announced, if anybody can be watching."""
         source = event.source or event.place
-        if not self._active or not (self._holds(event.place.directory) or self._holds(source.directory)):
+        # The kernel has each directory that is watched in its caches.
+        is_held = any(self._kernel.holds(place.directory) for place in (event.place, source))
+        if not self._active or not is_held:
             return
         if len(self._waiting) >= _MOST:
             if not self._overflow:
@@ -160,7 +170,7 @@ class Announcer:
         found: list[str | int] = []
         for place in (event.source, event.place):
             if place is not None:
-                path = self._fs.path(place.directory)
+                path = self._tree.path(place.directory)
                 if path is None:
                     return None
                 directory = b"/".join(path or (b".",))
@@ -175,13 +185,13 @@ class Announcer:
         left = event.source is None or self._find(event.source) is None
         return there is not None and there.ino == event.ino and left
 
-    def _find(self, place: Place) -> Attributes | None:
+    def _find(self, place: Place) -> Entry | None:
         return self._fs.known(place.directory, place.name)
 
     async def _start_process(self) -> None:
         self._process = await trio.lowlevel.open_process(
             # -I and -S: it needs nothing but itself, and starts in a few milliseconds.
-            [sys.executable, "-I", "-S", caller.__file__, os.fsencode(self._fs.config.mountpoint)],
+            [sys.executable, "-I", "-S", caller.__file__, os.fsencode(self._mountpoint)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -225,7 +235,7 @@ class Announcer:
         """Whether a request comes from the process that announces; then it is answered here, or refused."""
         return self._process is not None and self._process.pid == pid
 
-    def lookup(self, parent: Ino, name: bytes) -> Attributes:
+    def lookup(self, parent: Ino, name: bytes) -> Entry:
         """What the caller is to see: everything as it was just before the event. Raises NotFound."""
         event = self._expected.event if self._expected is not None else None
         if event is not None:
@@ -235,7 +245,7 @@ class Announcer:
                 return self._fs.getattr(event.ino)
             if here == (place.directory, place.name):
                 if event.gone is not None:
-                    return Attributes.of(event.gone)
+                    return Entry.of_node(event.gone)
                 if event.kind != "flags":
                     raise NotFound("it is about to be announced")
         found = self._fs.known(parent, name)
@@ -243,7 +253,7 @@ class Announcer:
             raise NotFound("no such file")
         return found
 
-    def make(self, parent: Ino, name: bytes, *, directory: bool) -> Attributes:
+    def make(self, parent: Ino, name: bytes, *, directory: bool) -> Entry:
         """mknod or mkdir of what is there already. Raises NotPermitted, as all that follow."""
         event = self._claim({"created"} if directory else {"arrived"}, (parent, name))
         return self._fs.getattr(event.ino)
@@ -256,7 +266,7 @@ class Announcer:
         """rename of what has another name already."""
         self._claim({"moved", "renamed"}, (parent, name), (new_parent, new_name))
 
-    def touch(self, ino: Ino) -> Attributes:
+    def touch(self, ino: Ino) -> Entry:
         """utimensat of a message that has other flags."""
         expected = self._expected
         if expected is None or expected.event.kind != "flags" or expected.event.ino != ino:

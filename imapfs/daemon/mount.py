@@ -1,0 +1,300 @@
+"""One mount, wired together: the only place that builds the layers and says who listens to whom.
+
+Everything is handed over complete. Changes flow one way: whoever makes a transaction publishes it on the hub,
+and the listeners are called in the order of `_subscribe`.
+"""
+
+import logging
+import signal
+from collections.abc import AsyncIterable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import trio
+
+from imapfs.daemon import network
+from imapfs.daemon.feed import Feed
+from imapfs.errors import ConnectionLost, ImapfsError, Throttled, TlsError, UsageError
+from imapfs.fs.drafts import Drafts
+from imapfs.fs.event_source import EventSource
+from imapfs.fs.events import Stream
+from imapfs.fs.files import Files
+from imapfs.fs.filesystem import Filesystem
+from imapfs.fs.refresh import Refresher
+from imapfs.fs.replace import Replacer
+from imapfs.fs.space import SpaceReporter
+from imapfs.fs.tree import MailTree
+from imapfs.fs.xattrs import ExtendedAttributes
+from imapfs.imap.backoff import State
+from imapfs.imap.pool import SessionPool
+from imapfs.kernel.adapter import Adapter
+from imapfs.kernel.inotify import Announcer
+from imapfs.kernel.invalidation import KernelCache
+from imapfs.kernel.status import MountStatus
+from imapfs.model import ROOT, CredentialProvider, Ino, MountConfig
+from imapfs.store.bodies import BodyStore
+from imapfs.store.cache import Cache
+from imapfs.store.spool import Spool
+from imapfs.sync.changes import ChangeHub
+from imapfs.sync.download import Downloader
+from imapfs.sync.operations import Journal, Operations
+from imapfs.sync.prefetch import FetchAhead
+from imapfs.sync.synchroniser import Synchroniser
+from imapfs.sync.upload import Uploader
+from imapfs.sync.watching import Push
+
+log = logging.getLogger(__name__)
+
+_MAX_START_PATIENCE: Final = 10.0
+"""Seconds that the mount of a cached account waits for the server: long enough for any login, so that a wrong
+password is reported, but not for a network that is away."""
+
+
+class Observer(Protocol):
+    """Learns how the mount is. Called on the trio thread, where nothing may wait."""
+
+    def live(self) -> None:
+        """The mount answers. Called once, and not at all if there can be no mount."""
+
+    def state(self, reason: str | None, needs_person: bool) -> None:
+        """The account is offline for ``reason``, or online if that is None.
+
+        ``needs_person``: it stays offline until somebody corrects the credentials.
+        """
+
+    def ending(self) -> None:
+        """The mount is gone; what waits to be uploaded is being uploaded."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """An account as files, without a kernel: everything below the kernel's side of a mount."""
+
+    config: MountConfig
+    pool: SessionPool
+    cache: Cache
+    bodies: BodyStore
+    spool: Spool
+    hub: ChangeHub
+    sync: Synchroniser
+    operations: Operations
+    uploader: Uploader
+    watching: Push
+    tree: MailTree
+    files: Files
+    drafts: Drafts
+    fs: Filesystem
+    xattrs: ExtendedAttributes
+
+
+def build_model(config: MountConfig, pool: SessionPool, cache: Cache, background: trio.Nursery) -> Model:
+    """Build everything from the cache to the file system. Tasks run in ``background``. Raises CacheError."""
+    hub = ChangeHub()
+    bodies = BodyStore(cache, config.cache_size)
+    spool = Spool(cache.directory / "spool")
+    journal = Journal(cache.directory / "journal.json")
+    sync = Synchroniser(pool, cache, spool, background, hub)
+    downloads = Downloader(pool, cache, bodies, sync, background, hub)
+    prefetcher = FetchAhead(cache, downloads.start_ahead, config.fetch_ahead)
+    operations = Operations(pool, cache, sync, journal, config.delete, hub)
+    uploader = Uploader(pool, cache, bodies, spool, sync, operations, downloads, background, hub)
+    watching = Push(pool, cache, sync, background, config.poll)
+    tree = MailTree(cache, spool, uploader)
+    refresher = Refresher(tree, cache, pool, sync, watching, config.timeout)
+    files = Files(cache, bodies, downloads, prefetcher, spool, tree)
+    drafts = Drafts(tree, cache, spool, hub)
+    replacer = Replacer(tree, cache, spool, files, operations, uploader)
+    reporter = SpaceReporter(pool, cache.directory, background, config.timeout)
+    fs = Filesystem(
+        tree, refresher, files, drafts, replacer, reporter, cache, spool, pool, sync, operations, uploader,
+        config.timeout,
+    )  # fmt: skip
+    xattrs = ExtendedAttributes(tree, refresher, cache, spool, pool, operations, uploader)
+    return Model(
+        config, pool, cache, bodies, spool, hub, sync, operations, uploader, watching, tree, files, drafts,
+        fs, xattrs,
+    )  # fmt: skip
+
+
+def _subscribe(model: Model, kernel: KernelCache, source: EventSource) -> None:
+    """Say who learns of changes, in this order."""
+    model.hub.subscribe(model.files.on_changes)
+    model.hub.subscribe(model.drafts.on_changes)
+    model.hub.subscribe(kernel.on_changes)
+    model.hub.subscribe(source.on_changes)
+    # Last: an open file may have to keep a body that goes.
+    model.hub.subscribe(lambda changes: model.bodies.drop(changes.gone))
+
+
+def serve(config: MountConfig, credentials: CredentialProvider, observer: Observer) -> None:
+    """Mount and serve until the mount ends: by umount, SIGINT or SIGTERM.
+
+    Raises ImapfsError if there can be no mount.
+    """
+    trio.run(_serve, config, credentials, observer)
+
+
+async def _serve(config: MountConfig, credentials: CredentialProvider, observer: Observer) -> None:
+    pool = SessionPool(config.account, credentials, config.connections, config.timeout)
+    # The end of a pause that the server asked for is not reported: it is no change of state for a person.
+    pool.on_state = lambda: observer.state(
+        pool.reason if pool.state is State.OFFLINE else None, pool.needs_person
+    )
+    cache = Cache.open(config.cache_dir / _cache_name(config), config.names)
+    failure: ImapfsError | None = None
+    try:
+        async with trio.open_nursery() as background:
+            try:
+                with (
+                    trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,
+                    trio.CancelScope() as life,
+                ):
+                    background.start_soon(_end_on_signal, signals, life)
+                    background.start_soon(pool.keep)
+                    background.start_soon(network.watch, pool.network_changed, pool.resumed)
+                    await _run(build_model(config, pool, cache, background), background, observer)
+            except ImapfsError as error:
+                # Out of the nursery as itself, not in a group.
+                failure = error
+            finally:
+                await pool.close()
+                background.cancel_scope.cancel()
+    finally:
+        cache.close()
+    if failure is not None:
+        raise failure
+
+
+async def _end_on_signal(signals: AsyncIterable[int], life: trio.CancelScope) -> None:
+    async for number in signals:
+        log.info("%s: unmounting", signal.Signals(number).name)
+        life.cancel()
+
+
+async def _run(model: Model, background: trio.Nursery, observer: Observer) -> None:
+    """Mount, and serve until somebody unmounts or this is cancelled."""
+    config, cache = model.config, model.cache
+    events = Stream()
+    kernel = KernelCache(model.tree)
+    _subscribe(model, kernel, EventSource(model.tree, cache, events))
+    announcer = Announcer(model.fs, model.tree, kernel, config.mountpoint, config.read_only)
+    status = MountStatus(config, model.pool, cache, model.spool, model.watching, model.tree, kernel)
+    adapter = Adapter(
+        model.fs, model.files, model.xattrs, status, kernel, announcer, events,
+        timeout=config.timeout, read_only=config.read_only,
+    )  # fmt: skip
+    feed = Feed(cache.directory)
+    try:
+        await start(model, background)
+        # Not before: what the first look at the server finds is old.
+        events.subscribe(announcer.offer)
+        events.subscribe(feed.offer)
+        adapter.mount(config.mountpoint, _mount_options(config))
+        try:
+            log.info("mounted %s on %s", config.account.url, config.mountpoint)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(announcer.run)
+                nursery.start_soon(feed.serve)
+                observer.live()
+                await adapter.serve()
+                nursery.cancel_scope.cancel()
+        finally:
+            adapter.unmount()
+            log.info("unmounted %s", config.mountpoint)
+            observer.ending()
+            with trio.CancelScope(shield=True):
+                await announcer.end()
+    finally:
+        with trio.CancelScope(shield=True):
+            await _end(model)
+
+
+async def start(model: Model, background: trio.Nursery) -> None:
+    """Find the root of the mount, take over what an earlier mount left, and start the background tasks.
+
+    A cached account can be mounted without its server. Raises whatever makes a mount impossible.
+    """
+    await _list_mailboxes(model)
+    account = model.config.account
+    if account.mailbox is not None:
+        model.tree.mount_below(_find_root(model.cache, account.host, account.mailbox))
+    model.drafts.restore()
+    if not model.config.read_only:
+        background.start_soon(model.operations.recover_forever)
+        model.uploader.resume()
+        background.start_soon(_upload_when_online, model.pool, model.uploader)
+    background.start_soon(model.bodies.sweep)
+    model.watching.start(model.tree.root)
+
+
+async def _list_mailboxes(model: Model) -> None:
+    config, pool = model.config, model.pool
+    is_cached = bool(model.cache.children(ROOT, 0, 1))
+    refresh = model.sync.refresh_tree(0)
+    if refresh is None:
+        return
+    # The server may ask to wait for longer than a person at the terminal would.
+    with trio.move_on_after(_MAX_START_PATIENCE if is_cached else 3 * config.timeout):
+        await refresh.finished()
+    if not refresh.done and not is_cached:
+        raise ConnectionLost(pool.reason or f"{config.account.host} does not answer in time")
+    if not refresh.done:
+        log.warning("mounted from the cache: no answer from the server so far")
+    elif refresh.error is not None:
+        is_transient = isinstance(refresh.error, ConnectionLost | Throttled)
+        is_transient = is_transient and not isinstance(refresh.error, TlsError)
+        if not is_transient or not is_cached:
+            raise refresh.error
+        log.warning("mounted from the cache: %s", refresh.error)
+
+
+def _find_root(cache: Cache, host: str, path: str) -> Ino:
+    ino = ROOT
+    for name in path.strip("/").encode().split(b"/"):
+        node = cache.child(ino, name)
+        if node is None or not node.is_dir:
+            shown = [(n.name or b"").decode() for n in cache.directories(ino)]
+            raise UsageError(
+                f"{host} has no mailbox {path}; at that place there are: " + (", ".join(shown) or "none")
+            )
+        ino = node.ino
+    return ino
+
+
+async def _upload_when_online(pool: SessionPool, uploader: Uploader) -> None:
+    """Upload what waits for the server as soon as it is back."""
+    while True:
+        await pool.came_online()
+        uploader.hurry()
+
+
+async def _end(model: Model) -> None:
+    """Upload what can be uploaded, then release everything."""
+    if not model.config.read_only:
+        with trio.move_on_after(model.config.timeout):
+            await model.uploader.drain()
+    waiting = model.uploader.pending()
+    if waiting:
+        log.warning("%d files are not on the server yet: the next mount sends them", len(waiting))
+    model.files.close()
+    model.bodies.close()
+
+
+def _mount_options(config: MountConfig) -> set[str]:
+    options = {*config.fuse_options, "default_permissions", "subtype=imapfs"}
+    # A comma would begin another option.
+    options.add("fsname=" + config.account.url.replace("\\", "\\\\").replace(",", "\\,"))
+    if config.read_only:
+        options.add("ro")
+    return options
+
+
+def _cache_name(config: MountConfig) -> str:
+    """Return the name of an account's cache directory: readable, never a path."""
+    account = config.account
+    return (
+        "".join(
+            c if c.isalnum() or c in "@.-_+" else f"%{ord(c):02X}" for c in f"{account.user}@{account.host}"
+        ).lstrip(".")
+        + f"_{account.port}"
+    )

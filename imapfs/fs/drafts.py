@@ -1,0 +1,90 @@
+"""Where drafts are: they follow their mailboxes, and are never lost with one.
+
+A draft remembers the path of its directory, since a rebuilt cache gives directories new inodes. If the
+mailbox is renamed on the server, the draft goes with it. If it is deleted, the draft moves to the top of the
+mount.
+"""
+
+import logging
+from collections.abc import Iterator
+
+from imapfs.fs.tree import MailTree
+from imapfs.names import renamed
+from imapfs.store.cache import Cache
+from imapfs.store.spool import Attempt, Base, Draft, Spool
+from imapfs.sync.changes import ChangeHub, Changes, Renamed
+
+log = logging.getLogger(__name__)
+
+
+class Drafts:
+    """Keeps the drafts of a mount in directories that exist."""
+
+    def __init__(self, tree: MailTree, cache: Cache, spool: Spool, hub: ChangeHub) -> None:
+        self._tree = tree
+        self._cache = cache
+        self._spool = spool
+        self._hub = hub
+
+    def restore(self) -> None:
+        """Take over what an earlier mount left: drafts, and messages that it hid but did not remove."""
+        self._place_all()
+        self._show_hidden()
+
+    def _place_all(self) -> None:
+        """Find the directories of all drafts by their paths."""
+        # After a power cut the database may have forgotten that it gave out their inodes.
+        self._cache.reserve_inos(max((d.ino for d in (*self._spool, *self._spool.sent)), default=0))
+        for draft in self._spool:
+            directory = self._cache.directory_at(draft.path)
+            if directory is None:
+                self._rescue(draft)
+            elif directory != draft.parent:
+                self._spool.rename(draft, directory, draft.name, draft.path)
+
+    def _show_hidden(self) -> None:
+        """Show messages that were hidden to be removed, if nothing is left that would remove them."""
+        due = {(base.mailbox, base.uidvalidity, base.uid) for base in self._bases()}
+        for ino, mailbox, uidvalidity, uid, flags in self._cache.hidden():
+            if (mailbox, uidvalidity, uid) not in due and "\\deleted" not in flags.lower():
+                self._cache.show(ino)
+
+    def _bases(self) -> Iterator[Base]:
+        for draft in (*self._spool, *self._spool.sent):
+            if draft.base is not None:
+                yield draft.base
+
+    def on_changes(self, changes: Changes) -> None:
+        """Follow mailboxes that were deleted or renamed."""
+        for node in changes.gone:
+            if node.is_dir:
+                for draft in self._spool.within(node.ino):
+                    self._rescue(draft)
+        for moved in changes.moved:
+            if moved.mailbox is not None:
+                self.follow(moved.mailbox)
+
+    def _rescue(self, draft: Draft) -> None:
+        """Move a draft to the top of the mount, where a person finds it."""
+        log.warning("%s has lost its mailbox: it is at the top of the mount now", draft.shown)
+        root = self._tree.root
+        name = self._spool.free_name(root, draft.name)
+        self._spool.rename(draft, root, name, self._cache.path(root))
+        self._hub.publish(Changes(root, added=[(draft.ino, name)]))
+
+    def follow(self, change: Renamed) -> None:
+        """Update the drafts of a mailbox that has another name on the server, and of those below it."""
+        for draft in (*self._spool, *self._spool.sent):
+            for place in filter(None, (draft.base, draft.attempt)):
+                self._rename(draft, place, change)
+        for draft in self._spool:
+            path = self._cache.path(draft.parent)
+            if path != draft.path:
+                self._spool.rename(draft, draft.parent, draft.name, path)
+
+    @staticmethod
+    def _rename(draft: Draft, place: Base | Attempt, change: Renamed) -> None:
+        name = renamed(place.mailbox, change.old, change.new, change.delimiter)
+        if name is not None:
+            place.mailbox = name
+            draft.save()

@@ -1,0 +1,128 @@
+"""How fresh a directory is before it is shown.
+
+Opening a directory asks the server for changes, unless it was asked a moment ago or reports changes without
+being asked. Looking up an unknown name does the same. If the server does not answer soon, what is known is
+shown.
+"""
+
+import math
+from typing import Final
+
+import trio
+
+from imapfs.fs.tree import Entry, MailTree
+from imapfs.imap.pool import SessionPool
+from imapfs.model import Ino
+from imapfs.store.cache import Cache, Node
+from imapfs.sync.synchroniser import Refresh, Synchroniser
+from imapfs.sync.watching import Push
+
+MAX_AGE: Final = 5.0
+"""Seconds for which a listing is shown without asking the server again."""
+_MAX_PATIENCE: Final = 3.0
+"""Seconds that a known listing waits for the server's answer before it is shown as it is."""
+
+
+class Refresher:
+    """Brings what is about to be shown up to date. ``timeout`` is that of a request, in seconds."""
+
+    def __init__(
+        self,
+        tree: MailTree,
+        cache: Cache,
+        pool: SessionPool,
+        sync: Synchroniser,
+        watching: Push,
+        timeout: float,
+    ) -> None:
+        self._tree = tree
+        self._cache = cache
+        self._pool = pool
+        self._sync = sync
+        self._watching = watching
+        self._patience = min(_MAX_PATIENCE, timeout / 2)
+
+    async def opened(self, directory: Node) -> None:
+        """Bring a directory up to date that a program has opened; it is in use until `closed`."""
+        await self._refresh(directory)
+        self._watching.opened(directory.ino)
+
+    def closed(self, directory: Ino) -> None:
+        """End one use of a directory."""
+        self._watching.closed(directory)
+
+    def used(self, mailbox: Ino) -> None:
+        """Note that a message of a mailbox is read."""
+        self._watching.used(mailbox)
+
+    async def _refresh(self, directory: Node) -> None:
+        mailbox = self._cache.mailbox(directory.ino)
+        tree = self._sync.refresh_tree(MAX_AGE)
+        if mailbox is not None and mailbox.selectable:
+            messages = self._sync.refresh_mailbox(directory.ino, MAX_AGE)
+            if mailbox.complete:
+                await self._wait(messages)
+            if self._sync.freshness.is_watched(directory.ino):
+                return  # changes of the list of mailboxes are shown when they come
+        await self._wait(tree)
+
+    async def mailbox(self, ino: Ino) -> None:
+        """Bring the messages of a known mailbox up to date."""
+        await self._wait(self._sync.refresh_mailbox(ino, MAX_AGE))
+
+    async def _wait(self, refresh: Refresh | None) -> None:
+        """Wait for a refresh, but not long, and ignore its result.
+
+        Do not wait at all where the server is away. The patience counts from the start of the refresh, so
+        that a second request does not wait for what the first has waited for in vain.
+        """
+        if refresh is not None and not self._pool.is_away:
+            with trio.move_on_at(refresh.started + self._patience):
+                await refresh.finished()
+
+    async def appears(self, directory: Ino, name: bytes, *, is_message: bool) -> Entry | None:
+        """Look for a name that is not known: the server may have it. None if it has not, or not soon.
+
+        Raises why the directory is not known, if it is not.
+        """
+        refresh, known = self._news_of(directory, is_message=is_message)
+        found = None
+        if refresh is not None and not (known and self._pool.is_away):
+            with trio.move_on_at(refresh.started + self._patience if known else math.inf):
+                while not refresh.done and found is None:
+                    await refresh.progress()
+                    found = self._tree.child(directory, name)
+        found = found or self._tree.child(directory, name)
+        if found is None and not known and refresh is not None and refresh.error is not None:
+            raise refresh.error.with_traceback(None)
+        return found
+
+    def _news_of(self, directory: Ino, *, is_message: bool) -> tuple[Refresh | None, bool]:
+        """Return the refresh that can bring a new name, and whether all other names are known."""
+        if not is_message:
+            return self._sync.refresh_tree(MAX_AGE), True
+        ino = self._tree.inside(directory)
+        mailbox = self._cache.mailbox(ino)
+        if mailbox is None or not mailbox.selectable:
+            return None, True
+        self._watching.used(ino)
+        if mailbox.complete and not self._sync.is_at_rest(ino):
+            return None, True
+        return self._sync.refresh_mailbox(ino, MAX_AGE), bool(mailbox.complete)
+
+    async def more(self, directory: Ino) -> bool:
+        """Wait until the first listing of a mailbox has more entries; false if it is complete.
+
+        Raises what ended the listing.
+        """
+        ino = self._tree.inside(directory)
+        mailbox = self._cache.mailbox(ino)
+        if mailbox is None or mailbox.complete or not mailbox.selectable:
+            return False
+        refresh = self._sync.refresh_mailbox(ino, MAX_AGE)
+        if refresh is None:
+            return False
+        await refresh.progress()
+        if refresh.error is not None:
+            raise refresh.error.with_traceback(None)
+        return True

@@ -1,0 +1,144 @@
+"""Replacing files: what happens to the file that had a name before.
+
+Nothing is removed before its successor is in place. A draft that is replaced is set aside and comes back if
+the operation fails. A message that is replaced is hidden, and removed from the server last; the draft that
+takes its place says so on disk (`Draft.base`) before that.
+
+Editors write a file anew after renaming the old one to a backup. What comes under the old name within a few
+seconds is a new version of that message.
+"""
+
+import math
+import time
+from typing import Final
+
+from imapfs.fs.files import Files
+from imapfs.fs.tree import MailTree, is_message_name
+from imapfs.model import Ino
+from imapfs.store.cache import Cache, Node
+from imapfs.store.spool import Draft, Spool
+from imapfs.sync.operations import Operations
+from imapfs.sync.upload import Uploader
+
+_MAX_EDITOR_PAUSE: Final = 10.0
+"""Seconds between an editor's renaming of a file to its backup and its writing of the new one."""
+
+
+class Replacement:
+    """What has a name that is about to be given to another file, or to be deleted."""
+
+    def __init__(self, replacer: "Replacer", draft: Draft | None, message: Node | None) -> None:
+        self._replacer = replacer
+        self.draft = draft
+        """The draft, withdrawn from uploading."""
+        self.message = message
+        """The message, or the one that the draft is a new version of."""
+
+    def __enter__(self) -> "Replacement":
+        if self.draft is not None:
+            self._replacer.set_aside(self.draft)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.draft is None:
+            return
+        if kind is None:
+            self._replacer.delete(self.draft)
+        else:
+            self._replacer.put_back(self.draft)
+
+
+class Replacer:
+    """Replaces drafts and messages of a mount."""
+
+    def __init__(
+        self,
+        tree: MailTree,
+        cache: Cache,
+        spool: Spool,
+        files: Files,
+        operations: Operations,
+        uploader: Uploader,
+    ) -> None:
+        self._tree = tree
+        self._cache = cache
+        self._spool = spool
+        self._files = files
+        self._operations = operations
+        self._uploader = uploader
+        self._renamed: dict[tuple[Ino, bytes], tuple[Ino, float]] = {}
+        """Directory and name that a message had before an editor renamed it -> the message, and when."""
+
+    async def prepare(self, directory: Ino, name: bytes) -> Replacement:
+        """Withdraw from uploading what has a name, so that it can be replaced.
+
+        Raises ConnectionLost where only the server knows whether it was uploaded already.
+        """
+        target = self._tree.child(directory, name)
+        if target is None or target.draft is None:
+            return Replacement(self, None, target and target.node)
+        if not await self._uploader.withdraw(target.draft):
+            uploaded = self._tree.child(directory, name)
+            return Replacement(self, None, uploaded.node if uploaded and not uploaded.draft else None)
+        return Replacement(self, target.draft, self._version_of(target.draft))
+
+    def _version_of(self, draft: Draft) -> Node | None:
+        """Return the message that a draft is a new version of."""
+        node = self._cache.node(draft.ino)
+        if node is None and draft.base is not None:
+            node = self._operations.find(draft.base)
+        return node
+
+    # -- drafts --------------------------------------------------------------------------------------------
+
+    def set_aside(self, draft: Draft) -> None:
+        """Free the name of a draft until `delete` or `put_back`."""
+        self._spool.set_aside(draft)
+
+    def delete(self, draft: Draft) -> None:
+        """Delete a draft; programs that have it open keep it."""
+        self._files.deleted(draft)
+        self._spool.forget(draft)
+
+    def put_back(self, draft: Draft) -> None:
+        """Undo `set_aside` after a failure."""
+        self._spool.put_back(draft)
+        self.resubmit(draft)
+
+    def resubmit(self, draft: Draft) -> None:
+        """Undo that a draft was withdrawn from uploading, after a failure."""
+        if self._spool.get(draft.ino) is draft and draft.state == "sending":
+            self._uploader.submit(draft)
+
+    # -- messages ------------------------------------------------------------------------------------------
+
+    def make_version(self, draft: Draft, old: Node) -> None:
+        """Let a draft replace a message when it is uploaded. It takes over flags unless it has its own."""
+        if (found := self._tree.reference(old)) is not None:
+            draft.base, flags = found
+            draft.flags = draft.flags or flags
+
+    async def remove(self, message: Node) -> None:
+        """Remove a message whose successor is in place: now, or as soon as the server can be reached."""
+        found = self._tree.reference(message)
+        if found is not None:
+            self._cache.hide(message.ino)
+            await self._uploader.discard(found[0])
+
+    # -- editors -------------------------------------------------------------------------------------------
+
+    def note_renamed(self, directory: Ino, name: bytes, new_name: bytes, ino: Ino) -> None:
+        """Note that a message has a backup's name now, if it has."""
+        if is_message_name(name) and not is_message_name(new_name):
+            self._renamed[directory, name] = ino, time.monotonic()
+
+    def just_renamed(self, directory: Ino, name: bytes) -> Node | None:
+        """Return the message that had this name until a moment ago, once."""
+        ino, at = self.forget_renamed(directory, name)
+        if ino is None or time.monotonic() - at > _MAX_EDITOR_PAUSE:
+            return None
+        return self._cache.node(ino)
+
+    def forget_renamed(self, directory: Ino, name: bytes) -> tuple[Ino | None, float]:
+        """Forget that a message had this name; return which one, and when it was renamed."""
+        return self._renamed.pop((directory, name), (None, -math.inf))

@@ -1,0 +1,59 @@
+"""The space that statfs shows: the account's quota, or the disk with the cache where it has none."""
+
+import math
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import trio
+
+from imapfs.imap.pool import SessionPool
+from imapfs.imap.session import Quota, Session
+from imapfs.log import report
+
+_MAX_AGE: Final = 60.0
+"""Seconds for which a quota is shown without asking again."""
+_MAX_PATIENCE: Final = 3.0
+"""Seconds to wait for the server's answer before the last known quota is shown."""
+
+
+class Space(NamedTuple):
+    """Size and free space in bytes."""
+
+    total: int
+    free: int
+
+
+class SpaceReporter:
+    """Asks for the quota (RFC 9208, resource STORAGE) in the background. ``timeout`` is that of a request."""
+
+    def __init__(self, pool: SessionPool, directory: Path, nursery: trio.Nursery, timeout: float) -> None:
+        self._pool = pool
+        self._directory = directory
+        self._nursery = nursery
+        self._patience = min(_MAX_PATIENCE, timeout / 2)
+        self._quota: Quota | None = None
+        self._asked_at = -math.inf
+
+    async def space(self) -> Space:
+        """Return the quota as far as it is known soon, else the space of the disk."""
+        if time.monotonic() - self._asked_at > _MAX_AGE:
+            self._asked_at = time.monotonic()
+            answered = trio.Event()
+            self._nursery.start_soon(self._ask, answered)
+            with trio.move_on_after(0 if self._pool.is_away else self._patience):
+                await answered.wait()
+        if self._quota is not None:
+            return Space(self._quota.limit, max(0, self._quota.limit - self._quota.used))
+        disk = os.statvfs(self._directory)
+        return Space(disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize)
+
+    async def _ask(self, answered: trio.Event) -> None:
+        try:
+            self._quota = await self._pool.run(partial(Session.quota, mailbox=b"INBOX"))
+        except Exception as error:
+            report(error, "the quota is not known")
+        finally:
+            answered.set()

@@ -1,0 +1,116 @@
+"""What the kernel has cached of the mount, and what it must drop.
+
+The kernel may keep names and attributes for as long as it likes, because it is notified of each change. A
+notification can wait for a request under way in the same directory, so it is sent from a thread and never
+from a handler: here what has to be dropped is only collected, in `Invalid`. This module does not know
+pyfuse3.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from imapfs.fs.tree import MailTree
+from imapfs.model import ROOT, Ino
+from imapfs.sync.changes import Changes
+from imapfs.waiting import Flag
+
+
+@dataclass(slots=True)
+class Invalid:
+    """What the kernel has to drop. Inodes are those that the kernel knows."""
+
+    attributes: set[Ino] = field(default_factory=set)
+    contents: set[Ino] = field(default_factory=set)
+    """Files whose bytes and attributes changed."""
+    entries: list[tuple[Ino, bytes, Ino]] = field(default_factory=list)
+    """Directory, name and inode of what was removed."""
+    names: list[tuple[Ino, bytes]] = field(default_factory=list)
+    """Directory and name of what has moved from there."""
+
+    def __bool__(self) -> bool:
+        return bool(self.attributes or self.contents or self.entries or self.names)
+
+
+class KernelCache:
+    """The inodes that the kernel holds references to, and what it has cached of them."""
+
+    def __init__(self, tree: MailTree) -> None:
+        self._tree = tree
+        self._lookups: dict[Ino, int] = {}
+        """Inode -> references that the kernel holds (the nlookup of FORGET)."""
+        self.pushed: set[Ino] = set()
+        """Files whose bytes the kernel was given."""
+        self.resized: set[Ino] = set()
+        """Files of which the kernel may know a size that is not the exact one."""
+        self._invalid = Invalid()
+        self._news = Flag()
+        self._listed: Counter[Ino] = Counter()
+        """Directory -> how often its entries changed."""
+        self._sizes = 0
+        """How often the size of a message changed."""
+
+    # -- references ----------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._lookups)
+
+    def holds(self, ino: Ino) -> bool:
+        """Return whether the kernel has an inode in its caches."""
+        return ino == ROOT or ino in self._lookups
+
+    def remember(self, ino: Ino) -> None:
+        """Note that the kernel was given one more reference."""
+        self._lookups[ino] = self._lookups.get(ino, 0) + 1
+
+    def forget(self, ino: Ino, n: int) -> None:
+        """Note that the kernel has given up ``n`` references."""
+        left = self._lookups.get(ino, 0) - n
+        if left > 0:
+            self._lookups[ino] = left
+        else:
+            self._lookups.pop(ino, None)
+            self.pushed.discard(ino)
+            self.resized.discard(ino)
+
+    # -- changes -------------------------------------------------------------------------------------------
+
+    def listing_version(self, directory: Ino) -> tuple[int, int]:
+        """Return what differs after entries of a directory, or sizes, have changed."""
+        return self._listed[directory], self._sizes
+
+    def on_changes(self, changes: Changes) -> None:
+        """Collect what the kernel has to drop because of a transaction."""
+        # Flags are extended attributes, which the kernel does not cache.
+        if changes.added or changes.gone or changes.moved or changes.replaced:
+            self._drop_entries(changes)
+        for ino in changes.rewritten:
+            self.pushed.discard(ino)
+            if ino in self._lookups:
+                self._invalid.contents.add(ino)
+        if changes.resized:
+            self._sizes += 1
+        for ino in changes.resized:
+            if ino in self._lookups:
+                self.resized.add(ino)
+                self._invalid.attributes.add(ino)
+        if self._invalid:
+            self._news.set()
+
+    def _drop_entries(self, changes: Changes) -> None:
+        tree, invalid = self._tree, self._invalid
+        directories = {tree.outside(changes.directory), *(tree.outside(m.parent) for m in changes.moved)}
+        self._listed.update(directories)
+        for node in changes.gone:
+            if node.ino in self._lookups:
+                invalid.entries += [(*place, node.ino) for place in tree.places(node)]
+        for moved in changes.moved:
+            if moved.ino in self._lookups:
+                invalid.names.append((tree.outside(moved.parent), moved.name))
+        invalid.attributes |= directories
+
+    async def next_invalid(self) -> Invalid:
+        """Wait until the kernel has to drop something, and return all of it."""
+        while not self._invalid:
+            await self._news.wait()
+        batch, self._invalid = self._invalid, Invalid()
+        return batch

@@ -1,0 +1,90 @@
+"""What a mount says of itself: the JSON of the attribute ``user.imapfs.status`` on the mountpoint."""
+
+import json
+import math
+import os
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+from imapfs import __version__
+from imapfs.fs.tree import MailTree
+from imapfs.imap.pool import SessionPool
+from imapfs.kernel.invalidation import KernelCache
+from imapfs.model import MountConfig
+from imapfs.store.cache import Cache
+from imapfs.store.spool import Spool
+from imapfs.sync.watching import Push
+
+ATTRIBUTE: Final = b"user.imapfs.status"
+
+
+class MountStatus:
+    """Collects the status of one mount."""
+
+    def __init__(
+        self,
+        config: MountConfig,
+        pool: SessionPool,
+        cache: Cache,
+        spool: Spool,
+        watching: Push,
+        tree: MailTree,
+        kernel: KernelCache,
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._cache = cache
+        self._spool = spool
+        self._watching = watching
+        self._tree = tree
+        self._kernel = kernel
+
+    def as_json(self) -> bytes:
+        """Return the value of the attribute."""
+        return json.dumps(self._status()).encode()
+
+    def _status(self) -> dict[str, object]:
+        config, pool, cache = self._config, self._pool, self._cache
+        pool.look()
+        messages, bodies, size = cache.totals()
+        waiting = [
+            {
+                "path": self._tree.path_of(draft),
+                "state": draft.state,
+                "error": draft.error,
+                "size": draft.size,
+            }
+            for draft in self._spool
+            if draft.state in {"sending", "unsent"}
+        ]
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "source": config.account.url,
+            "mountpoint": str(config.mountpoint),
+            "state": pool.state.value,
+            "reason": pool.reason,
+            "since": pool.since.isoformat(timespec="seconds"),
+            **self._next_try(),
+            "read_only": config.read_only,
+            "connections": {"open": pool.open, "most": pool.most, "limit": pool.limit},
+            "push": self._watching.status(),
+            "cache": {
+                "path": str(cache.directory),
+                "deleted": cache.is_gone,
+                "bytes": size,
+                "limit": config.cache_size,
+                "messages": messages,
+                "bodies": bodies,
+            },
+            "inodes": len(self._kernel),
+            "waiting": waiting,
+        }
+
+    def _next_try(self) -> dict[str, object]:
+        """When the next attempt to connect is due: a time, and seconds from now; None if none is."""
+        wait = self._pool.retry_in
+        if wait is None or math.isinf(wait):
+            return {"retry_at": None, "retry_in": None}
+        at = datetime.now(UTC) + timedelta(seconds=wait)
+        return {"retry_at": at.isoformat(timespec="seconds"), "retry_in": round(wait, 1)}
