@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path
 
 from imapfs.mounts import mount_at
-from tests.mail import sample_account
-from tests.servers.account import DEADLINE
-from tests.servers.dovecot import Dovecot
-from tests.servers.tls import CertificateAuthority
+from tests.support.mail import sample_account
+from tests.support.servers.account import DEADLINE
+from tests.support.servers.dovecot import Dovecot
+from tests.support.servers.tls import CertificateAuthority
 
 IMAPFS = Path(sys.executable).with_name("imapfs")
 

@@ -131,7 +131,7 @@ set_up_venv() {
 }
 
 # Courier-IMAP and Dovecot conflict as packages, so the second server is only unpacked, into .servers/courier: its
-# imapd, and the libraries that this machine lacks. tests/servers/courier.py starts it.
+# imapd, and the libraries that this machine lacks. tests/support/servers/courier.py starts it.
 set_up_second_server() {
     local wanted directory=.servers/courier
     wanted="$(. /etc/os-release && echo "$ID ${VERSION_ID-}") $(uname -m) $(declare -f unpack_courier | sha256sum)"

@@ -1,8 +1,8 @@
 """One mount for minutes, with several processes, faults, restarts of the server, and a second client.
 
-The changes and what must become of them are those of tests.stateful, here several at a time; beside them
-programs read everything over and over. In the end the tree, all bytes and all flags are compared with the
-server, and the figures say whether anything was lost or doubled, and whether the daemon has grown.
+The changes and what must become of them are those of tests.support.stateful, here several at a time; beside
+them programs read everything over and over. In the end the tree, all bytes and all flags are compared with
+the server, and the figures say whether anything was lost or doubled, and whether the daemon has grown.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from tests.mounting import RobustMount
-from tests.servers.dovecot import Account, Dovecot
-from tests.servers.proxy import Action, Point, Proxy
-from tests.servers.tls import CertificateAuthority
-from tests.stateful import OPERATIONS, Figures, Version, Violation, World
+from tests.support.mounting import RobustMount
+from tests.support.servers.dovecot import Account, Dovecot
+from tests.support.servers.proxy import Action, Point, Proxy
+from tests.support.servers.tls import CertificateAuthority
+from tests.support.stateful import OPERATIONS, Figures, Version, Violation, World
 
 TIMEOUT: Final = 4
 """Seconds: the mount's --timeout."""

@@ -1,4 +1,4 @@
-"""A long run of tests.stateful: half on a server with MOVE, half on one without it."""
+"""A long run of tests.support.stateful: half on a server with MOVE, half on one without it."""
 
 import sys
 import tempfile
@@ -6,10 +6,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.servers.dovecot import Dovecot
-from tests.servers.proxy import Proxy
-from tests.servers.tls import CertificateAuthority
-from tests.stateful import Figures, Violation, World
+from tests.support.servers.dovecot import Dovecot
+from tests.support.servers.proxy import Proxy
+from tests.support.servers.tls import CertificateAuthority
+from tests.support.stateful import Figures, Violation, World
 
 CHECK_EVERY = 40
 """Operations between two looks at everything."""

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.mounting import Mounter, mounter
-from tests.servers.dovecot import Account, Dovecot
-from tests.servers.tls import CertificateAuthority
+from tests.support.mounting import Mounter, mounter
+from tests.support.servers.dovecot import Account, Dovecot
+from tests.support.servers.tls import CertificateAuthority
 
 ExpectedLog = Callable[[str], None]
 

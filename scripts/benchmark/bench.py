@@ -26,9 +26,9 @@ from imapfs import mounts
 from imapfs.errors import ImapfsError
 from scripts.benchmark.link import ROOT, Link
 from scripts.benchmark.results import RowFailed, Settings
-from tests.mail import plain
-from tests.servers.dovecot import Account, Dovecot
-from tests.servers.tls import CertificateAuthority
+from tests.support.mail import plain
+from tests.support.servers.dovecot import Account, Dovecot
+from tests.support.servers.tls import CertificateAuthority
 
 MAILBOX = "Archive"
 """The mailbox of every account here that something is read from."""
