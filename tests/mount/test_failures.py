@@ -16,6 +16,7 @@ from imapfs.imap.refusals import explain
 from tests.support.compare import contents, served, shown
 from tests.support.mail import plain
 from tests.support.mounting import DEADLINE, Mounter, MountFailed, wait_until
+from tests.support.servers.account import Dependents
 from tests.support.servers.dovecot import Account, Dovecot
 from tests.support.servers.scripted import HangUp, Scripted
 from tests.support.servers.tls import CertificateAuthority
@@ -30,6 +31,7 @@ class At:
         self, authority: CertificateAuthority, port: int, host: str = "localhost", password: str = "secret"
     ) -> None:
         self.authority = authority
+        self.dependents = Dependents()
         self.port = port
         self.host = host
         self.name = "alice"

@@ -1,6 +1,7 @@
 """One user of a test server, whichever server it is: putting mail in, and a second client to look at it."""
 
 import base64
+import contextlib
 import imaplib
 import itertools
 import os
@@ -8,9 +9,10 @@ import re
 import ssl
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Protocol, TypedDict
 
 from tests.support.servers.tls import CertificateAuthority
@@ -19,6 +21,31 @@ DEADLINE = 20.0
 """Seconds that a start, a stop or one answer of a server may take before it counts as broken."""
 
 _sequence = itertools.count(1_000_000_000)
+
+
+class Dependents:
+    """What runs on a server, such as a mount, and has to end before the server does."""
+
+    def __init__(self) -> None:
+        self._running: list[AbstractContextManager[object]] = []
+
+    def add(self, dependent: AbstractContextManager[object]) -> None:
+        """Have ``dependent`` exited when the server ends, unless it is removed before."""
+        self._running.append(dependent)
+
+    def remove(self, dependent: AbstractContextManager[object]) -> None:
+        """Forget ``dependent``, which has ended."""
+        if dependent in self._running:
+            self._running.remove(dependent)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        """Exit all of them, the last first. Raises the last of their errors."""
+        with contextlib.ExitStack() as stack:
+            while self._running:
+                stack.push(self._running.pop(0))
+            stack.pop_all().__exit__(kind, error, where)
 
 
 class Endpoint(Protocol):
@@ -32,6 +59,7 @@ class Endpoint(Protocol):
 class MaildirServer(Endpoint, Protocol):
     """What an `ImapAccount` must know of its server."""
 
+    dependents: Dependents
     password: str
     separator: str
     prefix: str

@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from tests.support.servers.account import DEADLINE, ImapAccount, run_as
+from tests.support.servers.account import DEADLINE, Dependents, ImapAccount, run_as
 from tests.support.servers.loop import BUFFER, LoopThread, Port, abort, accept, accept_tls, server_context
 from tests.support.servers.tls import CertificateAuthority
 
@@ -61,6 +61,7 @@ class Courier:
         quota: int | None = None,
     ) -> None:
         self.authority = authority
+        self.dependents = Dependents()
         self.password = password
         self.port = 0
         user = pwd.getpwnam("nobody") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
@@ -93,6 +94,12 @@ class Courier:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        try:
+            self.dependents.__exit__(kind, error, where)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
         try:
             self._thread.close()
         finally:

@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from tests.support.servers.account import DEADLINE, ImapAccount, modified_utf7, run_as
+from tests.support.servers.account import DEADLINE, Dependents, ImapAccount, modified_utf7, run_as
 from tests.support.servers.tls import CertificateAuthority
 
 SPECIAL_USE = ("Drafts", "Sent", "Trash", "Junk")
@@ -64,6 +64,7 @@ class Dovecot:
         max_userip_connections: int = 10,
     ) -> None:
         self.authority = authority
+        self.dependents = Dependents()
         self.password = password
         self.separator = separator
         self.prefix = prefix
@@ -98,13 +99,18 @@ class Dovecot:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         try:
-            self._stop()
+            self.dependents.__exit__(kind, error, where)
         finally:
-            shutil.rmtree(self.directory)
+            try:
+                self._stop()
+            finally:
+                shutil.rmtree(self.directory)
 
     def account(self, name: str) -> "Account":
-        """Return the account of the user ``name``; its mailboxes come into being when they are first used."""
-        return Account(self, name)
+        """Return the account of the user ``name``; it has INBOX and `SPECIAL_USE` from the beginning."""
+        account = Account(self, name)
+        account.prepare()
+        return account
 
     def stop(self) -> None:
         """End it at once; `start_again` goes on with the same mail, at another port."""
@@ -426,6 +432,16 @@ class Account(ImapAccount):
         super().__init__(server, name)
         self._maildir = server.directory / "mail" / name / "Maildir"
         self._trace = server.directory / "trace" / name
+
+    def prepare(self) -> None:
+        """Create the mailboxes that every account has.
+
+        Dovecot does so when one is first opened. But two connections that do it at once can deadlock over the
+        locks of the mailbox list, upon which one of the processes ends itself; and a LIST that comes between
+        says that such a mailbox cannot be selected.
+        """
+        for mailbox in ("INBOX", *SPECIAL_USE):
+            self._mailbox_directory(mailbox)
 
     def start_trace(self) -> None:
         """Record what is said on the connections that log in from now on."""

@@ -21,7 +21,7 @@ from imaplib import IMAP4_SSL
 from types import TracebackType
 from typing import Literal
 
-from tests.support.servers.account import DEADLINE, Endpoint, ImapAccount
+from tests.support.servers.account import DEADLINE, Dependents, Endpoint, ImapAccount
 from tests.support.servers.hiding import Hidden
 from tests.support.servers.loop import (
     BUFFER,
@@ -167,6 +167,7 @@ class Proxy:
         bandwidth: int | None = None,
     ) -> None:
         self.authority = server.authority
+        self.dependents = Dependents()
         self.server = server
         self.port = 0
         self.latency = latency
@@ -194,10 +195,13 @@ class Proxy:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         try:
-            self._thread.run(self._refuse())
-            self._thread.close()
+            self.dependents.__exit__(kind, error, where)
         finally:
-            self._port.close()
+            try:
+                self._thread.run(self._refuse())
+                self._thread.close()
+            finally:
+                self._port.close()
 
     def account(self, account: ImapAccount) -> ProxiedAccount:
         """Return ``account`` as it is seen through the proxy."""

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 
+from tests.support.servers.account import Dependents
 from tests.support.servers.tls import CertificateAuthority
 
 Script = Callable[[bytes, bytes], Iterable[bytes] | None]
@@ -51,6 +52,7 @@ class Scripted:
         prepare: Callable[[ssl.SSLContext], object] = lambda context: None,
     ) -> None:
         self.authority = authority
+        self.dependents = Dependents()
         self.messages = list(messages)
         self.claim = claim
         self.script = script
@@ -88,6 +90,12 @@ class Scripted:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        try:
+            self.dependents.__exit__(kind, error, where)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
         self.closing.set()
         # Only this wakes a thread that waits in accept().
         with contextlib.suppress(OSError):
