@@ -34,10 +34,14 @@ from imapfs.kernel.status import MountStatus
 from imapfs.model import ROOT, CredentialProvider, Ino, MountConfig
 from imapfs.store.bodies import BodyStore
 from imapfs.store.cache import Cache
+from imapfs.store.journal import Journal
 from imapfs.store.spool import Spool
 from imapfs.sync.changes import ChangeHub
 from imapfs.sync.download import Downloader
-from imapfs.sync.operations import Journal, Operations
+from imapfs.sync.flags import FlagChanger
+from imapfs.sync.folders import Folders
+from imapfs.sync.locate import Locator
+from imapfs.sync.move import Mover
 from imapfs.sync.prefetch import FetchAhead
 from imapfs.sync.synchroniser import Synchroniser
 from imapfs.sync.upload import Uploader
@@ -77,7 +81,7 @@ class Model:
     spool: Spool
     hub: ChangeHub
     sync: Synchroniser
-    operations: Operations
+    mover: Mover
     uploader: Uploader
     watching: Push
     tree: MailTree
@@ -96,22 +100,25 @@ def build_model(config: MountConfig, pool: SessionPool, cache: Cache, background
     sync = Synchroniser(pool, cache, spool, background, hub)
     downloads = Downloader(pool, cache, bodies, sync, background, hub)
     prefetcher = FetchAhead(cache, downloads.start_ahead, config.fetch_ahead)
-    operations = Operations(pool, cache, sync, journal, config.delete, hub)
-    uploader = Uploader(pool, cache, bodies, spool, sync, operations, downloads, background, hub)
+    locator = Locator(cache, sync)
+    mover = Mover(pool, cache, sync, locator, journal, config.delete, hub)
+    flags = FlagChanger(pool, cache, sync, locator, hub)
+    folders = Folders(pool, cache, sync, locator)
+    uploader = Uploader(pool, cache, bodies, spool, sync, locator, mover, flags, downloads, background, hub)
     watching = Push(pool, cache, sync, background, config.poll)
     tree = MailTree(cache, spool, uploader)
     refresher = Refresher(tree, cache, pool, sync, watching, config.timeout)
     files = Files(cache, bodies, downloads, prefetcher, spool, tree)
     drafts = Drafts(tree, cache, spool, hub)
-    replacer = Replacer(tree, cache, spool, files, operations, uploader)
+    replacer = Replacer(tree, cache, spool, files, locator, uploader)
     reporter = SpaceReporter(pool, cache.directory, background, config.timeout)
     fs = Filesystem(
-        tree, refresher, files, drafts, replacer, reporter, cache, spool, pool, sync, operations, uploader,
-        config.timeout,
+        tree, refresher, files, drafts, replacer, reporter, cache, spool, pool, sync, locator, mover,
+        folders, uploader, config.timeout,
     )  # fmt: skip
-    xattrs = ExtendedAttributes(tree, refresher, cache, spool, pool, operations, uploader)
+    xattrs = ExtendedAttributes(tree, refresher, cache, spool, pool, flags, uploader)
     return Model(
-        config, pool, cache, bodies, spool, hub, sync, operations, uploader, watching, tree, files, drafts,
+        config, pool, cache, bodies, spool, hub, sync, mover, uploader, watching, tree, files, drafts,
         fs, xattrs,
     )  # fmt: skip
 
@@ -220,7 +227,7 @@ async def start(model: Model, background: trio.Nursery) -> None:
         model.tree.mount_below(_find_root(model.cache, account.host, account.mailbox))
     model.drafts.restore()
     if not model.config.read_only:
-        background.start_soon(model.operations.recover_forever)
+        background.start_soon(model.mover.recover_forever)
         model.uploader.resume()
         background.start_soon(_upload_when_online, model.pool, model.uploader)
     background.start_soon(model.bodies.sweep)

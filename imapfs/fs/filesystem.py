@@ -45,7 +45,9 @@ from imapfs.store.cache import Cache, Mailbox, Node
 from imapfs.store.spool import Base, Draft, Spool
 from imapfs.store.spool import State as DraftState
 from imapfs.sync.changes import Renamed
-from imapfs.sync.operations import Operations
+from imapfs.sync.folders import Folders
+from imapfs.sync.locate import Locator
+from imapfs.sync.move import Mover
 from imapfs.sync.synchroniser import Synchroniser
 from imapfs.sync.upload import Uploader
 
@@ -83,7 +85,9 @@ class Filesystem:
         spool: Spool,
         pool: SessionPool,
         sync: Synchroniser,
-        operations: Operations,
+        locator: Locator,
+        mover: Mover,
+        folders: Folders,
         uploader: Uploader,
         timeout: float,
     ) -> None:
@@ -97,7 +101,9 @@ class Filesystem:
         self._spool = spool
         self._pool = pool
         self._sync = sync
-        self._operations = operations
+        self._locator = locator
+        self._mover = mover
+        self._folders = folders
         self._uploader = uploader
         self._timeout = timeout
 
@@ -173,7 +179,7 @@ class Filesystem:
         if self._tree.child(directory, name) is not None:
             raise Exists("there is a file of that name")
         if is_message_name(name):
-            self._operations.mailbox(directory)
+            self._locator.mailbox(directory)
         path = self._cache.path(directory)
         draft = self._spool.create(self._cache.new_ino(), directory, name, path, mode)
         draft.state = "open" if is_message_name(name) else "local"
@@ -278,7 +284,7 @@ class Filesystem:
             if target is not None and target.ino == message.ino:
                 target = None  # an editor puts its backup in place of what was not uploaded yet
             if message.parent != there:
-                await self._operations.move(message.ino, there, new_name)
+                await self._mover.move(message.ino, there, new_name)
             else:
                 if target is not None:
                     self._cache.hide(target.ino)
@@ -291,7 +297,7 @@ class Filesystem:
     async def _rename_draft(self, draft: Draft, there: Ino, new_name: bytes) -> bool:
         """Rename a draft; false if it is a message now, which is still to be renamed."""
         if is_message_name(new_name):
-            self._operations.mailbox(there)
+            self._locator.mailbox(there)
         if self._cache.node(draft.ino) is not None and draft.parent != there:
             # A message with changes on their way cannot move before they have arrived.
             await self._settle(draft)
@@ -333,7 +339,7 @@ class Filesystem:
         self._cache.touch_directory(there)
         if draft.state == "local":
             if target is not None:
-                await self._operations.remove(target.ino)
+                await self._mover.remove(target.ino)
             return
         if target is not None:
             # Only now that the draft says what it replaces: hidden, it would not be seen again after a kill.
@@ -394,14 +400,14 @@ class Filesystem:
         if found.is_dir:
             raise IsADirectory("it is a directory")
         if found.draft is None:
-            await self._operations.remove(found.ino)
+            await self._mover.remove(found.ino)
             return
         with await self._replacer.prepare(directory, name) as deleted:
             message = deleted.message
             # An editor's backup has another name, and stays.
             if message is not None and message.name in {None, name}:
                 with contextlib.suppress(MessageGone):
-                    await self._operations.remove(message.ino)
+                    await self._mover.remove(message.ino)
         self._cache.touch_directory(directory)
 
     # -- mailboxes -----------------------------------------------------------------------------------------
@@ -411,7 +417,7 @@ class Filesystem:
         directory = self._tree.directory(parent).ino
         if self._tree.child(directory, name) is not None:
             raise Exists("there is a file of that name")
-        await self._operations.create_mailbox(self._server_name(directory, name))
+        await self._folders.create(self._server_name(directory, name))
         made = self._cache.child(directory, name)
         if made is None:
             raise Refused("the server took the name of the mailbox for another one")
@@ -457,14 +463,14 @@ class Filesystem:
             await refresh.finished()
         if self._cache.directories(found.ino) or self._spool.within(found.ino):
             raise NotEmpty("the directory is not empty")
-        if not await self._operations.delete_mailbox(found.ino):
+        if not await self._folders.delete(found.ino):
             raise NotEmpty("the mailbox is not empty")
 
     async def _rename_directory(self, source: Node, parent: Ino, name: bytes) -> None:
         mailbox = self._changeable(source.ino, "renamed")
         old, new = mailbox.server_name, self._server_name(parent, name)
         assert old is not None
-        if not await self._operations.recover():
+        if not await self._mover.recover():
             raise Refused("a move is not finished yet: try again", "UNAVAILABLE")
-        await self._operations.rename_mailbox(source.ino, old, new, parent, name)
+        await self._folders.rename(source.ino, old, new, parent, name)
         self._drafts.follow(Renamed(old, new, mailbox.delimiter))

@@ -17,7 +17,7 @@ from imapfs.fs.tree import MailTree, is_message_name
 from imapfs.model import Ino
 from imapfs.store.cache import Cache, Node
 from imapfs.store.spool import Draft, Spool
-from imapfs.sync.operations import Operations
+from imapfs.sync.locate import Locator
 from imapfs.sync.upload import Uploader
 
 _MAX_EDITOR_PAUSE: Final = 10.0
@@ -57,14 +57,14 @@ class Replacer:
         cache: Cache,
         spool: Spool,
         files: Files,
-        operations: Operations,
+        locator: Locator,
         uploader: Uploader,
     ) -> None:
         self._tree = tree
         self._cache = cache
         self._spool = spool
         self._files = files
-        self._operations = operations
+        self._locator = locator
         self._uploader = uploader
         self._renamed: dict[tuple[Ino, bytes], tuple[Ino, float]] = {}
         """Directory and name that a message had before an editor renamed it -> the message, and when."""
@@ -86,7 +86,7 @@ class Replacer:
         """Return the message that a draft is a new version of."""
         node = self._cache.node(draft.ino)
         if node is None and draft.base is not None:
-            node = self._operations.find(draft.base)
+            node = self._locator.find(draft.base)
         return node
 
     # -- drafts --------------------------------------------------------------------------------------------

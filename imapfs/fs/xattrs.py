@@ -19,7 +19,7 @@ from imapfs.imap.session import Session
 from imapfs.model import Ino
 from imapfs.store.cache import Cache, Details, Mailbox
 from imapfs.store.spool import Draft, Spool
-from imapfs.sync.operations import Operations
+from imapfs.sync.flags import FlagChanger
 from imapfs.sync.synchroniser import display_name
 from imapfs.sync.upload import Uploader
 
@@ -56,7 +56,7 @@ class ExtendedAttributes:
         cache: Cache,
         spool: Spool,
         pool: SessionPool,
-        operations: Operations,
+        flags: FlagChanger,
         uploader: Uploader,
     ) -> None:
         self._tree = tree
@@ -64,7 +64,7 @@ class ExtendedAttributes:
         self._cache = cache
         self._spool = spool
         self._pool = pool
-        self._operations = operations
+        self._flags = flags
         self._uploader = uploader
 
     # -- reading -------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ class ExtendedAttributes:
         if draft is None:
             if self._tree.node(ino).is_dir:
                 raise NotSupported("a mailbox has no flags")
-            await self._operations.change_flags(ino, change)
+            await self._flags.change(ino, change)
             # Somebody may have begun a new version meanwhile, with the flags as they were.
             draft = self._spool.get(ino)
         if draft is not None:

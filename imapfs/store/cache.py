@@ -95,6 +95,11 @@ class Mailbox(NamedTuple):
     modseq: ModSeq
     complete: int
 
+    @property
+    def selectable_name(self) -> bytes | None:
+        """Return the name to select the mailbox by, or None for a directory that holds no messages."""
+        return self.server_name if self.selectable else None
+
 
 _MAILBOX: Final = (
     "ino, server_name, delimiter, selectable, special_use, uidvalidity, uidnext, modseq, complete"

@@ -17,7 +17,7 @@ from imapfs.errors import MailboxGone, Refused
 from imapfs.imap.grammar import FetchData
 from imapfs.imap.session import Session, Upload
 from imapfs.store.spool import Attempt, Draft
-from imapfs.sync.operations import Box
+from imapfs.sync.locate import ServerMailbox
 
 _CHUNK: Final = 1 << 20
 _BARE_LF = re.compile(rb"(?<!\r)\n")
@@ -58,7 +58,7 @@ class Item:
 class Flight:
     """One batch of APPENDs in a thread."""
 
-    def __init__(self, box: Box, ready: Sequence[Item]) -> None:
+    def __init__(self, box: ServerMailbox, ready: Sequence[Item]) -> None:
         self._box = box
         self._ready = ready
         self.uidvalidity = int(box.uidvalidity)

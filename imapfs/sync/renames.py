@@ -141,9 +141,10 @@ def _still_there(session: Session, box: Mailbox | None, uids: list[int]) -> set[
     """Which of these messages the mailbox has; all of them, where that cannot be known."""
     found: list[FetchData] = []
     try:
-        if box is None or box.server_name is None or not box.selectable:
+        name = box and box.selectable_name
+        if box is None or name is None:
             return set(uids)
-        state = session.examine(box.server_name)
+        state = session.examine(name)
         if state.uidvalidity != box.uidvalidity:
             return set(uids)
         session.fetch_metadata(uids, found.append, headers=False)

@@ -211,11 +211,12 @@ class Synchroniser:
         started = time.monotonic()
         try:
             mailbox = self._cache.mailbox(ino)
-            if mailbox is None or mailbox.server_name is None or not mailbox.selectable:
+            name = mailbox and mailbox.selectable_name
+            if name is None:
                 raise MailboxGone("the mailbox is gone")
             work = _MailboxSync(self._cache, ino, refresh, self._hub, self.crossing)
             async with self.exclusive(ino):
-                await self._list_messages(work, mailbox.server_name)
+                await self._list_messages(work, name)
             self.freshness.asked(ino, started)
         except Exception as failure:
             error = report(failure, f"mailbox {ino} was not refreshed")
@@ -382,9 +383,9 @@ class _MailboxSync:
         """Bring the mailbox up to date, starting from whatever is known of it now."""
         self._listing = self._progress = False
         box = self._on_trio(self._cache.mailbox, self.ino)
-        if box is None or box.server_name is None:
+        name = box and box.selectable_name
+        if box is None or name is None:
             raise MailboxGone("the mailbox is gone")
-        name = box.server_name
         if not self._attempts:
             self._first_look = not box.complete
         highest = last = self._on_trio(self._cache.last_uid, self.ino)

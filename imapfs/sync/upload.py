@@ -49,7 +49,9 @@ from imapfs.store.spool import Attempt, Base, Draft, Spool
 from imapfs.sync.append import Fit, Flight, Item, Search, fit_for_server
 from imapfs.sync.changes import ChangeHub, Changes
 from imapfs.sync.download import Downloader
-from imapfs.sync.operations import Box, Operations
+from imapfs.sync.flags import FlagChanger
+from imapfs.sync.locate import Locator, ServerMailbox
+from imapfs.sync.move import Mover
 from imapfs.sync.synchroniser import Synchroniser, new_message
 from imapfs.waiting import Delays
 
@@ -120,7 +122,9 @@ class Uploader:
         bodies: BodyStore,
         spool: Spool,
         sync: Synchroniser,
-        operations: Operations,
+        locator: Locator,
+        mover: Mover,
+        flags: FlagChanger,
         downloads: Downloader,
         nursery: trio.Nursery,
         hub: ChangeHub,
@@ -130,7 +134,9 @@ class Uploader:
         self._bodies = bodies
         self._spool = spool
         self._sync = sync
-        self._operations = operations
+        self._locator = locator
+        self._mover = mover
+        self._flags = flags
         self._nursery = nursery
         self._downloads = downloads
         self._hub = hub
@@ -213,7 +219,7 @@ class Uploader:
             with contextlib.suppress(ImapfsError):
                 await job.wait()
         await self._remove_all_old()
-        await self._operations.recover()
+        await self._mover.recover()
 
     def hurry(self) -> None:
         """Try now what waits for the server."""
@@ -362,7 +368,7 @@ class Uploader:
                 raise Invalid("it is no mail message: the first line is no header field")
             base = draft.base
             if base is not None and draft.attempt is None:
-                old = self._operations.find(base)
+                old = self._locator.find(base)
                 # If it was deleted by another client meanwhile, this is simply a new message.
                 with contextlib.suppress(MessageGone, MailboxGone):
                     if old is not None and await self._downloads.contents(old) == data[:]:
@@ -413,7 +419,7 @@ class Uploader:
 
     async def _append(self, mailbox: Ino, ready: list[_Prepared]) -> None:
         """Have the messages on the server and in the cache."""
-        box = self._operations.mailbox(mailbox)
+        box = self._locator.mailbox(mailbox)
         uncertain = {p.job.draft.ino: p.job.draft for p in ready if p.job.draft.attempt is not None}
         await self._look_up(list(uncertain.values()))
         # Those that are not there are to be compared with their old versions next, in another round.
@@ -467,7 +473,7 @@ class Uploader:
         search = Search(uncertain, self._is_other)
         await self._pool.run(search.run)
         for draft, attempt, data in search.found:
-            box = self._operations.box_named(attempt.mailbox, attempt.uidvalidity)
+            box = self._locator.named(attempt.mailbox, attempt.uidvalidity)
             fit = await trio.to_thread.run_sync(fit_for_server, draft)
             self._adopt(box, draft, data, fit if fit.digest == attempt.digest else None, draft.flags)
         found = {draft.ino for draft, _, _ in search.found}
@@ -491,7 +497,7 @@ class Uploader:
         node = self._cache.message(mailbox.ino, Uid(uid))
         return node is None or node.ino != draft.ino
 
-    def _was_removed(self, box: Box, draft: Draft, uid: Uid, fit: Fit) -> None:
+    def _was_removed(self, box: ServerMailbox, draft: Draft, uid: Uid, fit: Fit) -> None:
         """What was sent of a draft came to the server as ``uid``, and another client has removed it."""
         draft.attempt = None
         if fit.is_current(draft):
@@ -501,7 +507,7 @@ class Uploader:
             self._spool.forget(draft)
             self._finish(draft, altered=True)
 
-    def _adopt(self, box: Box, draft: Draft, data: FetchData, fit: Fit | None, flags: str) -> None:
+    def _adopt(self, box: ServerMailbox, draft: Draft, data: FetchData, fit: Fit | None, flags: str) -> None:
         """What was sent of a draft is on the server: from now on it is a message.
 
         ``flags`` are those that it was sent with. If it was written to since, ``fit`` is None or not current,
@@ -541,14 +547,14 @@ class Uploader:
             return wanted - {*has}, sent - wanted
 
         try:
-            await self._operations.change_flags(draft.ino, change)
+            await self._flags.change(draft.ino, change)
         except ImapfsError as error:
             report(error, f"flags of {draft.shown} were not set")
         newer = self._spool.get(draft.ino)
         if newer is not None:
             newer.change_flags(change)
 
-    def _go_on(self, draft: Draft, box: Box, message: NewMessage) -> None:
+    def _go_on(self, draft: Draft, box: ServerMailbox, message: NewMessage) -> None:
         """A draft was written to while it was sent: it is a new version of what it has become."""
         if draft.base is not None:
             self._note_old_version(draft, draft.base)
@@ -587,11 +593,11 @@ class Uploader:
         """
         assert draft.base is not None
         try:
-            old = await self._operations.find_listed(draft.base)
+            old = await self._locator.find_listed(draft.base)
             if old is not None and old.name is not None and self._cache.is_named(old.parent, old.uid or 0):
                 await self._keep_backup(draft, old, old.name)
             if old is not None:
-                await self._operations.remove(old.ino)
+                await self._mover.remove(old.ino)
         except (MessageGone, MailboxGone):
             pass
         except Exception as error:

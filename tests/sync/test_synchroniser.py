@@ -16,9 +16,12 @@ from imapfs.imap.grammar import ListEntry
 from imapfs.model import ROOT, Ino, ModSeq, Uid
 from imapfs.store.bodies import BodyStore
 from imapfs.store.cache import Body, Cache, Directory, NewMessage
+from imapfs.store.journal import Journal
 from imapfs.store.spool import Spool
 from imapfs.sync.changes import ChangeHub, Changes
-from imapfs.sync.operations import Journal, Operations
+from imapfs.sync.flags import FlagChanger
+from imapfs.sync.locate import Locator
+from imapfs.sync.move import Mover
 from imapfs.sync.synchroniser import Synchroniser, plan_tree
 from tests.conftest import ExpectedLog
 from tests.support import compare
@@ -345,7 +348,9 @@ async def test_message_that_another_client_moves_meanwhile_is_not_changed(
             await here.refresh(mailbox)
         ino, _, _ = here.messages()[1]
         journal = Journal(tmp_path / "journal.json")
-        operations = Operations(connections, here.cache, here.sync, journal, "expunge", ChangeHub())
+        locator = Locator(here.cache, here.sync)
+        mover = Mover(connections, here.cache, here.sync, locator, journal, "expunge", ChangeHub())
+        flags = FlagChanger(connections, here.cache, here.sync, locator, ChangeHub())
         outcomes = []
 
         async def expect_gone(work: Callable[[], Awaitable[None]]) -> None:
@@ -354,9 +359,9 @@ async def test_message_that_another_client_moves_meanwhile_is_not_changed(
             outcomes.append(work)
 
         async with trio.open_nursery() as nursery, here.sync.exclusive(here.ino("INBOX")):
-            nursery.start_soon(expect_gone, partial(operations.remove, ino))
-            nursery.start_soon(expect_gone, partial(operations.move, ino, here.ino("Trash"), b"x.eml"))
-            flag = partial(operations.change_flags, ino, lambda _: ({"\\Flagged"}, set()))
+            nursery.start_soon(expect_gone, partial(mover.remove, ino))
+            nursery.start_soon(expect_gone, partial(mover.move, ino, here.ino("Trash"), b"x.eml"))
+            flag = partial(flags.change, ino, lambda _: ({"\\Flagged"}, set()))
             nursery.start_soon(expect_gone, flag)
             await trio.testing.wait_all_tasks_blocked()
             with user.client() as client:

@@ -1,0 +1,97 @@
+"""Flags: STORE on the server, then the cache."""
+
+from collections.abc import Callable
+from typing import Final
+
+from imapfs.errors import MessageGone, NotSupported, Refused
+from imapfs.imap.grammar import FetchData
+from imapfs.imap.pool import SessionPool
+from imapfs.imap.session import Session
+from imapfs.model import Ino, ModSeq
+from imapfs.store.cache import Cache, Details
+from imapfs.sync.changes import ChangeHub, Changes
+from imapfs.sync.locate import Locator, ServerMailbox
+from imapfs.sync.synchroniser import Synchroniser
+
+_MAX_CONFLICTS: Final = 5
+"""How often a change is derived again because another client changed the message first."""
+
+
+class FlagChanger:
+    """Changes the flags of messages."""
+
+    def __init__(
+        self, pool: SessionPool, cache: Cache, sync: Synchroniser, locator: Locator, hub: ChangeHub
+    ) -> None:
+        self._pool = pool
+        self._cache = cache
+        self._sync = sync
+        self._locator = locator
+        self._hub = hub
+
+    async def change(self, ino: Ino, change: Callable[[list[str]], tuple[set[str], set[str]]]) -> None:
+        """Add and remove the flags that ``change`` derives from the present ones.
+
+        Raises NotSupported for a flag that the server would not keep, MessageGone, or Refused if other
+        clients keep changing the message.
+        """
+        node = self._locator.message(ino)
+        async with self._sync.changing(node.parent):
+            for _ in range(_MAX_CONFLICTS):
+                details = self._cache.details(ino)
+                if details is None or details.parent != node.parent:
+                    raise MessageGone("it was removed on the server")
+                add, remove = change(details.flags.split())
+                if not add and not remove:
+                    return
+                mailbox = self._locator.mailbox(details.parent)
+                store = _Store(mailbox, details, add, remove)
+                data = await self._pool.run(store.run, mailbox.name)
+                if data is None:
+                    raise MessageGone("it was removed on the server")
+                flags = data.flags or ""
+                changed = self._cache.set_flags(mailbox.ino, [(details.uid, flags, data.modseq or ModSeq(0))])
+                self._hub.publish(Changes(mailbox.ino, flagged=changed))
+                if not store.conflict:
+                    missing = {flag for flag in add if flag.lower() not in flags.lower().split()}
+                    if missing:
+                        raise NotSupported(f"the server does not keep {' '.join(sorted(missing))}")
+                    return
+        raise Refused("another client keeps changing this message", "INUSE")
+
+
+class _Store:
+    """One change of flags, in a thread."""
+
+    def __init__(self, mailbox: ServerMailbox, details: Details, add: set[str], remove: set[str]) -> None:
+        self._mailbox = mailbox
+        self._details = details
+        self._add = add
+        self._remove = remove
+        self.conflict = False
+        """Whether nothing was changed because another client had changed the message."""
+
+    def run(self, session: Session) -> FetchData | None:
+        """Return the message's flags afterwards, or None if it is gone."""
+        state = session.select(self._mailbox.name, self._mailbox.uidvalidity)
+        kept = state.permanent_flags
+        if kept is not None:
+            for flag in self._add | self._remove:
+                if flag.lower() not in kept and ("\\*" not in kept or flag.startswith("\\")):
+                    raise NotSupported(f"the server does not keep the flag {flag} in this mailbox")
+        uid = self._details.uid
+        modseq = self._details.modseq if session.has("CONDSTORE") else 0
+        data: FetchData | None = None
+        for sign, flags in (("+", self._add), ("-", self._remove)):
+            if flags:
+                data = session.store(uid, sign, sorted(flags), modseq)
+                if data is None:
+                    break
+                modseq = (data.modseq or 0) if modseq else 0
+        if data is None:
+            found: list[FetchData] = []
+            session.select(self._mailbox.name, self._mailbox.uidvalidity, afresh=True)
+            session.fetch_metadata([uid], found.append)
+            self.conflict = True
+            return found[0] if found else None
+        return data

@@ -1,0 +1,383 @@
+"""Messages leave their mailbox: moved to another one, moved to Trash, or expunged.
+
+The server comes first, the cache second. If the connection breaks after MOVE or COPY was sent, nobody knows
+whether the server carried it out, and a second one might double the message. So the server is asked first:
+is the message still there, and is there a new one where it was to go? The same question finishes a move by
+COPY that the end of the process cut in two: such moves are in the journal while they last. Uploads
+(`imapfs.sync.upload`) follow the same principle.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import trio
+
+from imapfs.errors import (
+    ConnectionLost,
+    ImapfsError,
+    MailboxGone,
+    MessageGone,
+    Refused,
+    Throttled,
+)
+from imapfs.headers import parse_headers
+from imapfs.imap.grammar import FetchData, parse_date
+from imapfs.imap.pool import SessionPool
+from imapfs.imap.session import Session
+from imapfs.log import report
+from imapfs.model import DeletePolicy, Ino, ModSeq, Uid, UidValidity
+from imapfs.store.cache import Cache, Details, Node
+from imapfs.store.journal import Journal, JournalEntry
+from imapfs.sync.changes import ChangeHub, Changes
+from imapfs.sync.locate import Locator, ServerMailbox
+from imapfs.sync.synchroniser import Synchroniser
+from imapfs.waiting import Delays, Flag
+
+log = logging.getLogger(__name__)
+
+_FIRST_RETRY: Final = 1.0
+"""Seconds until an interrupted move is tried again; doubled each time, up to"""
+_MAX_RETRY: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What tells a copy of a message from other messages."""
+
+    size: int
+    """As the server gives it; 0 where that is not known."""
+    date: int
+    """INTERNALDATE, seconds since the epoch."""
+    message_id: str
+
+    def matches(self, other: "Fingerprint") -> bool:
+        """Whether the other is a copy. Different messages may have one Message-ID: the size must fit too.
+        Without a Message-ID, date and size have to do."""
+        if self.message_id or other.message_id:
+            return self.message_id == other.message_id and self.size in {0, other.size}
+        return self.date == other.date and self.size == other.size
+
+    @classmethod
+    def of(cls, data: FetchData) -> "Fingerprint":
+        date, _ = parse_date(data.date or b"")
+        return cls(data.size or 0, date, parse_headers(data.body or b"").message_id)
+
+
+class Mover:
+    """Moves and removes messages, and finishes moves that were interrupted."""
+
+    def __init__(
+        self,
+        pool: SessionPool,
+        cache: Cache,
+        sync: Synchroniser,
+        locator: Locator,
+        journal: Journal,
+        policy: DeletePolicy,
+        hub: ChangeHub,
+    ) -> None:
+        self._pool = pool
+        self._cache = cache
+        self._sync = sync
+        self._locator = locator
+        self._journal = journal
+        self._policy = policy
+        self._hub = hub
+        self._interrupted = Flag()
+        if journal.left:
+            self._interrupted.set()
+
+    async def move(self, ino: Ino, target: Ino, name: bytes) -> None:
+        """Move a message to another mailbox, where it has ``name``; inode and cached body stay."""
+        node = self._locator.message(ino)
+        async with self._sync.changing(node.parent, target):
+            node = self._locator.message(ino, node.parent)
+            moved = await self._transfer(node, target)
+            if moved.uid is None:
+                # The server did not say, and no look found it: the next listing will.
+                self._remove(node, stays=moved.original_stays)
+                self._sync.freshness.forget(target)
+                return
+            gone = self._cache.move(ino, target, Uid(moved.uid), name, original_stays=moved.original_stays)
+            if moved.original_stays:
+                self._note_deleted(node)
+            self._publish(gone)
+
+    async def remove(self, ino: Ino) -> None:
+        """Delete a message as the account's policy says: move it to Trash, or expunge it."""
+        node = self._locator.message(ino)
+        trash = self._cache.special_use("\\Trash")
+        if self._policy == "trash" and trash is not None and not self._is_within(node.parent, trash):
+            async with self._sync.changing(node.parent, trash):
+                node = self._locator.message(ino, node.parent)
+                moved = await self._transfer(node, trash)
+                self._remove(node, stays=moved.original_stays)
+                self._sync.freshness.forget(trash)
+            return
+        async with self._sync.changing(node.parent):
+            node = self._locator.message(ino, node.parent)
+            mailbox = self._locator.mailbox(node.parent)
+
+            def expunge(session: Session) -> bool:
+                session.select(mailbox.name, mailbox.uidvalidity)
+                return session.expunge(_uid(node))
+
+            expunged = await self._pool.run(expunge, mailbox.name)
+            self._remove(node, stays=not expunged)
+
+    def _is_within(self, ino: Ino, ancestor: Ino) -> bool:
+        path, top = self._cache.path(ino), self._cache.path(ancestor)
+        return path[: len(top)] == top
+
+    def _remove(self, node: Node, *, stays: bool) -> None:
+        if stays:
+            self._note_deleted(node)
+            self._cache.hide(node.ino)
+        else:
+            self._publish(self._cache.remove_node(node.ino))
+
+    def _note_deleted(self, node: Node) -> None:
+        """A message that could not be expunged is marked as deleted on the server."""
+        uid = Uid(_uid(node))
+        flags = self._cache.flags(node.parent).get(uid, "")
+        if "\\deleted" not in flags.lower():
+            self._cache.set_flags(node.parent, [(uid, f"{flags} \\Deleted".strip(), ModSeq(0))])
+
+    async def _transfer(self, node: Node, target: Ino) -> "_Transfer":
+        source, destination = self._locator.mailbox(node.parent), self._locator.mailbox(target)
+        for entry in self._journal.left:
+            if entry.is_of(source.name, source.uidvalidity, _uid(node)):
+                # Copied by an earlier attempt, perhaps: a second copy would stay for ever.
+                await self._recover(entry)
+                node = self._locator.message(node.ino)
+                break
+        details = self._cache.details(node.ino)
+        assert details is not None
+        transfer = _Transfer(source, destination, node, details, self._journal, self._known)
+        try:
+            await self._run_transfer(transfer, source)
+        except MessageGone:
+            self._publish(self._cache.remove_node(node.ino))
+            raise
+        finally:
+            if transfer.entry is not None:
+                self._journal.left.append(transfer.entry)
+                self._interrupted.set()
+        return transfer
+
+    async def _run_transfer(self, transfer: "_Transfer", source: ServerMailbox) -> None:
+        try:
+            await self._pool.run(transfer.run, source.name, repeat=False)
+        except Throttled:
+            # Perhaps between two of its commands; the pool waits as long as it was asked to.
+            await self._pool.run(transfer.run, source.name)
+        except ConnectionLost as error:
+            log.info("a move was interrupted, looking at its outcome: %s", error)
+            await self._pool.run(transfer.run, source.name)
+
+    def _known(self, mailbox: Ino, uid: int) -> bool:
+        return self._cache.message(mailbox, Uid(uid)) is not None
+
+    # -- interrupted moves ---------------------------------------------------------------------------------
+
+    async def recover_forever(self) -> None:
+        """Finish the moves that the end of a connection, or of an earlier process, has interrupted."""
+        while True:
+            await self._interrupted.wait()
+            delays = Delays(_FIRST_RETRY, _MAX_RETRY)
+            while not await self.recover():
+                await delays.sleep()
+
+    async def recover(self) -> bool:
+        """Try to finish interrupted moves; return False if some have to wait for the server."""
+        for entry in list(self._journal.left):
+            mailboxes = [
+                self._cache.mailbox_named(name.encode("latin-1")) for name in (entry.source, entry.target)
+            ]
+            async with self._sync.changing(*(mailbox.ino for mailbox in mailboxes if mailbox is not None)):
+                if entry not in self._journal.left:
+                    continue
+                try:
+                    await self._recover(entry)
+                except ImapfsError as error:
+                    report(error, "an interrupted move is not finished yet")
+        return not self._journal.left
+
+    async def _recover(self, entry: JournalEntry) -> None:
+        """Finish one move. The caller has its mailboxes in exclusive use."""
+        recovery = _Recovery(entry)
+        try:
+            await self._pool.run(recovery.run)
+        except MailboxGone:
+            log.info("an interrupted move cannot be finished: its mailbox is gone")
+        self._journal.remove(entry)
+        self._journal.left.remove(entry)
+        mailbox = self._cache.mailbox_named(entry.source.encode("latin-1"))
+        if recovery.finished and mailbox is not None and mailbox.uidvalidity == entry.uidvalidity:
+            node = self._cache.message(mailbox.ino, Uid(entry.uid))
+            if node is not None:
+                self._remove(node, stays=recovery.original_stays)
+            target = self._cache.mailbox_named(entry.target.encode("latin-1"))
+            if target is not None:
+                self._sync.freshness.forget(target.ino)
+
+    def _publish(self, gone: list[Node]) -> None:
+        for parent in {g.parent for g in gone}:
+            self._hub.publish(Changes(parent, gone=[g for g in gone if g.parent == parent]))
+
+
+def _uid(node: Node) -> int:
+    assert node.uid is not None
+    return node.uid
+
+
+class _Transfer:
+    """One move; `run` runs in a thread, and again if the connection breaks."""
+
+    def __init__(
+        self,
+        source: ServerMailbox,
+        target: ServerMailbox,
+        node: Node,
+        details: Details,
+        journal: Journal,
+        known: Callable[[Ino, int], bool],
+    ) -> None:
+        self._source = source
+        self._target = target
+        self._node = node
+        self._details = details
+        self._journal = journal
+        self._known = known
+        self._sent = False
+        self._uidnext = target.uidnext
+        # The size that is known may be the true one, and not what the server says of the copy.
+        size = 0 if details.message_id else node.size
+        self._wanted = Fingerprint(size, details.date, details.message_id)
+        self.entry: JournalEntry | None = None
+        """Set as long as there may be a copy beside the original."""
+        self.uid: int | None = None
+        """The UID in the target, once it is known."""
+        self.original_stays = False
+
+    def run(self, session: Session) -> None:
+        """Move the message, or find out that it is moved. Raises MessageGone if it is nowhere."""
+        uid = _uid(self._node)
+        if self._sent and self._settle(session, uid):
+            return
+        if not self._uidnext:
+            self._uidnext = session.status(self._target.name).get("UIDNEXT", 1)
+        session.select(self._source.name, self._source.uidvalidity)
+        if not session.has("MOVE"):
+            self._copy(session, uid)
+            return
+        self._sent = True
+        self.uid = session.move(uid, self._target.name)
+        if self.uid is None and not self._settle(session, uid):
+            # The connection did not know of the message yet, or the server moved nothing.
+            session.select(self._source.name, self._source.uidvalidity, afresh=True)
+            self.uid = session.move(uid, self._target.name)
+            if self.uid is None and not self._settle(session, uid):
+                raise Refused("the server did not move the message")
+
+    def _copy(self, session: Session, uid: int) -> None:
+        """COPY, then delete: the journal has it between the two."""
+        if self.entry is None:
+            self._wanted = self._fingerprint(session, uid)
+            # Not from the cache: what came since then may look like the copy, and the original would go.
+            session.examine(self._target.name)
+            self._uidnext = session.next_uid()
+            session.select(self._source.name, self._source.uidvalidity)
+            entry = JournalEntry(
+                self._source.name.decode("latin-1"),
+                self._source.uidvalidity,
+                uid,
+                self._target.name.decode("latin-1"),
+                self._uidnext,
+                self._wanted.size,
+                self._wanted.date,
+                self._wanted.message_id,
+            )
+            self._journal.add(entry)
+            self.entry = entry
+        self._sent = True
+        self.uid = session.copy(uid, self._target.name)
+        if self.uid is None:
+            self.uid = self._find(session)
+            session.select(self._source.name, self._source.uidvalidity)
+            if self.uid is None:
+                raise Refused("the server did not copy the message")
+        self._delete_original(session, uid)
+
+    def _delete_original(self, session: Session, uid: int) -> None:
+        self.original_stays = not session.expunge(uid)
+        self._forget_entry()
+
+    def _forget_entry(self) -> None:
+        if self.entry is not None:
+            self._journal.remove(self.entry)
+            self.entry = None
+
+    def _settle(self, session: Session, uid: int) -> bool:
+        """Look what became of the move; true if nothing is left to do."""
+        session.select(self._source.name, self._source.uidvalidity, afresh=True)
+        here = bool(_metadata(session, [uid]))
+        self.uid = self._find(session)
+        if here and self.uid is not None and not session.has("MOVE"):
+            session.select(self._source.name, self._source.uidvalidity)
+            self._delete_original(session, uid)
+            return True
+        if not here:
+            self._forget_entry()
+            if self.uid is None:
+                raise MessageGone("it was removed on the server")
+            return True
+        return False
+
+    def _find(self, session: Session) -> int | None:
+        """The message in the target, among what came after the move was begun."""
+        session.examine(self._target.name)
+        found: list[FetchData] = []
+        session.fetch_metadata_from(self._uidnext, found.append)
+        for data in found:
+            assert data.uid is not None
+            if data.uid < self._uidnext or trio.from_thread.run_sync(self._known, self._target.ino, data.uid):
+                continue
+            if self._wanted.matches(Fingerprint.of(data)):
+                return data.uid
+        return None
+
+    def _fingerprint(self, session: Session, uid: int) -> Fingerprint:
+        found = _metadata(session, [uid])
+        if not found:
+            raise MessageGone("it was removed on the server")
+        return Fingerprint.of(found[0])
+
+
+def _metadata(session: Session, uids: Iterable[int]) -> list[FetchData]:
+    found: list[FetchData] = []
+    session.fetch_metadata(uids, found.append)
+    return found
+
+
+class _Recovery:
+    """Finishes a move of an earlier process: if the copy is there, the original goes."""
+
+    def __init__(self, entry: JournalEntry) -> None:
+        self._entry = entry
+        self.finished = False
+        self.original_stays = False
+
+    def run(self, session: Session) -> None:
+        entry = self._entry
+        wanted = Fingerprint(entry.size, entry.date, entry.message_id)
+        session.examine(entry.target.encode("latin-1"))
+        found: list[FetchData] = []
+        session.fetch_metadata_from(entry.uidnext, found.append)
+        if any((d.uid or 0) >= entry.uidnext and wanted.matches(Fingerprint.of(d)) for d in found):
+            session.select(entry.source.encode("latin-1"), UidValidity(entry.uidvalidity))
+            self.original_stays = not session.expunge(entry.uid)
+            self.finished = True
+            log.info("finished an interrupted move of message %d", entry.uid)
