@@ -27,6 +27,16 @@ DEFAULT_PORTS: Mapping[Security, int] = {"tls": 993, "starttls": 143}
 ROOT = Ino(1)
 
 
+@dataclass(frozen=True, slots=True)
+class MessageRef:
+    """The identity of a message on the server (RFC 9051 section 2.3.1.1): no other message ever has it."""
+
+    mailbox: bytes
+    """As the server spells it."""
+    uidvalidity: UidValidity
+    uid: Uid
+
+
 class Secret:
     """A password that cannot reach a log, a traceback or a repr by accident; its own `CredentialProvider`."""
 

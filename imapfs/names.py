@@ -107,6 +107,16 @@ def is_inbox(server_name: bytes | None) -> bool:
     return server_name is not None and server_name.upper() == b"INBOX"
 
 
+def as_text(name: bytes) -> str:
+    """Return a name as text that JSON can hold, whatever bytes it has; `as_bytes` is the inverse."""
+    return name.decode("utf-8", "surrogateescape")
+
+
+def as_bytes(text: str) -> bytes:
+    """Return the name that `as_text` was called with."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def renamed(server_name: bytes, old: bytes, new: bytes, delimiter: bytes) -> bytes | None:
     """The name of a mailbox after ``old`` was renamed to ``new``; None if it is neither that nor below it."""
     if server_name == old or (delimiter and server_name.startswith(old + delimiter)):

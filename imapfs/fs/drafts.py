@@ -6,12 +6,10 @@ mount.
 """
 
 import logging
-from collections.abc import Iterator
 
 from imapfs.fs.tree import MailTree
-from imapfs.names import renamed
 from imapfs.store.cache import Cache
-from imapfs.store.spool import Attempt, Base, Draft, Spool
+from imapfs.store.spool import Draft, Spool
 from imapfs.sync.changes import ChangeHub, Changes, Renamed
 
 log = logging.getLogger(__name__)
@@ -44,15 +42,10 @@ class Drafts:
 
     def _show_hidden(self) -> None:
         """Show messages that were hidden to be removed, if nothing is left that would remove them."""
-        due = {(base.mailbox, base.uidvalidity, base.uid) for base in self._bases()}
-        for ino, mailbox, uidvalidity, uid, flags in self._cache.hidden():
-            if (mailbox, uidvalidity, uid) not in due and "\\deleted" not in flags.lower():
+        due = {draft.base.ref for draft in (*self._spool, *self._spool.sent) if draft.base is not None}
+        for ino, ref, flags in self._cache.hidden():
+            if ref not in due and "\\deleted" not in flags.lower():
                 self._cache.show(ino)
-
-    def _bases(self) -> Iterator[Base]:
-        for draft in (*self._spool, *self._spool.sent):
-            if draft.base is not None:
-                yield draft.base
 
     def on_changes(self, changes: Changes) -> None:
         """Follow mailboxes that were deleted or renamed."""
@@ -74,17 +67,8 @@ class Drafts:
 
     def follow(self, change: Renamed) -> None:
         """Update the drafts of a mailbox that has another name on the server, and of those below it."""
-        for draft in (*self._spool, *self._spool.sent):
-            for place in filter(None, (draft.base, draft.attempt)):
-                self._rename(draft, place, change)
+        self._spool.rename_mailbox(*change)
         for draft in self._spool:
             path = self._cache.path(draft.parent)
             if path != draft.path:
                 self._spool.rename(draft, draft.parent, draft.name, path)
-
-    @staticmethod
-    def _rename(draft: Draft, place: Base | Attempt, change: Renamed) -> None:
-        name = renamed(place.mailbox, change.old, change.new, change.delimiter)
-        if name is not None:
-            place.mailbox = name
-            draft.save()

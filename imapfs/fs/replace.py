@@ -86,7 +86,7 @@ class Replacer:
         """Return the message that a draft is a new version of."""
         node = self._cache.node(draft.ino)
         if node is None and draft.base is not None:
-            node = self._locator.find(draft.base)
+            node = self._locator.find(draft.base.ref)
         return node
 
     # -- drafts --------------------------------------------------------------------------------------------

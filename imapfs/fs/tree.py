@@ -20,7 +20,7 @@ from typing import Final, NamedTuple, Protocol
 
 from imapfs.errors import MessageGone, NotADirectory
 from imapfs.fs.events import Place
-from imapfs.model import ROOT, Ino
+from imapfs.model import ROOT, Ino, MessageRef
 from imapfs.store.cache import Cache, Node
 from imapfs.store.spool import Base, Draft, Spool
 from imapfs.sync.upload import Uploader
@@ -205,8 +205,8 @@ class MailTree:
         mailbox = self._cache.mailbox(node.parent)
         if details is None or mailbox is None or mailbox.server_name is None:
             return None
-        name, uidvalidity = mailbox.server_name, mailbox.uidvalidity
-        return Base(name, uidvalidity, details.uid, details.date, details.zone), details.flags
+        ref = MessageRef(mailbox.server_name, mailbox.uidvalidity, details.uid)
+        return Base(ref, details.date, details.zone), details.flags
 
     def new_version(self, node: Node) -> Draft:
         """Begin a new, empty version of a message, with its name and inode. Raises CacheError."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from imapfs.model import ROOT, Ino, ModSeq, NameScheme, Uid, UidValidity
+from imapfs.model import ROOT, Ino, MessageRef, ModSeq, NameScheme, Uid, UidValidity
 from imapfs.names import message_name
 from imapfs.store.database import Connection, Database, IntegrityError
 
@@ -526,13 +526,14 @@ class Cache:
             if row:
                 self._changed(db, {Ino(row[0])})
 
-    def hidden(self) -> list[tuple[Ino, bytes, int, int, str]]:
-        """Messages that are not shown: inode; mailbox, UIDVALIDITY and UID on the server; flags."""
+    def hidden(self) -> list[tuple[Ino, MessageRef, str]]:
+        """Messages that are not shown: inode, identity on the server, flags."""
         with self._database.read() as db:
-            return db.execute(
-                "SELECT node.ino, server_name, uidvalidity, uid, flags FROM node"
+            rows = db.execute(
+                "SELECT node.ino, flags, server_name, uidvalidity, uid FROM node"
                 " JOIN mailbox ON mailbox.ino = node.parent WHERE name IS NULL AND uid IS NOT NULL"
             ).fetchall()
+        return [(Ino(ino), MessageRef(*ref), flags) for ino, flags, *ref in rows]
 
     def show(self, ino: Ino) -> None:
         """Undo `hide`: the message gets the name that follows from it."""

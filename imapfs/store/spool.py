@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,8 @@ import trio
 
 from imapfs.atomic import replace_file
 from imapfs.errors import CacheError
-from imapfs.model import ROOT, Ino
+from imapfs.model import ROOT, Ino, MessageRef, Uid, UidValidity
+from imapfs.names import as_bytes, as_text, renamed
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +34,13 @@ State = Literal["local", "open", "sending", "unsent", "sent"]
 which the old version has still to be removed from the server."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Attempt:
     """Where an upload was tried whose outcome is not known: it is looked for from ``uidnext`` on."""
 
     mailbox: bytes
-    uidvalidity: int
+    """As the server spells it."""
+    uidvalidity: UidValidity
     uidnext: int
     size: int
     """Bytes that were sent."""
@@ -46,14 +48,11 @@ class Attempt:
     """SHA-256 of what was sent but for line ends at the very end, which servers add and drop."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Base:
     """The message that a draft is a new version of."""
 
-    mailbox: bytes
-    """As the server spells it."""
-    uidvalidity: int
-    uid: int
+    ref: MessageRef
     date: int
     """INTERNALDATE, seconds since the epoch."""
     zone: int
@@ -242,6 +241,17 @@ class Spool:
         self._names[parent, name] = draft.ino
         draft.save()
 
+    def rename_mailbox(self, old: bytes, new: bytes, delimiter: bytes) -> None:
+        """Follow the rename of a mailbox, and of those below it: drafts refer to mailboxes by name."""
+        for draft in (*self, *self.sent):
+            base, attempt = draft.base, draft.attempt
+            if base is not None and (name := renamed(base.ref.mailbox, old, new, delimiter)) is not None:
+                draft.base = replace(base, ref=replace(base.ref, mailbox=name))
+            if attempt is not None and (name := renamed(attempt.mailbox, old, new, delimiter)) is not None:
+                draft.attempt = replace(attempt, mailbox=name)
+            if (draft.base, draft.attempt) != (base, attempt):
+                draft.save()
+
     def detach(self, draft: Draft) -> None:
         """It is a message now; what is left on disk says only that its old version has to go."""
         self._drafts.pop(draft.ino, None)
@@ -318,16 +328,11 @@ def _has_rebooted(note: Path) -> bool:
     return True
 
 
-def _text(value: bytes) -> str:
-    return value.decode("utf-8", "surrogateescape")
-
-
 def _describe(draft: Draft) -> dict[str, Any]:
-    base = draft.base and {**dataclasses.asdict(draft.base), "mailbox": _text(draft.base.mailbox)}
-    attempt = draft.attempt and {**dataclasses.asdict(draft.attempt), "mailbox": _text(draft.attempt.mailbox)}
+    base, attempt = draft.base, draft.attempt
     return {
-        "path": [_text(name) for name in draft.path],
-        "name": _text(draft.name),
+        "path": [as_text(name) for name in draft.path],
+        "name": as_text(draft.name),
         "parent": draft.parent,
         "mode": draft.mode,
         "mtime": draft.mtime,
@@ -337,13 +342,21 @@ def _describe(draft: Draft) -> dict[str, Any]:
         "state": draft.state,
         "error": draft.error,
         "dirty": draft.dirty,
-        "base": base,
-        "attempt": attempt,
+        "base": base
+        and {
+            "mailbox": as_text(base.ref.mailbox),
+            "uidvalidity": base.ref.uidvalidity,
+            "uid": base.ref.uid,
+            "date": base.date,
+            "zone": base.zone,
+        },
+        "attempt": attempt and {**dataclasses.asdict(attempt), "mailbox": as_text(attempt.mailbox)},
     }
 
 
-def _bytes(value: str) -> bytes:
-    return value.encode("utf-8", "surrogateescape")
+def _restore_base(found: dict[str, Any]) -> Base:
+    ref = MessageRef(as_bytes(found["mailbox"]), UidValidity(found["uidvalidity"]), Uid(found["uid"]))
+    return Base(ref, found["date"], found["zone"])
 
 
 def _restore(spool: Spool, ino: Ino, found: dict[str, Any]) -> Draft:
@@ -352,8 +365,8 @@ def _restore(spool: Spool, ino: Ino, found: dict[str, Any]) -> Draft:
         spool,
         ino,
         Ino(found["parent"]),
-        _bytes(found["name"]),
-        tuple(_bytes(name) for name in found["path"]),
+        as_bytes(found["name"]),
+        tuple(as_bytes(name) for name in found["path"]),
         found["mode"],
         found["mtime"],
         found["timed"],
@@ -361,7 +374,7 @@ def _restore(spool: Spool, ino: Ino, found: dict[str, Any]) -> Draft:
         found["flags"],
         found["state"],
         found["error"],
-        Base(**{**base, "mailbox": _bytes(base["mailbox"])}) if base else None,
-        Attempt(**{**attempt, "mailbox": _bytes(attempt["mailbox"])}) if attempt else None,
+        _restore_base(base) if base else None,
+        Attempt(**{**attempt, "mailbox": as_bytes(attempt["mailbox"])}) if attempt else None,
         found["dirty"],
     )

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from imapfs.errors import MailboxGone, MessageGone
-from imapfs.model import Ino, Uid, UidValidity
+from imapfs.model import Ino, MessageRef, Uid, UidValidity
 from imapfs.store.cache import Cache, Node
-from imapfs.store.spool import Base
 from imapfs.sync.synchroniser import Synchroniser
 
 
@@ -20,6 +19,10 @@ class ServerMailbox:
     """0 until the mailbox was synchronised."""
     uidnext: int
     """As of the last synchronisation; 0 until then."""
+
+    def ref(self, uid: Uid) -> MessageRef:
+        """Return the identity of the message in this mailbox that has ``uid``."""
+        return MessageRef(self.name, self.uidvalidity, uid)
 
 
 class Locator:
@@ -54,25 +57,25 @@ class Locator:
             raise MessageGone("it was removed on the server")
         return node
 
-    def find(self, base: Base) -> Node | None:
-        """Return the message that a reference points to, or None if the cache does not have it."""
-        mailbox = self._cache.mailbox_named(base.mailbox)
-        if mailbox is None or mailbox.uidvalidity != base.uidvalidity:
+    def find(self, ref: MessageRef) -> Node | None:
+        """Return the message with that identity, or None if the cache does not have it."""
+        mailbox = self._cache.mailbox_named(ref.mailbox)
+        if mailbox is None or mailbox.uidvalidity != ref.uidvalidity:
             return None
-        return self._cache.message(mailbox.ino, Uid(base.uid))
+        return self._cache.message(mailbox.ino, ref.uid)
 
-    async def find_listed(self, base: Base) -> Node | None:
+    async def find_listed(self, ref: MessageRef) -> Node | None:
         """Do as `find`, but synchronise the mailbox if the cache does not have the message.
 
         Raises ImapfsError if that fails.
         """
-        mailbox = self._cache.mailbox_named(base.mailbox)
-        found = self.find(base)
-        if found is None and mailbox is not None and mailbox.uidvalidity in {0, base.uidvalidity}:
+        mailbox = self._cache.mailbox_named(ref.mailbox)
+        found = self.find(ref)
+        if found is None and mailbox is not None and mailbox.uidvalidity in {0, ref.uidvalidity}:
             refresh = self._sync.refresh_mailbox(mailbox.ino, 0)
             if refresh is not None:
                 await refresh.finished()
                 if refresh.error is not None:
                     raise refresh.error.with_traceback(None)
-            found = self.find(base)
+            found = self.find(ref)
         return found

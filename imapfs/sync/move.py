@@ -27,7 +27,7 @@ from imapfs.imap.grammar import FetchData, parse_date
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
 from imapfs.log import report
-from imapfs.model import DeletePolicy, Ino, ModSeq, Uid, UidValidity
+from imapfs.model import DeletePolicy, Ino, ModSeq, Uid
 from imapfs.store.cache import Cache, Details, Node
 from imapfs.store.journal import Journal, JournalEntry
 from imapfs.sync.changes import ChangeHub, Changes
@@ -140,7 +140,7 @@ class Mover:
 
     def _note_deleted(self, node: Node) -> None:
         """A message that could not be expunged is marked as deleted on the server."""
-        uid = Uid(_uid(node))
+        uid = _uid(node)
         flags = self._cache.flags(node.parent).get(uid, "")
         if "\\deleted" not in flags.lower():
             self._cache.set_flags(node.parent, [(uid, f"{flags} \\Deleted".strip(), ModSeq(0))])
@@ -148,7 +148,7 @@ class Mover:
     async def _transfer(self, node: Node, target: Ino) -> "_Transfer":
         source, destination = self._locator.mailbox(node.parent), self._locator.mailbox(target)
         for entry in self._journal.left:
-            if entry.is_of(source.name, source.uidvalidity, _uid(node)):
+            if entry.source == source.ref(_uid(node)):
                 # Copied by an earlier attempt, perhaps: a second copy would stay for ever.
                 await self._recover(entry)
                 node = self._locator.message(node.ino)
@@ -193,9 +193,8 @@ class Mover:
     async def recover(self) -> bool:
         """Try to finish interrupted moves; return False if some have to wait for the server."""
         for entry in list(self._journal.left):
-            mailboxes = [
-                self._cache.mailbox_named(name.encode("latin-1")) for name in (entry.source, entry.target)
-            ]
+            names = (entry.source.mailbox, entry.target)
+            mailboxes = [self._cache.mailbox_named(name) for name in names]
             async with self._sync.changing(*(mailbox.ino for mailbox in mailboxes if mailbox is not None)):
                 if entry not in self._journal.left:
                     continue
@@ -214,12 +213,12 @@ class Mover:
             log.info("an interrupted move cannot be finished: its mailbox is gone")
         self._journal.remove(entry)
         self._journal.left.remove(entry)
-        mailbox = self._cache.mailbox_named(entry.source.encode("latin-1"))
-        if recovery.finished and mailbox is not None and mailbox.uidvalidity == entry.uidvalidity:
-            node = self._cache.message(mailbox.ino, Uid(entry.uid))
+        source = self._cache.mailbox_named(entry.source.mailbox)
+        if recovery.finished and source is not None and source.uidvalidity == entry.source.uidvalidity:
+            node = self._locator.find(entry.source)
             if node is not None:
                 self._remove(node, stays=recovery.original_stays)
-            target = self._cache.mailbox_named(entry.target.encode("latin-1"))
+            target = self._cache.mailbox_named(entry.target)
             if target is not None:
                 self._sync.freshness.forget(target.ino)
 
@@ -228,7 +227,7 @@ class Mover:
             self._hub.publish(Changes(parent, gone=[g for g in gone if g.parent == parent]))
 
 
-def _uid(node: Node) -> int:
+def _uid(node: Node) -> Uid:
     assert node.uid is not None
     return node.uid
 
@@ -282,7 +281,7 @@ class _Transfer:
             if self.uid is None and not self._settle(session, uid):
                 raise Refused("the server did not move the message")
 
-    def _copy(self, session: Session, uid: int) -> None:
+    def _copy(self, session: Session, uid: Uid) -> None:
         """COPY, then delete: the journal has it between the two."""
         if self.entry is None:
             self._wanted = self._fingerprint(session, uid)
@@ -291,10 +290,8 @@ class _Transfer:
             self._uidnext = session.next_uid()
             session.select(self._source.name, self._source.uidvalidity)
             entry = JournalEntry(
-                self._source.name.decode("latin-1"),
-                self._source.uidvalidity,
-                uid,
-                self._target.name.decode("latin-1"),
+                self._source.ref(uid),
+                self._target.name,
                 self._uidnext,
                 self._wanted.size,
                 self._wanted.date,
@@ -311,7 +308,7 @@ class _Transfer:
                 raise Refused("the server did not copy the message")
         self._delete_original(session, uid)
 
-    def _delete_original(self, session: Session, uid: int) -> None:
+    def _delete_original(self, session: Session, uid: Uid) -> None:
         self.original_stays = not session.expunge(uid)
         self._forget_entry()
 
@@ -320,7 +317,7 @@ class _Transfer:
             self._journal.remove(self.entry)
             self.entry = None
 
-    def _settle(self, session: Session, uid: int) -> bool:
+    def _settle(self, session: Session, uid: Uid) -> bool:
         """Look what became of the move; true if nothing is left to do."""
         session.select(self._source.name, self._source.uidvalidity, afresh=True)
         here = bool(_metadata(session, [uid]))
@@ -349,7 +346,7 @@ class _Transfer:
                 return data.uid
         return None
 
-    def _fingerprint(self, session: Session, uid: int) -> Fingerprint:
+    def _fingerprint(self, session: Session, uid: Uid) -> Fingerprint:
         found = _metadata(session, [uid])
         if not found:
             raise MessageGone("it was removed on the server")
@@ -373,11 +370,11 @@ class _Recovery:
     def run(self, session: Session) -> None:
         entry = self._entry
         wanted = Fingerprint(entry.size, entry.date, entry.message_id)
-        session.examine(entry.target.encode("latin-1"))
+        session.examine(entry.target)
         found: list[FetchData] = []
         session.fetch_metadata_from(entry.uidnext, found.append)
         if any((d.uid or 0) >= entry.uidnext and wanted.matches(Fingerprint.of(d)) for d in found):
-            session.select(entry.source.encode("latin-1"), UidValidity(entry.uidvalidity))
-            self.original_stays = not session.expunge(entry.uid)
+            session.select(entry.source.mailbox, entry.source.uidvalidity)
+            self.original_stays = not session.expunge(entry.source.uid)
             self.finished = True
-            log.info("finished an interrupted move of message %d", entry.uid)
+            log.info("finished an interrupted move of message %d", entry.source.uid)

@@ -42,7 +42,7 @@ from imapfs.errors import (
 from imapfs.imap.grammar import FetchData
 from imapfs.imap.pool import SessionPool
 from imapfs.log import report
-from imapfs.model import Ino, Uid, UidValidity
+from imapfs.model import Ino, MessageRef, Uid, UidValidity
 from imapfs.store.bodies import BodyStore
 from imapfs.store.cache import Cache, NewMessage, Node
 from imapfs.store.spool import Attempt, Base, Draft, Spool
@@ -368,7 +368,7 @@ class Uploader:
                 raise Invalid("it is no mail message: the first line is no header field")
             base = draft.base
             if base is not None and draft.attempt is None:
-                old = self._locator.find(base)
+                old = self._locator.find(base.ref)
                 # If it was deleted by another client meanwhile, this is simply a new message.
                 with contextlib.suppress(MessageGone, MailboxGone):
                     if old is not None and await self._downloads.contents(old) == data[:]:
@@ -431,7 +431,7 @@ class Uploader:
         box = replace(box, uidvalidity=UidValidity(flight.uidvalidity))
         for prepared in ready:
             draft, fit = prepared.job.draft, prepared.item.fit
-            draft.attempt = Attempt(box.name, flight.uidvalidity, flight.uidnext, len(fit.data), fit.digest)
+            draft.attempt = Attempt(box.name, box.uidvalidity, flight.uidnext, len(fit.data), fit.digest)
             draft.save()
         being_sent = {prepared.job.draft.ino for prepared in ready}
         self._being_sent |= being_sent
@@ -485,11 +485,7 @@ class Uploader:
     def _is_other(self, draft: Draft, attempt: Attempt, uid: int) -> bool:
         """Whether a message is known to be another one than a draft may have become."""
         base = draft.base
-        if base is not None and (base.mailbox, base.uidvalidity, base.uid) == (
-            attempt.mailbox,
-            attempt.uidvalidity,
-            uid,
-        ):
+        if base is not None and base.ref == MessageRef(attempt.mailbox, attempt.uidvalidity, Uid(uid)):
             return True
         mailbox = self._cache.mailbox_named(attempt.mailbox)
         if mailbox is None or not self._cache.is_named(mailbox.ino, uid):
@@ -558,7 +554,7 @@ class Uploader:
         """A draft was written to while it was sent: it is a new version of what it has become."""
         if draft.base is not None:
             self._note_old_version(draft, draft.base)
-        draft.base = Base(box.name, box.uidvalidity, message.uid, message.date, message.zone)
+        draft.base = Base(box.ref(message.uid), message.date, message.zone)
         draft.attempt = None
         draft.save()
         job = self._jobs.get(draft.ino)
@@ -593,7 +589,7 @@ class Uploader:
         """
         assert draft.base is not None
         try:
-            old = await self._locator.find_listed(draft.base)
+            old = await self._locator.find_listed(draft.base.ref)
             if old is not None and old.name is not None and self._cache.is_named(old.parent, old.uid or 0):
                 await self._keep_backup(draft, old, old.name)
             if old is not None:

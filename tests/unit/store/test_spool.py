@@ -14,13 +14,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from imapfs.errors import CacheError
-from imapfs.model import ROOT, Ino
+from imapfs.model import ROOT, Ino, MessageRef, Uid, UidValidity
 from imapfs.store.spool import Attempt, Base, Draft, Spool
 from tests.conftest import ExpectedLog
 
 NAMES = st.binary(min_size=1, max_size=255)
 NUMBERS = st.integers(0, 2**63 - 1)
-BASES = st.builds(Base, NAMES, NUMBERS, NUMBERS, st.integers(-(2**40), 2**40), st.integers(-1440, 1440))
+REFS = st.builds(MessageRef, NAMES, NUMBERS, NUMBERS)
+BASES = st.builds(Base, REFS, st.integers(-(2**40), 2**40), st.integers(-1440, 1440))
 ATTEMPTS = st.builds(Attempt, NAMES, NUMBERS, NUMBERS, NUMBERS, st.text(string.hexdigits, max_size=64))
 
 
@@ -100,7 +101,7 @@ def test_a_file_that_was_being_written_when_the_process_ended_is_unsent(spool: S
 
 def test_a_new_version_that_nobody_wrote_to_is_none(spool: Spool) -> None:
     draft = made(spool)
-    draft.base = Base(b"INBOX", 1, 2, 3, 0)
+    draft.base = Base(MessageRef(b"INBOX", UidValidity(1), Uid(2)), 3, 0)
     draft.save()
     assert again(spool).get(draft.ino) is None
     assert [path.name for path in spool.directory.iterdir()] == ["boot"]
@@ -117,7 +118,14 @@ def test_what_is_complete_stays_as_it_is(spool: Spool, state: str) -> None:
 
 
 def test_a_note_of_an_old_version_is_no_draft(spool: Spool) -> None:
-    note = Draft(spool, Ino(9), ROOT, b"x.eml", state="sent", base=Base(b"INBOX", 1, 2, 3, 0))
+    note = Draft(
+        spool,
+        Ino(9),
+        ROOT,
+        b"x.eml",
+        state="sent",
+        base=Base(MessageRef(b"INBOX", UidValidity(1), Uid(2)), 3, 0),
+    )
     note.save()
     read = again(spool)
     assert [draft.base for draft in read.sent] == [note.base]
