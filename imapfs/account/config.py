@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn, TypedDict, cast, get_args
 from urllib.parse import unquote
 
-from imapfs import mounts
+from imapfs import mountinfo
 from imapfs.account.credentials import FOUR_WAYS, CredentialSources
 from imapfs.account.oauth import PROVIDERS, OAuthClient
 from imapfs.account.settings import SETTINGS
@@ -592,7 +592,7 @@ def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config
     read_only, fuse_options = _read_only(located.entry, located.given)
     mount = MountConfig(
         account=located.account,
-        mountpoint=mounts.real_path(mountpoint),
+        mountpoint=mountinfo.real_path(mountpoint),
         cache_dir=merged.get("cache-dir") or _default_cache_dir(),
         cache_size=merged["cache-size"],
         fetch_ahead=merged["fetch-ahead"],

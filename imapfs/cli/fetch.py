@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from imapfs.errors import ImapfsError, UsageError
-from imapfs.mounts import imapfs_mounts
+from imapfs.mountinfo import imapfs_mounts
 
 _READERS: Final = 4
 _CHUNK: Final = 1 << 20

@@ -142,11 +142,11 @@ def helper(
 
 def _is_mounted(source: str, mountpoint: Path) -> bool:
     """``mount -a`` asks again for what it does not recognise by its source."""
-    from imapfs import mounts
+    from imapfs import mountinfo
     from imapfs.account import config
 
-    there = mounts.mount_at(mountpoint)
-    if there is None or there.fstype != mounts.FSTYPE:
+    there = mountinfo.mount_at(mountpoint)
+    if there is None or there.fstype != mountinfo.FSTYPE:
         return False
     account = config.resolve(source, mountpoint, {}, config.default_path()).mount.account
     return there.source == account.url

@@ -32,7 +32,7 @@ from imapfs.model import Secret, Security
 
 if TYPE_CHECKING:
     from imapfs.cli.check.steps import Finding
-    from imapfs.mounts import Mount
+    from imapfs.mountinfo import Mount
 
 
 @click.group(context_settings={"max_content_width": 100})
@@ -99,7 +99,7 @@ def _given(settings: Mapping[str, object]) -> dict[str, object]:
 
 def _mount_all(directory: Path, given: Mapping[str, object], verbose: int, options: Sequence[str]) -> None:
     from imapfs.account import config
-    from imapfs.account import file as accounts
+    from imapfs.cli.mount import mount_all
 
     for key in (*config.SECRETS, "log-file"):
         if key in given:
@@ -111,7 +111,7 @@ def _mount_all(directory: Path, given: Mapping[str, object], verbose: int, optio
         again = f"imapfs mount {shlex.quote(name)} {shlex.quote(str(directory / name))}"
         click.echo(one_line(f"{name}: mounted" if reason is None else f"{name}: {reason}; again: {again}"))
 
-    if not accounts.mount_all(config.default_path(), directory, arguments, report):
+    if not mount_all(config.default_path(), directory, arguments, report):
         raise ImapfsError("not all accounts are mounted")
 
 
@@ -238,24 +238,24 @@ def umount(mountpoint: Path | None, everything: Path | None) -> None:
         return
     assert mountpoint is not None
 
-    from imapfs import mounts
+    from imapfs.daemon import control
 
     try:
-        mounts.sync(mountpoint, _progress("Ctrl-C unmounts now and leaves them to the next mount"))
+        control.sync(mountpoint, _progress("Ctrl-C unmounts now and leaves them to the next mount"))
     except KeyboardInterrupt:
         _end_progress()
     except ImapfsError:
         pass  # a daemon that is dead or stuck: what there is to say is said below
-    mounts.unmount(mountpoint)
+    control.unmount(mountpoint)
 
 
 def _unmount_all(directory: Path) -> None:
-    from imapfs.account import file as accounts
+    from imapfs.cli.mount import unmount_all
 
     def report(mountpoint: str, reason: str | None) -> None:
         click.echo(one_line(f"{mountpoint}: {reason or 'unmounted'}"))
 
-    if not accounts.unmount_all(directory, report):
+    if not unmount_all(directory, report):
         raise ImapfsError("not all are unmounted")
 
 
@@ -336,9 +336,9 @@ def sync(mountpoint: Path) -> None:
 
     Lists what cannot be sent, and fails if there is any.
     """
-    from imapfs import mounts
+    from imapfs.daemon import control
 
-    waiting = mounts.sync(mountpoint, _progress("Ctrl-C stops waiting, not sending"))
+    waiting = control.sync(mountpoint, _progress("Ctrl-C stops waiting, not sending"))
     for one in waiting:
         click.echo(one_line(f"{one['path']}: {one['state']}: {one['error'] or 'not sent yet'}"))
     if waiting:
@@ -407,9 +407,9 @@ def watch(mountpoint: Path, as_json: bool) -> None:
 @click.argument("mountpoint", type=LIVE_MOUNT)
 def retry(mountpoint: Path) -> None:
     """Send again what the server refused."""
-    from imapfs import mounts
+    from imapfs.daemon import control
 
-    click.echo(f"{mounts.retry(mountpoint)} files are sent again")
+    click.echo(f"{control.retry(mountpoint)} files are sent again")
 
 
 def _progress(how_to_stop: str) -> Callable[[int], None]:
@@ -437,16 +437,17 @@ def _end_progress() -> None:
 )
 def status(mountpoint: Path | None, as_json: bool) -> None:
     """Show how the mount at MOUNTPOINT is, or list all imapfs mounts."""
-    from imapfs import mounts
+    from imapfs import mountinfo
+    from imapfs.daemon import control
 
     if mountpoint is not None:
-        shown = mounts.read_status(mountpoint)
+        shown = control.read_status(mountpoint)
         if as_json:
             click.echo(json.dumps(shown, indent=2))
         else:
             _show(list(_rows(shown)))
         return
-    every = [_status_or_reason(mount) for mount in mounts.imapfs_mounts()]
+    every = [_status_or_reason(mount) for mount in mountinfo.imapfs_mounts()]
     if as_json:
         click.echo(json.dumps(every, indent=2))
         return
@@ -457,11 +458,11 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
 
 def _status_or_reason(mount: "Mount") -> dict[str, Any]:
     """The status of ``mount``, or what can be said where its daemon does not answer."""
-    from imapfs import mounts
+    from imapfs.daemon import control
 
     known = {"mountpoint": str(mount.mountpoint), "source": mount.source}
     try:
-        return {**known, "state": "unknown", **mounts.read_status(mount.mountpoint)}
+        return {**known, "state": "unknown", **control.read_status(mount.mountpoint)}
     except ImapfsError as error:
         return {**known, "state": "unavailable", "reason": str(error)}
 

@@ -43,9 +43,9 @@ class _LiveMount(_Path):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem[str]]:
-        from imapfs import mounts
+        from imapfs import mountinfo
 
-        places = [str(mount.mountpoint) for mount in mounts.imapfs_mounts()]
+        places = [str(mount.mountpoint) for mount in mountinfo.imapfs_mounts()]
         return _completions(places, os.path.expanduser(incomplete)) or super().shell_complete(  # noqa: PTH111
             ctx, param, incomplete
         )

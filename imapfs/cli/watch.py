@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from imapfs import mounts
+from imapfs import mountinfo
+from imapfs.daemon import control
 from imapfs.errors import ImapfsError
 from imapfs.fs.events import address
 
@@ -26,7 +27,7 @@ def events(mountpoint: Path, output: int) -> Iterator[dict[str, Any]]:
     Raises Closed as soon as ``output``, a descriptor, is a pipe that nobody reads; ImapfsError if the mount
     or its daemon is not there or dies.
     """
-    status = mounts.read_status(mountpoint)
+    status = control.read_status(mountpoint)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         try:
             with address(Path(status["cache"]["path"])) as short:
@@ -67,9 +68,9 @@ def _receive(connection: socket.socket) -> bytes:
 def _check_end(mountpoint: Path) -> None:
     """Wait until the mount has ended too. Raises ImapfsError if only its daemon has."""
     deadline = time.monotonic() + _PATIENCE
-    while mounts.mount_at(mountpoint) is not None:
+    while mountinfo.mount_at(mountpoint) is not None:
         if time.monotonic() > deadline:
-            mounts.read_status(mountpoint)
+            control.read_status(mountpoint)
             raise ImapfsError(f"{mountpoint}: its daemon has ended the connection: watch it again")
         time.sleep(0.05)
 

@@ -17,8 +17,8 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import NoReturn
 
-from imapfs import mounts
-from imapfs.daemon import desktop, systemd
+from imapfs import mountinfo
+from imapfs.daemon import control, desktop, systemd
 from imapfs.daemon import preflight as machine
 from imapfs.errors import AuthenticationFailed, ImapfsError, UsageError
 from imapfs.log import one_line
@@ -101,9 +101,9 @@ def preflight(config: MountConfig, log_file: Path | None) -> None:
 
 
 def _check_mountpoint(path: Path) -> None:
-    mount = mounts.mount_at(path)
-    if mount is not None and mount.fstype == mounts.FSTYPE:
-        mounts.read_status(path)
+    mount = mountinfo.mount_at(path)
+    if mount is not None and mount.fstype == mountinfo.FSTYPE:
+        control.read_status(path)
         raise UsageError(f"{path} is in use: {mount.source} is mounted there; 'imapfs umount {path}' first")
     if mount is not None:
         raise UsageError(

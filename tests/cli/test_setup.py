@@ -15,11 +15,12 @@ from typing import cast
 import pytest
 from click.testing import CliRunner
 
-from imapfs import mounts
+from imapfs import mountinfo
 from imapfs.account import discovery, oauth, providers
 from imapfs.account import keyring as keystore
 from imapfs.account.providers import Provider
 from imapfs.cli.main import commands
+from imapfs.daemon import control
 from imapfs.errors import ImapfsError
 from tests.support.mounting import wait_until
 from tests.support.servers.domain import Domain, Page, enter
@@ -142,11 +143,11 @@ class Home:
         )
 
     def unmount_all(self) -> None:
-        for mount in mounts.imapfs_mounts():
+        for mount in mountinfo.imapfs_mounts():
             if self.path in mount.mountpoint.parents:
                 with contextlib.suppress(Exception):
-                    mounts.unmount(mount.mountpoint)
-                if mounts.mount_at(mount.mountpoint) is not None:
+                    control.unmount(mount.mountpoint)
+                if mountinfo.mount_at(mount.mountpoint) is not None:
                     subprocess.run(["fusermount3", "-uz", mount.mountpoint], check=False)
 
 
@@ -427,21 +428,21 @@ def test_one_account_that_is_down_does_not_keep_the_others_from_being_mounted(ho
     assert lines[0].endswith(f"; again: imapfs mount down {home.mail}/down")
     assert lines[1:] == ["one: mounted", "two: mounted"]
     assert (home.mail / "one" / "INBOX").is_dir()
-    assert mounts.read_status(home.mail / "two")["read_only"]
+    assert control.read_status(home.mail / "two")["read_only"]
     home.config.write_text(others)
     again = home.run("mount", "--all", home.mail)
     assert (again.returncode, sorted(again.stdout.splitlines())) == (0, ["one: mounted", "two: mounted"])
     gone = home.run("umount", "--all", home.mail)
     assert gone.returncode == 0, gone
     assert len(gone.stdout.splitlines()) == 2
-    assert not any(home.mail in mount.mountpoint.parents for mount in mounts.imapfs_mounts())
+    assert not any(home.mail in mount.mountpoint.parents for mount in mountinfo.imapfs_mounts())
 
 
 def test_mount_whose_daemon_died_does_not_count_as_mounted(home: Home) -> None:
     home.config.parent.mkdir(parents=True)
     home.config.write_text(account(home, "one", home.user.name, home.user.server.port))
     assert home.run("mount", "--all", home.mail).returncode == 0
-    os.kill(mounts.read_status(home.mail / "one")["pid"], signal.SIGKILL)
+    os.kill(control.read_status(home.mail / "one")["pid"], signal.SIGKILL)
     done = home.run("mount", "--all", home.mail)
     assert done.returncode == 1
     assert "the daemon has died; run 'fusermount3 -u" in done.stdout

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import select
 import shutil
 import subprocess
@@ -18,11 +17,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from imapfs import mountinfo
 from imapfs.errors import ImapfsError, UsageError
 
-FSTYPE = "fuse.imapfs"
 STATUS_XATTR = "user.imapfs.status"
 _BUSY_FOR_A_MOMENT = 1.0
 """Seconds after which a mount that is busy is so because of somebody."""
@@ -37,53 +36,9 @@ sys.stdout.buffer.write(data)
 """
 
 
-class Mount(NamedTuple):
-    mountpoint: Path
-    fstype: str
-    source: str
-
-
-def parse_mountinfo(data: bytes) -> list[Mount]:
-    """The mounts in the text of ``/proc/PID/mountinfo`` (proc_pid_mountinfo(5)), in its order."""
-    mounts = []
-    for line in data.splitlines():
-        before, _, after = line.partition(b" - ")
-        mountpoint = before.split(b" ")[4]
-        fstype, source = after.split(b" ")[:2]
-        mounts.append(Mount(Path(_unescape(mountpoint)), _unescape(fstype), _unescape(source)))
-    return mounts
-
-
-def _unescape(field: bytes) -> str:
-    """The kernel writes space, tab, newline, backslash and # as three octal digits."""
-    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field))
-
-
-def all_mounts() -> list[Mount]:
-    return parse_mountinfo(Path("/proc/self/mountinfo").read_bytes())
-
-
-def imapfs_mounts() -> list[Mount]:
-    return [mount for mount in all_mounts() if mount.fstype == FSTYPE]
-
-
-def mount_at(path: Path) -> Mount | None:
-    """The mount whose root is ``path``, the topmost of several; None if ``path`` is no mountpoint."""
-    return {mount.mountpoint: mount for mount in all_mounts()}.get(real_path(path))
-
-
-def real_path(path: Path) -> Path:
-    """``path`` made absolute, its symbolic links resolved, without touching it if it is a mountpoint."""
-    absolute = Path(os.path.abspath(path))  # noqa: PTH100 - Path has nothing that resolves ".." without I/O
-    direct = Path(os.path.realpath(absolute.parent)) / absolute.name
-    if any(mount.mountpoint == direct for mount in all_mounts()):
-        return direct
-    return Path(os.path.realpath(path))
-
-
-def _imapfs_at(path: Path) -> Mount:
-    mount = mount_at(path)
-    if mount is None or mount.fstype != FSTYPE:
+def _imapfs_at(path: Path) -> mountinfo.Mount:
+    mount = mountinfo.mount_at(path)
+    if mount is None or mount.fstype != mountinfo.FSTYPE:
         raise UsageError(f"{path} is not an imapfs mount; see 'imapfs status' for those there are")
     return mount
 
