@@ -19,7 +19,7 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _TABLE = re.compile(r"[ \t]*\[")
 
 
-class Listed(NamedTuple):
+class ListedAccount(NamedTuple):
     name: str
     url: str
     credential: str
@@ -27,7 +27,7 @@ class Listed(NamedTuple):
     mountpoints: list[str]
 
 
-def accounts(path: Path) -> list[Listed]:
+def accounts(path: Path) -> list[ListedAccount]:
     """The accounts in the configuration file ``path``, in its order. Raises UsageError."""
     found = []
     everything = mountinfo.imapfs_mounts()
@@ -35,7 +35,7 @@ def accounts(path: Path) -> list[Listed]:
         located = config.locate(name, {}, path)
         url = located.account.url
         where = [str(mount.mountpoint) for mount in everything if mount.source == url]
-        found.append(Listed(name, url, _describe(located.credentials), where))
+        found.append(ListedAccount(name, url, _describe(located.credentials), where))
     return found
 
 

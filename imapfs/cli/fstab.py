@@ -16,7 +16,8 @@ from typing import Final, NamedTuple, NoReturn
 import click
 
 from imapfs.account.settings import SETTINGS
-from imapfs.cli import main as cli
+from imapfs.cli.main import run
+from imapfs.cli.mount import mount
 from imapfs.cli.parameters import DIRECTORY, SOURCE
 from imapfs.errors import UsageError
 
@@ -135,7 +136,7 @@ def helper(
         return
     arguments += ["-v"] * verbose
     try:
-        cli.commands.main(["mount", *arguments, "--", source, str(mountpoint)], standalone_mode=False)
+        mount.main([*arguments, "--", source, str(mountpoint)], standalone_mode=False)
     except click.UsageError as error:
         raise UsageError(error.format_message()) from None
 
@@ -154,4 +155,4 @@ def _is_mounted(source: str, mountpoint: Path) -> bool:
 
 def main() -> NoReturn:
     """Run as ``mount.imapfs`` and exit."""
-    sys.exit(_EXIT_CODES[cli.run(helper, "mount.imapfs")])
+    sys.exit(_EXIT_CODES[run(helper, "mount.imapfs")])

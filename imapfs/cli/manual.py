@@ -5,7 +5,6 @@ Run when the package is built (``hatch_build.py``); nothing of what it makes is 
 
 import inspect
 import re
-from collections.abc import Iterator
 from typing import Final
 
 import click
@@ -14,7 +13,7 @@ from click.shell_completion import get_completion_class
 from imapfs import __version__
 from imapfs.account.settings import OAUTH_SETTINGS, SETTINGS, Setting
 from imapfs.cli.fstab import helper
-from imapfs.cli.main import commands
+from imapfs.cli.main import all_commands, commands
 
 _COMPLETIONS: Final = {
     "bash": "share/bash-completion/completions/imapfs",
@@ -109,15 +108,6 @@ def _options(command: click.Command, name: str) -> str:
     )
 
 
-def _leaves(group: click.Group, name: str) -> Iterator[tuple[str, click.Command]]:
-    for sub in group.commands.values():
-        full = f"{name} {sub.name}"
-        if isinstance(sub, click.Group):
-            yield from _leaves(sub, full)
-        elif not sub.hidden:
-            yield full, sub
-
-
 def _command(name: str, command: click.Command) -> str:
     return "\n".join(
         [f".SS {_argument(_usage(command, name))}", _paragraphs(command.help or ""), _options(command, name)]
@@ -125,14 +115,15 @@ def _command(name: str, command: click.Command) -> str:
 
 
 def imapfs_1() -> str:
-    usages = [_usage(command, name) for name, command in _leaves(commands, "imapfs")]
+    pages = {f"imapfs {name}": command for name, command in all_commands().items()}
+    usages = [_usage(command, name) for name, command in pages.items()]
     return _page(
         "imapfs",
         1,
         "mount an IMAP account as a directory",
         _section("SYNOPSIS", ".nf", *map(_text, usages), ".fi"),
         _section("DESCRIPTION", _paragraphs(f"{commands.help}\n\n{_DESCRIPTION}")),
-        _section("COMMANDS", *(_command(name, command) for name, command in _leaves(commands, "imapfs"))),
+        _section("COMMANDS", *(_command(name, command) for name, command in pages.items())),
         _section("EXIT STATUS", *(_item(code, meaning) for code, meaning in _EXIT_CODES)),
         _section("ENVIRONMENT", *(_item(name, meaning) for name, meaning in _ENVIRONMENT)),
         _section("FILES", *(_item(path, meaning) for path, meaning in _FILES)),

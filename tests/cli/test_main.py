@@ -259,7 +259,7 @@ def test_login_is_for_accounts_with_oauth(cli: Cli) -> None:
 
 
 def test_mount_has_exactly_these_options() -> None:
-    from imapfs.cli.main import mount
+    from imapfs.cli.mount import mount
 
     assert {name for option in mount.params for name in option.opts if name.startswith("-")} == {
         *("--password-command", "--password-file", "--token-command", "--all", "--auth"),

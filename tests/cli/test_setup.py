@@ -425,7 +425,7 @@ def test_one_account_that_is_down_does_not_keep_the_others_from_being_mounted(ho
     assert done.stderr == "imapfs: not all accounts are mounted\n"
     lines = sorted(done.stdout.splitlines())
     assert "down: localhost:1 refuses connections" in lines[0]
-    assert lines[0].endswith(f"; again: imapfs mount down {home.mail}/down")
+    assert lines[0].endswith(f"; to retry: imapfs mount down {home.mail}/down")
     assert lines[1:] == ["one: mounted", "two: mounted"]
     assert (home.mail / "one" / "INBOX").is_dir()
     assert control.read_status(home.mail / "two")["read_only"]
@@ -457,11 +457,11 @@ def test_unmounting_all_tells_which_one_is_in_use(home: Home) -> None:
     assert done.returncode == 1
     assert "is busy" in done.stdout
     assert home.run("umount", "--all", home.mail).returncode == 0
-    assert "nothing of imapfs is mounted below" in home.run("umount", "--all", home.mail).stderr
+    assert "there is no imapfs mount below" in home.run("umount", "--all", home.mail).stderr
 
 
 def test_all_needs_accounts_and_a_directory(home: Home) -> None:
-    assert "'imapfs setup' adds one" in home.run("mount", "--all", home.mail).stderr
+    assert "add one with 'imapfs setup'" in home.run("mount", "--all", home.mail).stderr
     home.config.parent.mkdir(parents=True)
     home.config.write_text(account(home, "one", home.user.name, 1))
     assert "mkdir -p" in home.run("mount", "--all", home.path / "missing").stderr
