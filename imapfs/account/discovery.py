@@ -22,8 +22,9 @@ from urllib.parse import quote, urljoin, urlsplit
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
-from imapfs.account import config, providers
+from imapfs.account import providers
 from imapfs.account.providers import Provider, SignIn, within
+from imapfs.account.settings import convert
 from imapfs.errors import UsageError
 from imapfs.imap.connect import tls_context
 from imapfs.model import DEFAULT_PORTS, Account, Security
@@ -75,8 +76,8 @@ def parse_address(text: str) -> Address:
     """The parts of an e-mail address. Raises UsageError."""
     local, _, domain = text.strip().rpartition("@")
     try:
-        config.convert("user", local)
-        config.convert("host", domain)
+        convert("user", local)
+        convert("host", domain)
         ascii_domain = domain.lower().rstrip(".").encode("idna").decode()
     except (ValueError, UnicodeError):
         raise UsageError("this is no e-mail address: write it like alice@example.org") from None
@@ -259,9 +260,9 @@ def _checked(
     host: str, port: int, security: Security, user: str, found: str, doubt: str | None = None
 ) -> Settings:
     """What a stranger said, held to what the configuration file takes. Raises ValueError."""
-    config.convert("port", port)
-    config.convert("user", user)
-    return Settings(str(config.convert("host", host)), port, security, user, found, doubt=doubt)
+    convert("port", port)
+    convert("user", user)
+    return Settings(str(convert("host", host)), port, security, user, found, doubt=doubt)
 
 
 # ---- The autoconfig file

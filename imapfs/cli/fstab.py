@@ -15,6 +15,7 @@ from typing import Final, NamedTuple, NoReturn
 
 import click
 
+from imapfs.account import values
 from imapfs.account.settings import SETTINGS
 from imapfs.cli.main import run
 from imapfs.cli.mount import mount
@@ -39,8 +40,6 @@ def translate(options: str, *, sloppy: bool = False) -> Translation:
     A value with a comma is written in double quotes, as mount(8) wants it. ``sloppy`` ignores what nobody
     knows, which else raises UsageError.
     """
-    from imapfs.account import config
-
     arguments: list[str] = []
     user = None
     for text in re.findall(r'(?:[^,"]|"[^"]*(?:"|$))+', options):
@@ -58,8 +57,8 @@ def translate(options: str, *, sloppy: bool = False) -> Translation:
             )
         elif name != "user":  # mount(8) may add =NAME to that
             try:
-                config.sort_fuse_options([text])
-            except UsageError as error:
+                values.sort_mount_options([text])
+            except ValueError as error:
                 if sloppy:
                     continue
                 others = ", ".join(["setuid=USER", *(_written(key) for key in _KEYS)])

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from imapfs.account.settings import SETTINGS, Setting
+from imapfs.account.settings import BY_KEY, SETTINGS, Setting
 from imapfs.errors import ImapfsError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -101,8 +101,7 @@ def setting_option(key: str, meaning: str = "") -> _Decorator:
 
     The option is ``--KEY``, even if ``imapfs mount`` takes the setting from SOURCE.
     """
-    (setting,) = [setting for setting in SETTINGS if setting.key == key]
-    return _option(setting, meaning)
+    return _option(BY_KEY[key], meaning)
 
 
 def given_settings(values: Mapping[str, object]) -> dict[str, object]:
@@ -144,4 +143,4 @@ def _option(setting: Setting, meaning: str = "") -> _Decorator:
             attributes["type"] = str
     if setting.metavar:
         attributes["metavar"] = setting.metavar
-    return click.option(setting.flag or f"--{setting.key}", setting.key.replace("-", "_"), **attributes)
+    return click.option(setting.flag or f"--{setting.key}", setting.field, **attributes)

@@ -95,7 +95,7 @@ def _readable(value: object, in_bytes: bool) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if in_bytes and isinstance(value, int):
-        from imapfs.account.config import show_size
+        from imapfs.account.values import show_size
 
         return show_size(value)
     return value if isinstance(value, str) else json.dumps(value)

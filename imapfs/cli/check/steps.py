@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from imapfs.account.config import show_size
+from imapfs.account.values import show_size
 from imapfs.cli.check import probe
 from imapfs.cli.check.sample import Sample
 from imapfs.daemon import preflight as machine

@@ -25,6 +25,7 @@ from imapfs.account.credentials import CredentialSources
 from imapfs.account.discovery import Address, Network, Settings
 from imapfs.account.oauth import OAuthClient
 from imapfs.account.providers import Provider
+from imapfs.account.settings import convert
 from imapfs.errors import AuthenticationFailed, CredentialError, ImapfsError, UsageError
 from imapfs.imap.connect import tls_context
 from imapfs.imap.session import Session
@@ -218,7 +219,7 @@ def _server(given: Given, address: Address | None, network: Network, person: _Pe
         found = discovery.with_provider(Settings(given.host, port, security, user, "the command line"))
     for key, value in (("host", found.host), ("user", found.user), ("port", found.port)):
         try:
-            config.convert(key, value)
+            convert(key, value)
         except ValueError as error:
             raise UsageError(f"--{key}: {error}") from None
     return found
@@ -292,7 +293,7 @@ def _shown(settings: Settings) -> str:
 def _edited(settings: Settings, person: _Person) -> Settings:
     def ask(question: str, key: str, default: str) -> str:
         def check(text: str) -> object:
-            return config.convert(key, int(text) if key == "port" and text.isdecimal() else text)
+            return convert(key, int(text) if key == "port" and text.isdecimal() else text)
 
         return person.ask(question, f"--{key}", default or None, check, insist=True)
 
@@ -302,7 +303,7 @@ def _edited(settings: Settings, person: _Person) -> Settings:
     usual = settings.port if security == settings.security else DEFAULT_PORTS[security]
     port = int(ask("Port", "port", str(usual)))
     user = ask("User", "user", settings.user)
-    typed = Settings(str(config.convert("host", host)), port, security, user, "what was typed")
+    typed = Settings(str(convert("host", host)), port, security, user, "what was typed")
     return discovery.with_provider(typed)
 
 
@@ -395,7 +396,7 @@ def _by_consent(provider: str, name: str, account: Account, person: _Person) -> 
     secret = person.ask("Client secret (empty for none)", "--token-command", "")
     if secret:
         table["client-secret"] = secret
-    client = cast(OAuthClient, config.convert("oauth", table))
+    client = cast(OAuthClient, convert("oauth", table))
     here = client.device_url is None or person.agrees("Is there a browser on this machine")
 
     def check(token: AccessToken) -> None:
