@@ -249,7 +249,17 @@ def test_help_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "click" in result.stdout.splitlines()
-    heavy = {"rich", "keyring", "trio", "pyfuse3", "imapclient", "platformdirs", "sqlite3", "tomllib"}
+    heavy = {
+        "rich",
+        "keyring",
+        "trio",
+        "pyfuse3",
+        "imapclient",
+        "platformdirs",
+        "sqlite3",
+        "tomllib",
+        "tomlkit",
+    }
     assert heavy.isdisjoint(result.stdout.splitlines())
 
 
