@@ -16,8 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from imapfs import mountinfo
-from imapfs.account import discovery, oauth, providers
-from imapfs.account import keyring as keystore
+from imapfs.account import discovery, keyring, oauth, providers
 from imapfs.account.providers import Provider
 from imapfs.cli.main import commands
 from imapfs.daemon import control
@@ -188,7 +187,7 @@ def test_address_and_password_lead_to_a_mounted_mailbox(home: Home) -> None:
     assert len(os.listdir(home.mail / "INBOX")) == 1
     listed = json.loads(home.run("accounts", "--json").stdout)
     assert [(one["name"], one["mountpoints"]) for one in listed] == [("work", [str(home.mail)])]
-    assert home.run("accounts").stdout.endswith(f"(keyring, or the prompt)  {home.mail}\n")
+    assert home.run("accounts").stdout.endswith(f"(keyring or prompt)  {home.mail}\n")
 
 
 def test_wrong_password_is_told_and_tried_only_when_asked_to(home: Home) -> None:
@@ -281,7 +280,7 @@ def test_name_that_exists_is_asked_for_again(home: Home) -> None:
     home.publish()
     with home.setup("--address", home.address, "--password-file", home.password_file()) as terminal:
         terminal.answer("Name of the account: ", "example")
-        assert "an account example already" in terminal.answer("Name of the account: ", "other")
+        assert "already has an account example" in terminal.answer("Name of the account: ", "other")
         terminal.answer("Server [1]", "")
         assert terminal.end() == 0
     assert home.config.read_text().startswith(
@@ -309,7 +308,7 @@ def test_consent_in_a_browser_leads_to_a_mount_as_well(home: Home, ca: Certifica
             terminal.expect(f"logged in at localhost as {address}")
             assert terminal.end() == 0
             assert not [word for word in ("access-", "refresh-", "code-") if word in terminal.shown]
-        assert 'oauth = { provider = "microsoft", client-id = "our-id" }' in home.config.read_text()
+        assert 'oauth = {provider = "microsoft", client-id = "our-id"}' in home.config.read_text()
         assert "OAuth 2.0" in home.run("accounts").stdout
         assert home.run("mount", "work", home.mail).returncode == 0
         home.unmount_all()
@@ -374,7 +373,7 @@ def test_what_is_missing_is_named_in_one_line(
     home.publish()
     network = home.domain.network
     monkeypatch.setattr(discovery, "Network", lambda ca_file: network)
-    monkeypatch.setattr(keystore, "load", lambda service, url: None)
+    monkeypatch.setattr(keyring, "load", lambda service, url: None)
     environment = {"XDG_CONFIG_HOME": str(home.path / "config")}
     done = CliRunner().invoke(commands, ["setup", "--ca-file", str(home.ca_file), *given], env=environment)
     assert isinstance(done.exception, ImapfsError), done

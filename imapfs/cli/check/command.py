@@ -13,7 +13,7 @@ from imapfs.cli.parameters import SOURCE, connection_options, given_settings, se
 from imapfs.log import one_line
 
 if TYPE_CHECKING:
-    from imapfs.cli.check.steps import Finding
+    from imapfs.cli.check.finding import Finding
 
 
 @click.command()
