@@ -81,14 +81,14 @@ class Setting:
 OAUTH_SETTINGS: Final = (
     Setting(
         "provider",
-        "The provider, whose addresses and scope are then known; other keys override them.",
+        "A known provider, whose addresses and scope need not be given; other keys override them.",
         "choice",
         choices=("google", "microsoft"),
         option=None,
     ),
     Setting(
         "client-id",
-        "The client id under which you registered a program with the provider.",
+        "The client id that the provider assigned when you registered a client.",
         "text",
         option=None,
         converter=values.printable,
@@ -166,7 +166,7 @@ SETTINGS: Final = (
     ),
     Setting(
         "security",
-        "TLS from the first byte, or STARTTLS.",
+        "Use implicit TLS, or STARTTLS.",
         "choice",
         default="tls",
         choices=get_args(Security),

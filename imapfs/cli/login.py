@@ -14,7 +14,7 @@ def login(account: str, device: bool) -> None:
     """Consent to the use of ACCOUNT with OAuth 2.0, in a browser.
 
     ACCOUNT is the name of an account in the configuration file that has an "oauth" table. The token that the
-    provider issues is kept in the keyring, from where mounts use it.
+    provider issues is stored in the keyring, where mounts find it.
     """
     from imapfs.account import config, consent
     from imapfs.imap.connect import tls_context

@@ -95,7 +95,7 @@ def umount(mountpoint: Path | None, directory: Path | None) -> None:
 
 # ---- All accounts at once
 
-_Report = Callable[[str, str | None], None]
+_OnDone = Callable[[str, str | None], None]
 """Called with an account or a mountpoint and why it failed, or None; in the order in which they are done."""
 
 
@@ -160,7 +160,7 @@ def _unmount_all(directory: Path) -> None:
         raise ImapfsError("not all mounts are unmounted")
 
 
-def _all_at_once(tasks: Mapping[str, Callable[[], None]], report: _Report) -> bool:
+def _all_at_once(tasks: Mapping[str, Callable[[], None]], report: _OnDone) -> bool:
     """Run each task in a thread and report it as soon as it is done. Return whether all succeeded."""
     lock = threading.Lock()
     failed: list[str] = []

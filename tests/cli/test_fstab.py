@@ -49,7 +49,7 @@ def test_options_are_those_of_imapfs_mount(options: str, arguments: list[str]) -
         ("read-only=yes", "write read-only$"),
         ("connections", "write connections=N"),
         ("names", r"write names=subject\|uid"),
-        ("remount,ro", "unmount it and mount it again"),
+        ("remount,ro", "unmount it, and mount it again"),
     ],
 )
 def test_what_nobody_knows_is_refused_on_one_line(options: str, says: str) -> None:

@@ -359,7 +359,7 @@ def test_starttls_is_taken_from_the_autoconfig_file(home: Home, ca: CertificateA
         (["--address", "alice@example.net", "--yes"], "no server was found for example.net: give --host"),
         (["--address", "alice@tuta.io", "--yes"], "Tuta offers no IMAP"),
         (["--address", "alice@example.org", "--insecure-plaintext", "--yes"], "contradicts TLS"),
-        (["--address", "alice"], "no e-mail address"),
+        (["--address", "alice"], "not an e-mail address"),
         (
             ["--host", "h/h", "--user", "u", "--name", "n", "--prompt", "--no-test"],
             "--host: has no valid host",
@@ -388,7 +388,7 @@ def test_yes_does_not_trust_dns_with_the_password(home: Home) -> None:
         "--name", "work", "--address", home.address, "--ca-file", home.ca_file, "--yes",
         "--password-file", home.password_file(), "--user", home.user.name,
     )  # fmt: skip
-    assert line.endswith("if so, give --host localhost\n")
+    assert line.endswith("if it is right, give --host localhost\n")
     assert home.logins() == 0
 
 
@@ -444,7 +444,7 @@ def test_mount_whose_daemon_died_does_not_count_as_mounted(home: Home) -> None:
     os.kill(control.read_status(home.mail / "one")["pid"], signal.SIGKILL)
     done = home.run("mount", "--all", home.mail)
     assert done.returncode == 1
-    assert "the daemon has died; run 'fusermount3 -u" in done.stdout
+    assert "the daemon has died: run 'fusermount3 -u" in done.stdout
 
 
 def test_unmounting_all_tells_which_one_is_in_use(home: Home) -> None:

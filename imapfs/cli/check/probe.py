@@ -239,4 +239,4 @@ def _common_name(name: x509.Name) -> str:
     for kind in (x509.NameOID.COMMON_NAME, x509.NameOID.ORGANIZATION_NAME):
         for attribute in name.get_attributes_for_oid(kind):
             return str(attribute.value)
-    return name.rfc4514_string() or "nobody"
+    return name.rfc4514_string() or "unknown"

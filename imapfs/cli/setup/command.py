@@ -11,15 +11,17 @@ from imapfs.model import Security
 @click.command()
 @click.option("--address", metavar="ADDRESS", help="Your e-mail address, from which the server is found.")
 @click.option("--name", metavar="NAME", help="What to call the account.")
-@setting_option("host", "The IMAP server; no other is searched for.")
+@setting_option("host", "The IMAP server; skips the search for it.")
 @setting_option("port")
 @setting_option("security")
 @setting_option("user", "The user name on the server.  [default: as found, or the address]")
-@click.option("--keyring", is_flag=True, help="The password is in the keyring, or is put there.")
-@click.option("--prompt", is_flag=True, help="The password is asked for at each mount.")
+@click.option("--keyring", is_flag=True, help="Take the password from the keyring, or put it there.")
+@click.option("--prompt", is_flag=True, help="Ask for the password at each mount.")
 @connection_options
 @click.option(
-    "--no-lookup", is_flag=True, help="Do not search the network for the server, only imapfs's own table."
+    "--no-lookup",
+    is_flag=True,
+    help="Search for the server only in the table that comes with imapfs, not on the network.",
 )
 @click.option("--no-test", is_flag=True, help="Do not test the login.")
 @click.option("--replace", is_flag=True, help="Replace an account of the same name.")

@@ -144,7 +144,7 @@ class _Person:
             return default
         if not self.present:
             otherwise = "" if default is None else f", or --yes for {default!r}"
-            raise UsageError(f"there is no terminal to ask the question on: give {option}{otherwise}")
+            raise UsageError(f"{question} is missing, and there is no terminal: give {option}{otherwise}")
         answer: str = click.prompt(question, default=default, value_proc=refuse_or_take)
         return answer
 
@@ -164,8 +164,8 @@ class _Person:
     def password(self, account: Account) -> Secret:
         if not self.present:
             raise UsageError(
-                "there is no terminal to ask for the password on: give --password-command, --password-file "
-                "or --no-test"
+                "the password can only be typed at a terminal: give --password-command, --password-file or "
+                "--no-test"
             )
         while True:
             try:
@@ -258,7 +258,7 @@ def _accepted(given: Given, server: MailServer) -> MailServer:
     """Return ``server`` if it may be used without asking. Raises UsageError."""
     if not given.yes:
         raise UsageError(
-            f"{server.host} was found (from {server.found}), and there is no terminal to confirm it on: "
+            f"{server.host} was found (from {server.found}), and must be confirmed at a terminal: "
             "give --yes or --host"
         )
     if server.doubt is not None:
@@ -338,7 +338,7 @@ def _credential(
 ) -> _Credential:
     account = located.account
     if any(key in given.options for key in config.SECRETS):
-        # The entry has it from there already, with all other options.
+        # These options go into the entry with all others.
         return _Credential(credentials.resolve(account, located.credentials))
     if account.auth == "external":
         return _Credential(credentials.resolve(account, CredentialSources()))
@@ -348,8 +348,8 @@ def _credential(
         return _asked_each_time(given, account, person)
     if not person.present:
         raise UsageError(
-            "there is no terminal to ask the question on: give --password-command, --password-file, "
-            "--token-command, --keyring or --prompt"
+            "the source of the password can only be chosen at a terminal: give --password-command, "
+            "--password-file, --token-command, --keyring or --prompt"
         )
     choices = {
         "k": "from the keyring (Secret Service), where it will be stored",
@@ -398,7 +398,7 @@ def _by_consent(provider: str, name: str, account: Account, person: _Person) -> 
     if secret:
         table["client-secret"] = secret
     client = cast(OAuthClient, convert("oauth", table))
-    here = client.device_url is None or person.agrees("Is there a browser on this machine")
+    here = client.device_url is None or person.agrees("Is there a browser on this machine?")
 
     def check(token: AccessToken) -> None:
         Session.connect(account, token, tls_context(account), config.defaults()["timeout"]).close()
@@ -421,7 +421,7 @@ def _from_file(name: str, account: Account, person: _Person) -> _Credential:
 def _from_keyring(account: Account, person: _Person) -> _Credential:
     comment = f"The password is in the keyring; to change it: keyring set {keyring.PASSWORDS} {{url}}"
     found = keyring.load(keyring.PASSWORDS, account.url)
-    if found is not None and person.agrees("Use the password that the keyring has for this account"):
+    if found is not None and person.agrees("Use the password that the keyring has for this account?"):
         return _Credential(found, comment=comment)
     if not person.present:
         raise CredentialError(
