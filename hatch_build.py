@@ -1,4 +1,4 @@
-"""Puts the manual pages and the shells' completion, made from the commands, into the wheel."""
+"""Adds the manual pages and shell completions, which are generated from the commands, to the wheel."""
 
 import sys
 import tempfile
@@ -9,10 +9,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class GeneratedFiles(BuildHookInterface[Any]):
-    """For the wheel only: a source distribution holds what they are made from."""
+    """For wheels only: a source distribution contains what the files are generated from."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002 - hatchling's interface
-        """Write the files, and say where they go below the prefix of an installation."""
+        """Write the files, and add their paths below the prefix of an installation."""
         sys.path.insert(0, self.root)
         try:
             from imapfs.cli.manual import generated
@@ -25,5 +25,5 @@ class GeneratedFiles(BuildHookInterface[Any]):
             build_data["shared_data"][str(file)] = path
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:  # noqa: ARG002
-        """They are in the wheel now."""
+        """Remove the files, which are in the wheel now."""
         self._directory.cleanup()

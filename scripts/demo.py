@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from imapfs.mounts import mount_at
+from imapfs.mountinfo import mount_at
 from tests.support.mail import sample_account
 from tests.support.servers.account import DEADLINE
 from tests.support.servers.dovecot import Dovecot

@@ -1,8 +1,8 @@
-"""A person's consent to the use of an account by OAuth 2.0 (RFC 6749); its fruit goes into the keyring.
+"""A person's consent to the use of an account with OAuth 2.0 (RFC 6749); the result goes into the keyring.
 
-The client id is the person's own. Two ways: a browser on this machine, whose answer comes back to a port on
-the loopback interface (RFC 8252) and is of use to nobody else (PKCE, RFC 7636); or a code that is typed into
-a browser anywhere (RFC 8628).
+The client id is the person's own. There are two ways: a browser on this machine, whose answer returns to a
+port on the loopback interface (RFC 8252) and is useless to anybody else (PKCE, RFC 7636); or a device code,
+which is entered in a browser on any machine (RFC 8628).
 """
 
 import contextlib
@@ -15,18 +15,18 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any, Final, Self
 from urllib.parse import parse_qs, urlencode, urlsplit
 
-from imapfs.account import keyring as keystore
+from imapfs.account import keyring
 from imapfs.account.oauth import Denied, OAuthClient, described, granted, is_token, parse_json, secret_of
 from imapfs.account.post import post
 from imapfs.errors import CredentialError
 from imapfs.model import AccessToken, Account, Secret
 
 TIMEOUT: Final = 600.0
-"""Seconds that a person has."""
-_FAILURES: Final = 4
-"""In a row, of the network while it is asked whether the code was entered, that are passed over."""
-_LINE: Final = 1000
-"""Most characters of a line that are shown, of those from a server."""
+"""Seconds that a person has for consenting."""
+_MAX_FAILURES: Final = 4
+"""Network failures in a row that are tolerated while waiting for the device code to be entered."""
+_MAX_LINE: Final = 1000
+"""Maximum number of characters that are shown of a line with text from a server."""
 _MICROSOFT: Final = "login.microsoftonline.com"
 
 
@@ -38,29 +38,29 @@ def ask(
     device: bool,
     check: Callable[[AccessToken], None],
 ) -> None:
-    """Have the person consent, and put the refresh token into the keyring. Raises CredentialError.
+    """Have the person consent, and store the refresh token in the keyring. Raises CredentialError.
 
-    ``say`` shows a line. ``device`` is for a code; otherwise it is a browser here, if the server has that.
-    ``check`` gets the first access token; what it raises leaves the keyring as it was.
+    ``say`` shows a line to the person. ``device`` asks for a device code; otherwise a browser on this machine
+    is used if the provider supports that. ``check`` is called with the first access token; if it raises, the
+    keyring stays as it was.
     """
     if device and client.device_url is None:
-        raise CredentialError("this provider has no login by device code: leave out --device")
+        raise CredentialError("this provider does not support device codes: leave out --device")
     if device or client.authorize_url is None:
         answer = _by_device(client, say)
     else:
         answer = _by_browser(client, account, client.authorize_url, say)
+    provider = urlsplit(client.token_url).netloc
     token = answer.get("refresh_token")
     if not is_token(token):
-        raise CredentialError(
-            f"{urlsplit(client.token_url).netloc} gave no refresh token: try offline_access in 'scope'"
-        )
+        raise CredentialError(f"{provider} issued no refresh token: try offline_access in 'scope'")
     if not is_token(answer["access_token"]):
-        raise CredentialError(f"{urlsplit(client.token_url).netloc} gave what is no access token")
+        raise CredentialError(f"{provider} issued an invalid access token: check the addresses in 'oauth'")
     check(AccessToken(answer["access_token"]))
-    keystore.save(keystore.REFRESH_TOKENS, account.url, Secret(token))
+    keyring.save(keyring.REFRESH_TOKENS, account.url, Secret(token))
 
 
-# ---- By browser
+# ---- With a browser
 
 
 def _by_browser(
@@ -71,7 +71,7 @@ def _by_browser(
     web = WebApplicationClient(client.client_id)
     state = secrets.token_urlsafe(24)
     verifier = web.create_code_verifier(64)
-    with _Redirect(state, authorize_url) as redirect:
+    with _RedirectServer(state, authorize_url) as redirect:
         address = web.prepare_request_uri(
             authorize_url,
             redirect_uri=redirect.uri,
@@ -79,12 +79,12 @@ def _by_browser(
             state=state,
             code_challenge=web.create_code_challenge(verifier, "S256"),
             code_challenge_method="S256",
-            # For those who know these; others pass over them (RFC 6749 section 3.1).
+            # Servers that do not know these ignore them (RFC 6749 section 3.1).
             login_hint=account.user,
             access_type="offline",
         )
-        say(f"Open this address in a browser on this machine, if it does not open by itself:\n{address}")
-        # Some browsers return only when they are closed, after the answer that is waited for here.
+        say(f"Open this address in a browser on this machine, if it does not open automatically:\n{address}")
+        # Some browsers do not return before they are closed, long after the answer has arrived here.
         threading.Thread(target=_open, args=(address,), daemon=True).start()
         answer = redirect.wait()
     if "code" not in answer:
@@ -100,26 +100,27 @@ def _by_browser(
 def _open(address: str) -> None:
     import webbrowser
 
-    # The address was shown as well.
+    # The person can still open the address, which was shown.
     with contextlib.suppress(webbrowser.Error, OSError):
         webbrowser.open(address)
 
 
-class _Redirect(socketserver.ThreadingTCPServer):
-    """Waits on the loopback interface for the browser to come back from the authorisation server.
+class _RedirectServer(socketserver.ThreadingTCPServer):
+    """Waits on the loopback interface for the browser to return from the authorization server.
 
-    Each connection has a thread: browsers open some that they do not use, and so may others.
+    Each connection has its own thread: browsers open connections that they do not use, and so may others.
     """
 
     daemon_threads = True
     block_on_close = False
 
     def __init__(self, state: str, authorize_url: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Returning)
+        super().__init__(("127.0.0.1", 0), _RedirectHandler)
         self.state = state
         self._answer: dict[str, str] = {}
-        self._came = threading.Event()
-        # Microsoft knows only the name, with any port; it may lead elsewhere (RFC 8252 section 8.3).
+        self._answered = threading.Event()
+        # Microsoft accepts any port for this name only, which may not resolve to 127.0.0.1
+        # (RFC 8252 section 8.3).
         host = "localhost" if urlsplit(authorize_url).hostname == _MICROSOFT else "127.0.0.1"
         self.uri = f"http://{host}:{self.server_address[1]}/"
 
@@ -132,32 +133,35 @@ class _Redirect(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def take(self, answer: dict[str, str]) -> None:
-        """Called by any thread; the first answer counts."""
-        if not self._came.is_set():
+        """Keep the first answer. May be called from any thread."""
+        if not self._answered.is_set():
             self._answer = answer
-            self._came.set()
+            self._answered.set()
 
     def wait(self) -> dict[str, str]:
-        if not self._came.wait(TIMEOUT):
-            raise CredentialError("nobody came back from the browser in time: run it again")
+        """Return the first answer. Raises CredentialError if there is none in time."""
+        if not self._answered.wait(TIMEOUT):
+            raise CredentialError("the browser did not return in time: run it again")
         return self._answer
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Whatever else connects to this port is not our business."""
+        """Ignore the failures of other programs that connect to the port."""
 
 
-class _Returning(BaseHTTPRequestHandler):
+class _RedirectHandler(BaseHTTPRequestHandler):
     timeout = 5
-    server: _Redirect
+    server: _RedirectServer
 
     def do_GET(self) -> None:
         query = {key: values[0] for key, values in parse_qs(urlsplit(self.path).query).items()}
-        # Only who was sent by us knows the state; any page can make a browser come here.
+        # Any web page can send a browser here, but it does not know the state.
         genuine = secrets.compare_digest(query.get("state", "").encode(), self.server.state.encode())
         if genuine:
             self.server.take(query)
         text = (
-            b"Back to the terminal: this window can be closed.\n" if genuine else b"Not what was expected.\n"
+            b"Done: you can close this window and return to the terminal.\n"
+            if genuine
+            else b"Unexpected request.\n"
         )
         self.send_response(200 if genuine else 400)
         self.send_header("Content-Type", "text/plain; charset=utf-8")
@@ -166,10 +170,10 @@ class _Returning(BaseHTTPRequestHandler):
         self.wfile.write(text)
 
     def log_message(self, *_: object) -> None:
-        """Not on the terminal: the request has the code in it."""
+        """Log nothing: the request contains the code."""
 
 
-# ---- By code
+# ---- With a device code
 
 
 def _by_device(client: OAuthClient, say: Callable[[str], None]) -> Mapping[str, Any]:
@@ -180,16 +184,18 @@ def _by_device(client: OAuthClient, say: Callable[[str], None]) -> Mapping[str, 
     answer = parse_json(post(client.device_url, body))
     try:
         code, shown = str(answer["device_code"]), str(answer["user_code"])
-        # Some spell it with "url", as it was in a draft.
+        # Some servers use the name "verification_url" of an earlier draft.
         address = str(answer.get("verification_uri") or answer["verification_url"])
         interval = max(1.0, float(answer.get("interval", 5)))
         deadline = time.monotonic() + min(TIMEOUT, float(answer.get("expires_in", TIMEOUT)))
     except (KeyError, ValueError, TypeError, OverflowError):
-        why = described(answer, client)
-        raise CredentialError(f"{urlsplit(client.device_url).netloc} gave no device code: {why}") from None
+        reason = described(answer, client)
+        raise CredentialError(
+            f"{urlsplit(client.device_url).netloc} issued no device code: it says {reason}"
+        ) from None
     line = f"Open {address} in any browser and enter the code {shown}"
-    # What steers the terminal is left out.
-    say("".join(char for char in line[:_LINE] if char.isprintable()))
+    # Without what could control the terminal.
+    say("".join(char for char in line[:_MAX_LINE] if char.isprintable()))
     device = DeviceClient(client.client_id)
     body = device.prepare_request_body(code, include_client_id=True, **secret_of(client))
     failures = 0
@@ -198,10 +204,10 @@ def _by_device(client: OAuthClient, say: Callable[[str], None]) -> Mapping[str, 
         try:
             reply = post(client.token_url, body)
         except CredentialError:
-            # A network may be away for a moment (RFC 8628 section 3.5).
+            # The network may be down for a moment (RFC 8628 section 3.5).
             failures += 1
             interval *= 2
-            if failures > _FAILURES:
+            if failures > _MAX_FAILURES:
                 raise
             continue
         failures = 0

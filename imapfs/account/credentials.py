@@ -1,6 +1,6 @@
-"""Where the password or token comes from; `resolve` has the order, the README explains it.
+"""Where the password or token comes from. `resolve` decides the order, which README explains.
 
-The secret is never part of an exception: wherever one could hold it, the cause is cut with ``from None``.
+No exception contains the secret: a cause that could hold it is cut off with ``from None``.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from imapfs.account import keyring as keystore
-from imapfs.account.oauth import OAuthClient, Refresher, is_token
+from imapfs.account import keyring
+from imapfs.account.oauth import OAuthClient, TokenRefresher, is_token
 from imapfs.errors import CredentialError, CredentialUnavailable
 from imapfs.model import AccessToken, Account, CredentialProvider, Secret
 
@@ -28,37 +28,37 @@ _log = logging.getLogger(__name__)
 
 _COMMAND_TIMEOUT = 60.0
 _TOKEN_AGE = 300.0
-"""Seconds for which the output of a token command is used again: it knows when a token ends, we do not."""
+"""Seconds for which the output of a token command is reused: it does not say when the token ends."""
 _MAX_LINE = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class CredentialSources:
-    """What the person named; without any of these, other places are asked."""
+    """The sources that the person named. Without any, other places are searched."""
 
     command: str | None = None
-    """For ``sh -c``; the first line that it prints is the password."""
+    """For ``sh -c``; the first line of its output is the password."""
     file: Path | None = None
     """Its first line is the password."""
     token_command: str | None = None
-    """For ``sh -c``; the first line that it prints is an OAuth 2.0 access token."""
+    """For ``sh -c``; the first line of its output is an OAuth 2.0 access token."""
     oauth: OAuthClient | None = None
-    """What gives access tokens for the refresh token in the keyring."""
+    """Obtains access tokens with the refresh token in the keyring."""
     name: str | None = None
-    """The account's in the configuration file, which a systemd credential may have too."""
+    """The account's name in the configuration file, which may also be the name of a systemd credential."""
 
 
-class _Certificate:
-    """A login by the TLS client certificate alone."""
+class _CertificateLogin:
+    """A login with the TLS client certificate alone."""
 
     def get(self, refused: Secret | None = None) -> None:
-        """There is nothing else to log in with."""
+        """Return None: there is no other secret."""
 
 
-class _Stored:
-    """A password that is looked up once, and again when the server refuses it: it may have been changed.
+class _StoredPassword:
+    """A password that is read once, and again when the server refuses it, as it may have been changed.
 
-    ``read`` raises CredentialError; it does so at the first time too.
+    ``read`` raises CredentialError; the constructor then does as well.
     """
 
     def __init__(self, read: Callable[[], Secret]) -> None:
@@ -69,7 +69,7 @@ class _Stored:
     def get(self, refused: Secret | None = None) -> Secret:
         with self._lock:
             if refused is self._secret:
-                # It may have been in a pipe, or the keyring be locked by now.
+                # The source may have been a pipe, or the keyring may be locked by now.
                 with contextlib.suppress(CredentialError):
                     newer = self._read()
                     if newer.reveal() != self._secret.reveal():
@@ -80,76 +80,76 @@ class _Stored:
 class Tokens:
     """Access tokens from ``fetch``, each used until it has to be replaced.
 
-    ``fetch`` gives a token and for how many seconds it can be used; it raises CredentialError.
+    ``fetch`` returns a token and for how many seconds it can be used. It raises CredentialError.
     """
 
     def __init__(self, fetch: Callable[[], tuple[str, float]]) -> None:
         self._fetch = fetch
         self._token: AccessToken | None = None
         self._until = 0.0
-        self._instead = False
-        """Whether the token was fetched because the one before was refused."""
-        # Held while a token is fetched, so that several connections that come up together ask for one only.
+        self._is_replacement = False
+        """Whether the token was fetched because the previous one was refused."""
+        # Held during a fetch, so that several connections that open together cause only one.
         self._lock = threading.Lock()
 
     def first(self) -> "Tokens":
-        """Fetch a token now, so that what is wrong shows at the start. Raises CredentialError."""
+        """Fetch a token now, so that a mistake shows at the start. Raises CredentialError."""
         self._renew()
         return self
 
     def get(self, refused: Secret | None = None) -> AccessToken:
         with self._lock:
             token, ended = self._token, _now() >= self._until
-            # Where the one that came instead was never accepted either, it is not the token that is refused:
-            # it may be the number of connections, or the person.
+            # If a replacement was never accepted either, the token is not the reason for the refusal: it may
+            # be the number of connections, or the person.
             if (
                 token is not None
                 and not ended
-                and (token is not refused or (self._instead and not token.accepted))
+                and (token is not refused or (self._is_replacement and not token.accepted))
             ):
                 return token
             try:
                 renewed = self._renew()
             except CredentialError as error:
                 raise CredentialUnavailable(str(error)) from None
-            self._instead = token is not None and not ended
+            self._is_replacement = token is not None and not ended
             return renewed
 
     def _renew(self) -> AccessToken:
         text, lifetime = self._fetch()
         if not is_token(text):
-            raise CredentialError("the access token is not one: it has other characters than printable ASCII")
+            raise CredentialError("the access token is not one: tokens consist of printable ASCII characters")
         self._token, self._until = AccessToken(text), _now() + lifetime
         return self._token
 
 
 def _now() -> float:
-    """Seconds, those in which the machine slept among them: tokens end meanwhile."""
+    """Return seconds on a clock that also runs while the machine sleeps, since tokens expire meanwhile."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def resolve(account: Account, sources: CredentialSources) -> CredentialProvider:
-    """What proves who the user of ``account`` is; raises CredentialError.
+    """Return what proves who the user of ``account`` is. Raises CredentialError.
 
-    A source that was named and fails is an error; it does not fall through to the next one.
+    If a source that the person named fails, no other source is tried.
     """
     if (command := sources.command) is not None:
-        return _Stored(lambda: _from_command(command, "the password command"))
+        return _StoredPassword(lambda: _from_command(command, "the password command"))
     if (file := sources.file) is not None:
-        return _Stored(lambda: _from_file(file, "password file"))
+        return _StoredPassword(lambda: _from_file(file, "password file"))
     if sources.token_command is not None:
         return _token_command(sources.token_command).first()
     if sources.oauth is not None:
-        refresher = Refresher(sources.oauth, account, f"imapfs login {sources.name}")
+        refresher = TokenRefresher(sources.oauth, account, f"imapfs login {sources.name}")
         refresher.check()
         return Tokens(refresher)
     if account.auth == "external":
-        return _Certificate()
+        return _CertificateLogin()
     try:
-        return _Stored(lambda: _found(account, sources))
+        return _StoredPassword(lambda: _search(account, sources))
     except _NothingFound:
         if account.client_cert is not None:
-            return _Certificate()
+            return _CertificateLogin()
         typed = _from_terminal(account)
         if typed is None:
             raise
@@ -157,20 +157,20 @@ def resolve(account: Account, sources: CredentialSources) -> CredentialProvider:
 
 
 class _NothingFound(CredentialError):
-    """No place that is looked at without being named has a password."""
+    """None of the places that are searched by default has a password."""
 
 
-def _found(account: Account, sources: CredentialSources) -> Secret:
+def _search(account: Account, sources: CredentialSources) -> Secret:
     found = _from_systemd(sources.name)
     if found is None:
         try:
-            found = keystore.load(keystore.PASSWORDS, account.url)
-        except keystore.KeyringUnusable as error:
+            found = keyring.load(keyring.PASSWORDS, account.url)
+        except keyring.KeyringUnusable as error:
             _log.debug("%s", error)
     if found is None:
         raise _NothingFound(
             f"no password for {account.url}: use {FOUR_WAYS} "
-            f"(to fill the keyring: keyring set {keystore.PASSWORDS} {account.url})"
+            f"(to put it into the keyring: keyring set {keyring.PASSWORDS} {account.url})"
         )
     return found
 
@@ -180,8 +180,8 @@ def _token_command(command: str) -> Tokens:
 
 
 def _from_command(command: str, what: str) -> Secret:
-    # stdin, and with it the terminal, stays the person's: pinentry and the like ask there. For the same
-    # reason the command gets no session or process group of its own.
+    # The command inherits stdin and the terminal, where pinentry and the like ask questions. For the same
+    # reason it gets no session or process group of its own.
     try:
         process = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     except (OSError, ValueError) as error:
@@ -196,40 +196,40 @@ def _from_command(command: str, what: str) -> Secret:
             ) from None
     if process.returncode != 0:
         lines = errors.decode(errors="replace").split("\n")
-        said = next((line.strip() for line in reversed(lines) if line.strip()), "it printed no error")
+        message = next((line.strip() for line in reversed(lines) if line.strip()), "it printed no error")
         how = (
             f"failed with exit code {process.returncode}"
             if process.returncode > 0
-            else f"was ended by signal {-process.returncode}"
+            else f"was killed by signal {-process.returncode}"
         )
-        raise CredentialError(f"{what} {how}: {said}")
+        raise CredentialError(f"{what} {how}: {message}")
     return _first_line(output, what)
 
 
 def _from_systemd(name: str | None) -> Secret | None:
-    """The credential that has the account's name, or else the program's (systemd.exec(5), "Credentials")."""
+    """Return the credential named like the account, or else like the program (systemd.exec(5))."""
     directory = os.environ.get("CREDENTIALS_DIRECTORY")
     if not directory:
         return None
     for one in (name, SYSTEMD_NAME):
-        # A name with a slash would lead out of the directory; no credential has one.
+        # A name with a slash would leave the directory, and no credential has one.
         path = Path(directory, one) if one and "/" not in one else None
         if path is not None and path.is_file():
-            # Its mode may show an access list as a group's rights; the directory keeps others out.
+            # An access list may show as group permissions; the directory keeps others out.
             return _from_file(path, "systemd credential", private=False)
     return None
 
 
 def _from_file(path: Path, what: str, *, private: bool = True) -> Secret:
-    """The first line of a file, which with ``private`` nobody else may have access to."""
+    """Return the first line of a file. If ``private``, nobody else may have access to the file."""
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
-            # A pipe, such as the shell's <(...), is nobody else's to open whatever its mode says.
+            # Others cannot open a pipe, such as the shell's <(...), whatever its mode says.
             if private and stat.S_ISREG(mode) and mode & 0o077:
                 raise CredentialError(
-                    f"{what} {path}: others may access it (mode {stat.S_IMODE(mode):04o}): "
-                    f"chmod 600 it, and consider the password known"
+                    f"{what} {path}: other users may access it (mode {stat.S_IMODE(mode):04o}): "
+                    f"chmod 600 it, and consider changing the password"
                 )
             return _first_line(file.readline(_MAX_LINE), f"{what} {path}")
     except OSError as error:
@@ -257,7 +257,7 @@ def _from_terminal(account: Account) -> Secret | None:
 
 
 def to_file(path: Path, secret: Secret) -> None:
-    """Write a password file that nobody else can read; there must be none yet. Raises CredentialError."""
+    """Write a new password file that nobody else can read. Raises CredentialError, also if it exists."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,9 +1,11 @@
-"""From an e-mail address to where its IMAP server is.
+"""Find the IMAP server of an e-mail address.
 
-Asked are, all at once and each for a few seconds at most: the SRV records of the domain (RFC 6186), the
-autoconfig file at the domain's own well-known places, its MX records, and whether a server with a valid
-certificate answers under the names that most domains use. Nothing here knows a password. What comes back is
-a proposal: `Settings.doubt` says why a person has to look at it before a password goes there.
+Several questions are asked at the same time, each for a few seconds at most: the domain's SRV records (RFC
+6186), the autoconfig file at the domain's well-known addresses, its MX records, and whether a server with a
+valid certificate answers under the usual names. No password is involved. The result is a proposal:
+`MailServer.doubt` says why a person must confirm it before a password is sent there.
+
+The HTTP client here fetches public files from hosts that are only guesses. `post` has another one, which see.
 """
 
 import contextlib
@@ -22,16 +24,17 @@ from urllib.parse import quote, urljoin, urlsplit
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
-from imapfs.account import config, providers
+from imapfs.account import providers
 from imapfs.account.providers import Provider, SignIn, within
+from imapfs.account.settings import convert
 from imapfs.errors import UsageError
 from imapfs.imap.connect import tls_context
 from imapfs.model import DEFAULT_PORTS, Account, Security
 
 TIMEOUT: Final = 5.0
-"""Seconds after which what has not answered is done without."""
+"""Seconds that each question may take."""
 MAX_FILE: Final = 64 << 10
-"""Largest autoconfig file that is read, in bytes."""
+"""Maximum size of an autoconfig file in bytes."""
 _MAX_REDIRECTS: Final = 3
 _MAX_GREETING: Final = 1 << 10
 
@@ -39,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class MailServer:
     """A server to log in to, and how it was found."""
 
     host: str
@@ -50,39 +53,40 @@ class Settings:
     """Where these settings come from, for people."""
     sign_in: SignIn = "password"
     provider: Provider | None = None
-    """Whose server it is, where that is known; for what it has to say to its users."""
+    """Who runs the server, if known; for what the provider tells its users."""
     doubt: str | None = None
-    """Why the host may be somebody else's; None where the domain vouches for it in a way not to be forged."""
+    """Why the host may not be the right one; None if the domain vouches for it in a way that cannot be
+    forged."""
 
 
 class Found(NamedTuple):
-    settings: list[Settings]
-    """The most trustworthy first; no two with the same server and user."""
+    servers: list[MailServer]
+    """The most trustworthy first; no two with the same host, port and user."""
     provider: Provider | None
-    """Who has the domain's mail, where that is known; perhaps without IMAP."""
+    """Who has the domain's mail, if known; perhaps without IMAP."""
 
 
-class Address(NamedTuple):
+class EmailAddress(NamedTuple):
     local: str
     domain: str
-    """In lower case, and as DNS has it (RFC 5890 A-labels)."""
+    """In lower case, with A-labels (RFC 5890)."""
 
     def __str__(self) -> str:
         return f"{self.local}@{self.domain}"
 
 
-def parse_address(text: str) -> Address:
-    """The parts of an e-mail address. Raises UsageError."""
+def parse_address(text: str) -> EmailAddress:
+    """Return the parts of an e-mail address. Raises UsageError."""
     local, _, domain = text.strip().rpartition("@")
     try:
-        config.convert("user", local)
-        config.convert("host", domain)
+        convert("user", local)
+        convert("host", domain)
         ascii_domain = domain.lower().rstrip(".").encode("idna").decode()
     except (ValueError, UnicodeError):
-        raise UsageError("this is no e-mail address: write it like alice@example.org") from None
+        raise UsageError("this is not an e-mail address: write it like alice@example.org") from None
     if any(char.isspace() for char in local) or ":" in ascii_domain:
-        raise UsageError("this is no e-mail address: write it like alice@example.org")
-    return Address(local, ascii_domain)
+        raise UsageError("this is not an e-mail address: write it like alice@example.org")
+    return EmailAddress(local, ascii_domain)
 
 
 # ---- The network
@@ -100,16 +104,16 @@ def _connect(host: str, port: int) -> socket.socket:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """The ways out, which tests lead to a world of their own."""
+    """How the network is reached; tests replace it with a network of their own."""
 
     query: Callable[[str, str], list[Any]] = _query
-    """The records of a DNS name; raises a DNSException where there are none."""
+    """Returns the records of a DNS name and type. Raises DNSException if there are none."""
     connect: Callable[[str, int], socket.socket] = _connect
     ca_file: Path | None = None
     """PEM certificates to trust instead of the system's."""
 
     def connect_tls(self, host: str, port: int) -> ssl.SSLSocket:
-        """A connection to the very server that ``host`` names, by its certificate. Raises OSError."""
+        """Return a connection to a server whose certificate is valid for ``host``. Raises OSError."""
         context = tls_context(Account(host, user="", ca_file=self.ca_file))
         with contextlib.ExitStack() as stack:
             sock = stack.enter_context(self.connect(host, port))
@@ -130,10 +134,10 @@ class _Https(http.client.HTTPSConnection):
 # ---- Finding
 
 
-def discover(address: Address, network: Network | None) -> Found:
-    """What there is to be known of where the mail of ``address`` is; never raises.
+def discover(address: EmailAddress, network: Network | None) -> Found:
+    """Return the possible servers of ``address``. Never raises.
 
-    Without ``network`` nobody is asked, and only the table of providers is looked into.
+    Without ``network`` only the table of providers is consulted.
     """
     known = providers.by_domain(address.domain)
     if known is not None or network is None:
@@ -151,24 +155,25 @@ def discover(address: Address, network: Network | None) -> Found:
         }
     )
     doubt = (
-        f"only DNS, which can be forged, says who takes the mail of {address.domain}, and it may be kept "
+        f"only DNS, which can be forged, says who receives the mail of {address.domain}, and it may be kept "
         "elsewhere: make sure that your mail is there"
     )
     provider: Provider | None = next(iter(answers.pop("mx")), None)
-    every: list[Settings] = [one for found in answers.values() for one in found]
+    every: list[MailServer] = [one for found in answers.values() for one in found]
     every += _at_provider(provider, address, f"the MX records of {address.domain}", doubt)
-    # Stable: among those to be trusted, what the domain says comes before what was guessed.
+    # The sort is stable: among servers without doubt, the domain's own come before guesses.
     every.sort(key=lambda one: one.doubt is not None)
-    best: dict[tuple[str, int, str], Settings] = {}
+    best: dict[tuple[str, int, str], MailServer] = {}
     for one in every:
         best.setdefault((one.host, one.port, one.user), one)
     return Found([with_provider(one) for one in best.values()], provider)
 
 
 def _ask(questions: Mapping[str, Callable[[], list[Any]]]) -> dict[str, list[Any]]:
-    """The answers to ``questions`` that come in time, in the same order; the others are empty.
+    """Return the answers to ``questions`` that arrive in time, in the same order; the others are empty.
 
-    A thread each: name resolution cannot be ended, so that what is late is left behind.
+    Each question has a daemon thread, which is left behind if it is late: name resolution cannot be
+    interrupted.
     """
     answers: dict[str, list[Any]] = {name: [] for name in questions}
 
@@ -176,8 +181,8 @@ def _ask(questions: Mapping[str, Callable[[], list[Any]]]) -> dict[str, list[Any
         try:
             found = questions[name]()
         except Exception as error:
-            # Most domains answer few of the questions, and a strange answer is as good as none.
-            _log.debug("looking for settings, %s: %s: %s", name, type(error).__name__, error)
+            # Most domains answer only a few questions, and a malformed answer counts as none.
+            _log.debug("searching for the server, %s: %s: %s", name, type(error).__name__, error)
         else:
             answers[name] = found
 
@@ -191,25 +196,25 @@ def _ask(questions: Mapping[str, Callable[[], list[Any]]]) -> dict[str, list[Any
 
 
 def _at_provider(
-    provider: Provider | None, address: Address, found: str, doubt: str | None = None
-) -> list[Settings]:
+    provider: Provider | None, address: EmailAddress, found: str, doubt: str | None = None
+) -> list[MailServer]:
     if provider is None or provider.host is None:
         return []
     user = address.local if provider.user == "local" else str(address)
-    return [Settings(provider.host, 993, "tls", user, found, provider.sign_in, provider, doubt)]
+    return [MailServer(provider.host, 993, "tls", user, found, provider.sign_in, provider, doubt)]
 
 
-def with_provider(settings: Settings) -> Settings:
-    """``settings``, and what the table of providers knows about this server."""
-    provider = settings.provider or providers.by_host(settings.host)
+def with_provider(server: MailServer) -> MailServer:
+    """Return ``server`` with what the table of providers knows about it."""
+    provider = server.provider or providers.by_host(server.host)
     if provider is None:
-        return settings
-    return replace(settings, provider=provider, sign_in=provider.sign_in)
+        return server
+    return replace(server, provider=provider, sign_in=provider.sign_in)
 
 
-def _from_srv(address: Address, network: Network) -> list[Settings]:
-    """RFC 6186 section 3.2: TLS first, and STARTTLS where there is no TLS."""
-    found: list[Settings] = []
+def _from_srv(address: EmailAddress, network: Network) -> list[MailServer]:
+    """Return the servers of the SRV records, those with TLS first (RFC 6186 section 3.2)."""
+    found: list[MailServer] = []
     kinds: dict[str, Security] = {"_imaps._tcp": "tls", "_imap._tcp": "starttls"}
     for service, security in kinds.items():
         with contextlib.suppress(Exception):
@@ -217,9 +222,9 @@ def _from_srv(address: Address, network: Network) -> list[Settings]:
     return found
 
 
-def _from_srv_records(address: Address, security: Security, records: list[Any]) -> list[Settings]:
-    # RFC 2782 shares load out at random by weight. Here one name is chosen once, for years, and a person who
-    # tries again should see the same one.
+def _from_srv_records(address: EmailAddress, security: Security, records: list[Any]) -> list[MailServer]:
+    # RFC 2782 distributes load at random, by weight. Here a name is chosen once, for years, and a person who
+    # tries again should see the same name.
     first = min(records, key=lambda record: (record.priority, -record.weight))
     host = first.target.to_text(omit_final_dot=True).lower()
     if host == ".":
@@ -228,19 +233,19 @@ def _from_srv_records(address: Address, security: Security, records: list[Any]) 
     if not within(host, address.domain):
         doubt = (
             f"only DNS, which can be forged, says that {host} has the mail of {address.domain}: "
-            "make sure that it is your provider's (RFC 6186 section 6)"
+            "make sure that the host belongs to your provider (RFC 6186 section 6)"
         )
     return [_checked(host, first.port, security, str(address), f"the SRV records of {address.domain}", doubt)]
 
 
-def _from_mx(address: Address, network: Network) -> list[Provider]:
-    """Who takes the domain's mail, the preferred first, of those that we know."""
+def _from_mx(address: EmailAddress, network: Network) -> list[Provider]:
+    """Return the known providers that receive the domain's mail, by preference."""
     records = sorted(network.query(address.domain, "MX"), key=lambda record: record.preference)
     hosts = [record.exchange.to_text(omit_final_dot=True).lower() for record in records]
     return [known for known in map(providers.by_mail_exchanger, hosts) if known is not None]
 
 
-def _by_trying(address: Address, network: Network, host: str) -> list[Settings]:
+def _by_trying(address: EmailAddress, network: Network, host: str) -> list[MailServer]:
     with network.connect_tls(host, 993) as connection:
         greeting = b""
         while b"\n" not in greeting and len(greeting) < _MAX_GREETING:
@@ -250,35 +255,36 @@ def _by_trying(address: Address, network: Network, host: str) -> list[Settings]:
             greeting += data
     if not greeting.startswith(b"* "):
         return []
-    return [
-        _checked(host, 993, "tls", str(address), "a guess, but it answers there with a valid certificate")
-    ]
+    return [_checked(host, 993, "tls", str(address), "a guess, but it answers with a valid certificate")]
 
 
 def _checked(
     host: str, port: int, security: Security, user: str, found: str, doubt: str | None = None
-) -> Settings:
-    """What a stranger said, held to what the configuration file takes. Raises ValueError."""
-    config.convert("port", port)
-    config.convert("user", user)
-    return Settings(str(config.convert("host", host)), port, security, user, found, doubt=doubt)
+) -> MailServer:
+    """Check untrusted values as those of the configuration file are checked. Raises ValueError."""
+    convert("port", port)
+    convert("user", user)
+    return MailServer(str(convert("host", host)), port, security, user, found, doubt=doubt)
 
 
 # ---- The autoconfig file
 
 
-def _from_autoconfig(address: Address, network: Network, host: str, folder: str) -> list[Settings]:
+def _from_autoconfig(address: EmailAddress, network: Network, host: str, folder: str) -> list[MailServer]:
     url = f"https://{host}/{folder}/config-v1.1.xml"
     data = _download(f"{url}?emailaddress={quote(str(address), safe='')}", network)
     return parse_autoconfig(data, address, url)
 
 
 def _download(url: str, network: Network) -> bytes:
-    """The file at ``url``; raises OSError, HTTPException or ValueError. HTTPS only, also when redirected."""
+    """Return the file at ``url``. Only HTTPS is used, also after a redirection.
+
+    Raises OSError, HTTPException or ValueError.
+    """
     for _ in range(1 + _MAX_REDIRECTS):
         parts = urlsplit(url)
         if parts.scheme != "https" or parts.port not in (None, 443) or not parts.hostname:
-            raise ValueError("not at an https:// address")
+            raise ValueError("not an https:// address")
         connection = _Https(network, parts.hostname)
         with contextlib.closing(connection):
             connection.request("GET", f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}")
@@ -296,22 +302,22 @@ def _download(url: str, network: Network) -> bytes:
     raise ValueError("too many redirections")
 
 
-def parse_autoconfig(data: bytes, address: Address, found: str) -> list[Settings]:
-    """The IMAP servers in an autoconfig file, version 1.1, those with TLS from the first byte first.
+def parse_autoconfig(data: bytes, address: EmailAddress, found: str) -> list[MailServer]:
+    """Return the IMAP servers in an autoconfig file, version 1.1; those with implicit TLS first.
 
-    Raises ValueError or ExpatError for what is no such file, or declares a document type.
+    Raises ValueError or ExpatError if it is not such a file, or if it declares a document type.
     """
     servers = [
-        settings
+        server
         for element in _parse_xml(data).iter("incomingServer")
         if element.get("type") == "imap"
-        for settings in _imap_server(element, address, found)
+        for server in _imap_server(element, address, found)
     ]
     return sorted(servers, key=lambda one: one.security != "tls")
 
 
 def _parse_xml(data: bytes) -> Element:
-    """The root element. A document type is refused: nothing needs one, and entities are declared there."""
+    """Return the root element. A document type, which could declare entities, is refused."""
     builder = TreeBuilder()
     parser = expat.ParserCreate()
 
@@ -326,8 +332,8 @@ def _parse_xml(data: bytes) -> Element:
     return builder.close()
 
 
-def _imap_server(element: Element, address: Address, found: str) -> Iterator[Settings]:
-    """One or none; of several values of one kind the first that we can use counts."""
+def _imap_server(element: Element, address: EmailAddress, found: str) -> Iterator[MailServer]:
+    """Yield the server of an element, if it is usable."""
     names = {
         "EMAILADDRESS": str(address),
         "EMAILLOCALPART": address.local,
@@ -335,7 +341,7 @@ def _imap_server(element: Element, address: Address, found: str) -> Iterator[Set
     }
 
     def text(tag: str) -> str:
-        # A placeholder that we do not know stays as it is, and no host has a "%" in it.
+        # An unknown placeholder remains, and its "%" makes a host name invalid.
         return re.sub(
             r"%([A-Z]+)%", lambda match: names.get(match[1], match[0]), (element.findtext(tag) or "").strip()
         )
@@ -348,6 +354,6 @@ def _imap_server(element: Element, address: Address, found: str) -> Iterator[Set
     if not port.isdecimal() or re.search(r"%[A-Z]+%", user):
         return
     with contextlib.suppress(ValueError):
-        settings = _checked(text("hostname"), int(port), security, user, found)
-        ways = {(way.text or "").strip() for way in element.iter("authentication")}
-        yield replace(settings, sign_in="oauth") if ways == {"OAuth2"} else settings
+        server = _checked(text("hostname"), int(port), security, user, found)
+        methods = {(method.text or "").strip() for method in element.iter("authentication")}
+        yield replace(server, sign_in="oauth") if methods == {"OAuth2"} else server

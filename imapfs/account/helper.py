@@ -1,8 +1,14 @@
-"""Work in a short-lived process of its own, which is ended when it takes too long.
+"""Work in a helper process, which is killed when its time is up.
 
-For libraries that can wait for ever, as a keyring does for somebody who is to unlock it, or for as long as a
-server has something to say, and that keep connections which no fork survives. What goes in and out goes
-through pipes, never through arguments or the environment, where others would see it.
+Some libraries can block without limit: a keyring waits for a person to unlock it, an HTTP client for as long
+as a server sends another byte now and then. They may also leave connections and threads behind, which must
+not exist when a mount forks into the background. A process can be ended at any time, with all that it holds.
+
+Where neither matters, a daemon thread that is left behind is enough: in `account.discovery` and
+`cli.check.probe` for name resolution, in `daemon.control` for a system call on a mount. Those run in commands
+that exit soon. Inside the daemon, trio's ``abandon_on_cancel`` does the same for the network.
+
+Input and output go through pipes, never through arguments or the environment, which other users may read.
 """
 
 import json
@@ -19,15 +25,15 @@ from imapfs.errors import CredentialError
 
 
 class Failed(Exception):
-    """There is no answer; its text says why, in few words without anything secret."""
+    """There is no answer. The text says why in a few words, without anything secret."""
 
 
-def call(module: str, asked: object, timeout: float) -> Any:
-    """What ``module``, which calls `serve`, makes of ``asked``; both are what JSON can carry.
+def call(module: str, request: object, timeout: float) -> Any:
+    """Run ``module`` as a process and return what its `serve` makes of ``request``; both are JSON values.
 
-    ``timeout`` is in seconds. Raises Failed, and CredentialError where the work does.
+    ``timeout`` is in seconds. Raises Failed, and CredentialError if the work in the process does.
     """
-    # The caller may have been started from a directory that is not on its path any more.
+    # The current directory of the caller may no longer be on the path.
     path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
         process = subprocess.Popen(
@@ -38,10 +44,10 @@ def call(module: str, asked: object, timeout: float) -> Any:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
         )
     except OSError as error:
-        raise Failed(f"no process for it: {error.strerror}") from None
+        raise Failed(f"the helper process cannot be started: {error.strerror}") from None
     with process:
         try:
-            output, _ = process.communicate(json.dumps([timeout, asked]).encode(), timeout)
+            output, _ = process.communicate(json.dumps([timeout, request]).encode(), timeout)
         except subprocess.TimeoutExpired:
             process.kill()
             raise Failed(f"no answer within {timeout:g} s") from None
@@ -51,7 +57,7 @@ def call(module: str, asked: object, timeout: float) -> Any:
     try:
         answer = json.loads(output)
     except ValueError:
-        raise Failed(f"its process ended with exit code {process.returncode}") from None
+        raise Failed(f"the helper process ended with exit code {process.returncode}") from None
     if "error" in answer:
         raise CredentialError(answer["error"])
     if "failed" in answer:
@@ -60,18 +66,18 @@ def call(module: str, asked: object, timeout: float) -> Any:
 
 
 def serve(work: Callable[[Any], object]) -> None:
-    """Be the other process: do ``work`` with what was asked."""
-    # Libraries may print what they like, without anybody taking it for the answer.
+    """Be the helper process: answer the one request with what ``work`` returns for it."""
+    # Libraries may print to stdout; that must not be mistaken for the answer.
     with os.fdopen(os.dup(1), "w") as answer_to:
         os.dup2(2, 1)
         try:
-            timeout, asked = json.load(sys.stdin)
-            # Should nobody be there any more to end this.
+            timeout, request = json.load(sys.stdin)
+            # In case the caller is gone and cannot end this process.
             signal.alarm(math.ceil(timeout) + 1)
-            answer = {"result": work(asked)}
+            answer = {"result": work(request)}
         except CredentialError as error:
             answer = {"error": str(error)}
         except Exception as error:
-            # Of an exception of somebody else's only the name: it may hold what it was given.
+            # Only the name of a library's exception: its text may contain what it was given.
             answer = {"failed": type(error).__name__}
         json.dump(answer, answer_to)

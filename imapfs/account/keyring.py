@@ -1,36 +1,37 @@
-"""What the person's keyring (the Secret Service, and what else the keyring library knows) keeps for us.
+"""Secrets in the person's keyring: the Secret Service, or whatever else the keyring library supports.
 
-The keyring is asked in a process of its own (`imapfs.account.helper`).
+The library runs in a helper process (`imapfs.account.helper`).
 """
 
 import logging
 from typing import Any
 
-from imapfs.account import helper as apart
+from imapfs.account import helper
 from imapfs.errors import CredentialError
 from imapfs.model import Secret
 
 PASSWORDS = "imapfs"
-"""The service, in the keyring's terms, under which passwords are; the user is the account's URL."""
+"""The service name, as keyrings call it, of passwords; the user name is the account's URL."""
 REFRESH_TOKENS = "imapfs refresh token"
-"""The same for OAuth 2.0, so that neither is taken for the other."""
+"""The service name of OAuth 2.0 refresh tokens; a different one, so that neither is mistaken for the
+other."""
 
 _TIMEOUT = 60.0
-"""Seconds that a person has to unlock it."""
+"""Seconds in which a person can unlock the keyring."""
 
 _log = logging.getLogger(__name__)
 
 
 class KeyringUnusable(CredentialError):
-    """There is no keyring, or it is locked, or it does not answer."""
+    """The keyring does not exist, is locked, or does not answer."""
 
 
 def works() -> bool:
-    """Whether there is a keyring that something can be put into; it may still be locked."""
+    """Return whether there is a keyring that can store something; it may still be locked."""
     try:
         import keyring
 
-        # The backends that stand for "none" have 0 and less.
+        # The backends that stand for "no keyring" have priority 0 or less.
         return keyring.get_keyring().priority > 0
     except Exception as error:
         _log.debug("keyring not usable: %s: %s", type(error).__name__, error)
@@ -38,35 +39,35 @@ def works() -> bool:
 
 
 def load(service: str, url: str) -> Secret | None:
-    """What is kept for the account; None where it is nothing. Raises KeyringUnusable."""
+    """Return the secret of the account, or None if the keyring has none. Raises KeyringUnusable."""
     try:
-        found = apart.call("imapfs.account.keyring", {"service": service, "url": url}, _TIMEOUT)
-    except apart.Failed as error:
+        found = helper.call("imapfs.account.keyring", {"service": service, "url": url}, _TIMEOUT)
+    except helper.Failed as error:
         # No backend, no D-Bus, a locked collection ... each backend has exceptions of its own.
         raise KeyringUnusable(f"the keyring cannot be read ({error}): unlock it") from None
     return Secret(found) if found else None
 
 
 def save(service: str, url: str, secret: Secret) -> None:
-    """Keep ``secret`` in place of what there was. Raises CredentialError."""
+    """Store ``secret`` for the account, replacing any other. Raises CredentialError."""
+    request = {"service": service, "url": url, "secret": secret.reveal()}
     try:
-        asked = {"service": service, "url": url, "secret": secret.reveal()}
-        apart.call("imapfs.account.keyring", asked, _TIMEOUT)
-    except apart.Failed as error:
+        helper.call("imapfs.account.keyring", request, _TIMEOUT)
+    except helper.Failed as error:
         raise KeyringUnusable(
             f"the keyring does not take the secret ({error}): unlock it, or install one"
             " (gnome-keyring, KWallet, KeePassXC), or use --password-command or --token-command"
         ) from None
 
 
-def _ask_library(asked: dict[str, Any]) -> str | None:
+def _ask_library(request: dict[str, Any]) -> str | None:
     import keyring
 
-    if "secret" in asked:
-        keyring.set_password(asked["service"], asked["url"], asked["secret"])
+    if "secret" in request:
+        keyring.set_password(request["service"], request["url"], request["secret"])
         return None
-    return keyring.get_password(asked["service"], asked["url"])
+    return keyring.get_password(request["service"], request["url"])
 
 
 if __name__ == "__main__":
-    apart.serve(_ask_library)
+    helper.serve(_ask_library)

@@ -1,6 +1,6 @@
-"""OAuth 2.0 (RFC 6749): access tokens for the refresh token that `consent` has put into the keyring.
+"""OAuth 2.0 (RFC 6749): access tokens, obtained with the refresh token that `consent` put into the keyring.
 
-What is sent, and how answers are read, is oauthlib's business. No token or secret is part of an exception.
+oauthlib builds the requests and reads the answers. No exception contains a token or a secret.
 """
 
 import contextlib
@@ -15,25 +15,25 @@ from dataclasses import dataclass
 from typing import IO, Any, Final, TypeGuard
 from urllib.parse import urlsplit
 
-from imapfs.account import keyring as keystore
+from imapfs.account import keyring
 from imapfs.errors import CredentialError
 from imapfs.log import shown
 from imapfs.model import Account, Secret
 
 _LIFETIME: Final = 300.0
-"""Seconds for which a token is used whose end the server does not tell (RFC 6749 section 5.1)."""
-_SPARE: Final = 60.0
+"""Lifetime in seconds of a token for which the server states none (RFC 6749 section 5.1)."""
+_RENEW_BEFORE_END: Final = 60.0
 """Seconds before its end at which a token is replaced."""
 
 _LOCK_TIMEOUT: Final = 200.0
-"""Seconds to wait for another mount: longer than keyring and server together can take."""
+"""Maximum seconds to wait for another mount: longer than keyring and server together can take."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class OAuthClient:
-    """A client registered with an authorisation server, and where that is. All addresses are ``https://``."""
+    """A client that is registered with an authorization server, and that server's ``https://`` addresses."""
 
     client_id: str
     token_url: str
@@ -42,11 +42,11 @@ class OAuthClient:
     authorize_url: str | None = None
     device_url: str | None = None
     client_secret: Secret | None = None
-    """For servers that want one even of programs that cannot keep it, as Google does."""
+    """For servers, such as Google's, that require one even from programs that cannot keep it secret."""
 
 
 PROVIDERS: Final[Mapping[str, Mapping[str, str]]] = {
-    # developers.google.com/identity/protocols/oauth2/native-app. A device code is not enough for this scope.
+    # developers.google.com/identity/protocols/oauth2/native-app. Device codes do not cover this scope.
     "google": {
         "authorize-url": "https://accounts.google.com/o/oauth2/v2/auth",
         "token-url": "https://oauth2.googleapis.com/token",
@@ -63,38 +63,38 @@ PROVIDERS: Final[Mapping[str, Mapping[str, str]]] = {
 """What ``provider`` stands for in the configuration file."""
 
 
-class Refresher:
-    """Gets access tokens for ``account`` by the refresh token in the keyring; called with a lock held.
+class TokenRefresher:
+    """Obtains access tokens for ``account`` with the refresh token in the keyring. Called with a lock held.
 
-    A refresh token that was refused is not offered again: only a new one in the keyring helps.
+    A refresh token that was refused is not sent again; only a new one in the keyring helps.
     """
 
     def __init__(self, client: OAuthClient, account: Account, login: str) -> None:
         self._client = client
         self._account = account
         self._login = login
-        """The command that brings a new refresh token."""
+        """The command that obtains a new refresh token."""
         self._latest: Secret | None = None
-        """What the server gave last, should the keyring be away."""
+        """The refresh token that the server issued last, in case the keyring is not available."""
         self._replaced: Secret | None = None
-        """The one that it took the place of, while the keyring still has that."""
+        """The token that ``_latest`` replaced, as long as the keyring still holds it."""
         self._refused: Secret | None = None
-        self._why = ""
+        self._reason = ""
 
     def check(self) -> None:
-        """Raises CredentialError where there was no consent yet."""
+        """Raise CredentialError if there was no consent yet."""
         self._refresh_token()
 
     def __call__(self) -> tuple[str, float]:
-        """An access token, and for how many seconds it can be used. Raises CredentialError."""
+        """Return an access token, and for how many seconds it can be used. Raises CredentialError."""
         with _one_at_a_time(self._account):
             return self._refresh()
 
     def _refresh(self) -> tuple[str, float]:
         token = self._refresh_token()
         if self._refused is not None and token.reveal() == self._refused.reveal():
-            raise CredentialError(self._why)
-        # Heavy, and needed only by those who have such an account.
+            raise CredentialError(self._reason)
+        # Slow to import, and only accounts with OAuth need it.
         from oauthlib.oauth2 import WebApplicationClient
 
         from imapfs.account.post import post
@@ -108,38 +108,38 @@ class Refresher:
             if denied.error not in ("invalid_grant", "invalid_client", "unauthorized_client"):
                 raise CredentialError(f"no new access token: {denied}") from None
             self._refused = token
-            self._why = f"the consent for {self._account.url} has ended: {denied}: run '{self._login}'"
-            raise CredentialError(self._why) from None
+            self._reason = f"the consent for {self._account.url} has ended: {denied}: run '{self._login}'"
+            raise CredentialError(self._reason) from None
         self._keep(token, answer)
         seconds = answer.get("expires_in", _LIFETIME)
-        return answer["access_token"], max(seconds - _SPARE, seconds / 2)
+        return answer["access_token"], max(seconds - _RENEW_BEFORE_END, seconds / 2)
 
     def _refresh_token(self) -> Secret:
-        # Read each time: another mount may have had it replaced, or the person have consented anew.
+        # Read each time: another mount may have replaced it, or the person may have consented again.
         try:
-            token = keystore.load(keystore.REFRESH_TOKENS, self._account.url) or self._latest
-        except keystore.KeyringUnusable:
+            token = keyring.load(keyring.REFRESH_TOKENS, self._account.url) or self._latest
+        except keyring.KeyringUnusable:
             if self._latest is None:
                 raise
             token = self._latest
         if token is not None and self._replaced is not None and token.reveal() == self._replaced.reveal():
-            # It could not be written last time. To offer a token that was replaced looks like theft, and ends
-            # the consent (RFC 9700 section 4.14.2).
+            # The new one could not be stored. Sending a replaced token looks like theft and ends the consent
+            # (RFC 9700 section 4.14.2).
             assert self._latest is not None
             token = self._latest
         if token is None:
-            raise CredentialError(f"no consent for {self._account.url} in the keyring: run '{self._login}'")
+            raise CredentialError(f"the keyring has no consent for {self._account.url}: run '{self._login}'")
         return token
 
     def _keep(self, used: Secret, answer: Mapping[str, Any]) -> None:
-        """A server may replace the refresh token with each use (RFC 6749 section 6)."""
+        """Store the new refresh token, if the server replaced the ``used`` one (RFC 6749 section 6)."""
         newer = answer.get("refresh_token")
         self._latest = Secret(newer) if is_token(newer) else used
         if self._latest.reveal() == used.reveal() and self._replaced is None:
             return
         self._replaced = self._replaced or used
         try:
-            keystore.save(keystore.REFRESH_TOKENS, self._account.url, self._latest)
+            keyring.save(keyring.REFRESH_TOKENS, self._account.url, self._latest)
             self._replaced = None
         except CredentialError as error:
             _log.warning("the next mount will need '%s': %s", self._login, error)
@@ -147,9 +147,10 @@ class Refresher:
 
 @contextlib.contextmanager
 def _one_at_a_time(account: Account) -> Iterator[None]:
-    """Keep other mounts of ``account`` from using up the same refresh token meanwhile.
+    """Keep other mounts of ``account`` from using the same refresh token meanwhile.
 
-    The lock ends with the process that has it. Where it cannot be had, in time or at all, it is done without.
+    The lock ends with the process that holds it. If it cannot be obtained in time, or at all, the work is
+    done without it.
     """
     import platformdirs
 
@@ -179,7 +180,7 @@ def _locked(file: IO[bytes]) -> bool:
 
 
 class Denied(Exception):
-    """The authorisation server's refusal (RFC 6749 section 5.2); its text is fit to be shown."""
+    """The authorization server's refusal (RFC 6749 section 5.2); the text may be shown to a person."""
 
     def __init__(self, error: str, text: str) -> None:
         super().__init__(text)
@@ -187,19 +188,19 @@ class Denied(Exception):
 
 
 def secret_of(client: OAuthClient) -> dict[str, Any]:
-    """The client secret as a parameter, where there is one."""
+    """Return the client secret as a parameter of a request; empty if there is none."""
     return {"client_secret": client.client_secret.reveal()} if client.client_secret else {}
 
 
 def granted(reply: bytes, client: OAuthClient, *sent: str) -> Mapping[str, Any]:
-    """The answer of a token endpoint: "access_token" a string, "expires_in" a sane float or not there.
+    """Return the answer of a token endpoint: "access_token" is a string, "expires_in" a sane float or absent.
 
-    ``sent`` is what was secret in the question. Raises Denied, without any of it.
+    ``sent`` are the secrets in the request; they do not appear in an error. Raises Denied.
     """
     from oauthlib.oauth2 import WebApplicationClient
 
     found = parse_json(reply)
-    # Checked here: oauthlib adds it to the time, whatever it is, and what is new in the answer would be lost.
+    # Checked here: oauthlib adds any value to the time, and would fail on one that is not a number.
     lifetime = found.pop("expires_in", None)
     try:
         parser = WebApplicationClient(client.client_id)
@@ -207,23 +208,23 @@ def granted(reply: bytes, client: OAuthClient, *sent: str) -> Mapping[str, Any]:
         if not isinstance(answer["access_token"], str):
             raise TypeError
     except Exception as error:
-        # Besides its own, oauthlib has all kinds of errors for JSON of a shape that it does not expect.
+        # Besides exceptions of its own, oauthlib raises any other for JSON of an unexpected shape.
         code = getattr(error, "error", "") or ""
-        said = described(found, client, *sent)
-        raise Denied(code, f"{urlsplit(client.token_url).netloc} says {said}") from None
-    # Some servers have the number in a string.
+        message = described(found, client, *sent)
+        raise Denied(code, f"{urlsplit(client.token_url).netloc} says {message}") from None
+    # Some servers send the number as a string.
     if re.fullmatch(r"\d{1,9}(\.\d*)?", str(lifetime)[:20], re.ASCII) and float(lifetime) > 0:
         answer["expires_in"] = float(lifetime)
     return answer
 
 
 def is_token(value: object) -> TypeGuard[str]:
-    """Whether it can be a token (RFC 6749 appendices A.12 and A.17)."""
+    """Return whether ``value`` has the syntax of a token (RFC 6749 appendices A.12 and A.17)."""
     return isinstance(value, str) and value.isascii() and value.isprintable() and value != ""
 
 
 def parse_json(reply: bytes) -> dict[str, Any]:
-    """An object in JSON; nothing else says anything."""
+    """Return the JSON object in ``reply``, or an empty one if it holds anything else."""
     try:
         found = json.loads(reply)
     except (ValueError, RecursionError):
@@ -232,8 +233,8 @@ def parse_json(reply: bytes) -> dict[str, Any]:
 
 
 def described(answer: Mapping[str, Any], client: OAuthClient, *sent: str) -> str:
-    """The error in an answer, on one short line; what else there is may be secret, as ``sent`` is."""
+    """Return the error in an answer on one short line, without the secrets that were ``sent``."""
     parts = (answer.get("error"), answer.get("error_description"))
     text = ": ".join(part for part in parts if isinstance(part, str) and part)
     text = shown(text, [*secret_of(client).values(), *sent], "(its answer repeats a secret and is not shown)")
-    return text or "what is no answer of OAuth 2.0"
+    return text or "something that is not OAuth 2.0"

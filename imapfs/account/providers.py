@@ -1,4 +1,4 @@
-"""The mail providers that imapfs knows without asking anybody: the table in ``providers.toml``."""
+"""Mail providers that imapfs knows without asking anybody: the table in ``providers.toml``."""
 
 import functools
 import tomllib
@@ -11,14 +11,14 @@ SignIn = Literal["password", "app", "oauth"]
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """One entry of the table, whose first lines say what the fields mean."""
+    """One entry of the table. The comment at the top of the file explains the fields."""
 
     name: str
     source: str
     domains: tuple[str, ...]
     mx: tuple[str, ...]
     host: str | None = None
-    """None where there is no IMAP to be had from afar; ``hint`` says what there is."""
+    """None if the provider offers no IMAP server; ``hint`` says what it offers."""
     user: Literal["address", "local"] = "address"
     sign_in: SignIn = "password"
     oauth: str | None = None
@@ -28,7 +28,7 @@ class Provider:
 
 @functools.cache
 def table() -> tuple[Provider, ...]:
-    """All providers, in the order of the file."""
+    """Return all providers, in the order of the file."""
     text = resources.files("imapfs.account").joinpath("providers.toml").read_text(encoding="utf-8")
     providers = []
     for entry in tomllib.loads(text)["provider"]:
@@ -40,20 +40,20 @@ def table() -> tuple[Provider, ...]:
 
 
 def by_domain(domain: str) -> Provider | None:
-    """Whose addresses end in ``@domain``; lower case."""
+    """Return the provider whose addresses end in ``@domain``; lower case."""
     return next((one for one in table() if domain in one.domains), None)
 
 
 def by_mail_exchanger(host: str) -> Provider | None:
-    """Whose servers take the mail of a domain that has ``host`` in an MX record; lower case."""
+    """Return the provider that receives mail for domains with ``host`` as an MX record; lower case."""
     return next((one for one in table() if any(within(host, end) for end in one.mx)), None)
 
 
 def by_host(host: str) -> Provider | None:
-    """Whose IMAP server ``host`` is; lower case."""
+    """Return the provider whose IMAP server is ``host``; lower case."""
     return next((one for one in table() if host == one.host), None)
 
 
 def within(name: str, domain: str) -> bool:
-    """Whether the DNS name ``name`` is ``domain`` or below it."""
+    """Return whether the DNS name ``name`` is ``domain`` or below it."""
     return name == domain or name.endswith("." + domain)

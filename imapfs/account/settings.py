@@ -1,15 +1,22 @@
-"""What can be set for a mount: the one table behind ``--help``, the configuration file and the manual pages.
+"""Everything that can be set for a mount: the one table of settings.
 
-How a value is checked and converted is decided in `account.config`; a person reads this. Light
-on purpose, because ``--help`` and completion need it.
+The options of commands, the keys of the configuration file, their checks and defaults, the manual pages and
+README's table all follow from it. A new setting is a new entry here. If a mount needs the value, it is also a
+field of that name in `model.MountConfig`, or in `model.Account` if it concerns the connection.
+
+The module imports little, because ``--help`` and completion need it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Final, Literal, get_args
 
-from imapfs.model import AuthMethod, DeletePolicy, NameScheme, Security
+from imapfs.account import values
+from imapfs.model import AuthMethod, DeletePolicy, NameScheme, Secret, Security
 
-Kind = Literal["text", "path", "directory", "size", "integer", "number", "flag", "choice", "list", "table"]
+ValueKind = Literal[
+    "text", "path", "directory", "size", "integer", "number", "flag", "choice", "list", "table"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,23 +26,30 @@ class Setting:
     key: str
     meaning: str
     """A sentence or two for people, with the unit."""
-    kind: Kind
+    kind: ValueKind
     metavar: str = ""
-    """Stands for the value; "" for a flag and for choices, which stand for themselves."""
+    """Stands for the value in help texts; "" for flags and choices."""
     default: str | int | float | bool | None = None
-    """As it would be written in the file; None where there is none, or where it depends on the machine."""
+    """As written in the file; None if there is none, or if it depends on the machine."""
     default_shown: str = ""
-    """For people, where ``default`` cannot say it."""
+    """The default for people, if ``default`` does not say it."""
     choices: tuple[str, ...] = ()
     connects: bool = False
-    """Whether it says how to reach the account: what only connects has the option as well."""
+    """Whether it says how to reach the account; commands that only connect have the option as well."""
     option: str | None = ""
     """The option of the command line if it is not ``--KEY``; None for what SOURCE says there."""
+    converter: values.Converter | None = None
+    """Checks and converts a value; None for the usual converter of its kind."""
 
     @property
     def flag(self) -> str:
-        """The option that sets it, or "" where none does."""
+        """The option that sets it, or "" if there is none."""
         return f"--{self.key}" if self.option == "" else self.option or ""
+
+    @property
+    def field(self) -> str:
+        """The key as a Python name: of keyword arguments and dataclass fields."""
+        return self.key.replace("-", "_")
 
     @property
     def shown_default(self) -> str:
@@ -45,16 +59,114 @@ class Setting:
     def shown_value(self) -> str:
         return self.metavar or "|".join(self.choices)
 
+    @property
+    def is_path(self) -> bool:
+        return self.kind in ("path", "directory")
 
-SETTINGS = (
-    Setting("host", "The server's name or address.", "text", "HOST", option=None),
-    Setting("user", "The name to log in with.", "text", "USER", option=None),
+    def convert(self, value: object) -> object:
+        """Return ``value`` checked and converted. Raises ValueError with the end of a sentence."""
+        if self.converter is not None:
+            return self.converter(value)
+        match self.kind:
+            case "flag":
+                return values.boolean(value)
+            case "choice":
+                return values.one_of(self.choices)(value)
+            case "size":
+                return values.size(value)
+            case _:
+                return values.text(value)
+
+
+OAUTH_SETTINGS: Final = (
     Setting(
-        "port", "The server's port.", "integer", "N", default_shown="993, or 143 with starttls", option=None
+        "provider",
+        "A known provider, whose addresses and scope need not be given; other keys override them.",
+        "choice",
+        choices=("google", "microsoft"),
+        option=None,
+    ),
+    Setting(
+        "client-id",
+        "The client id that the provider assigned when you registered a client.",
+        "text",
+        option=None,
+        converter=values.printable,
+    ),
+    Setting(
+        "client-secret",
+        "The client secret, which some providers issue and require.",
+        "text",
+        option=None,
+        converter=lambda value: Secret(values.printable(value)),
+    ),
+    Setting(
+        "authorize-url",
+        "The https:// address for consent in a browser.",
+        "text",
+        option=None,
+        converter=values.https_url,
+    ),
+    Setting(
+        "device-url",
+        "The https:// address for consent with a device code.",
+        "text",
+        option=None,
+        converter=values.https_url,
+    ),
+    Setting(
+        "token-url",
+        "The https:// address that issues tokens.",
+        "text",
+        option=None,
+        converter=values.https_url,
+    ),
+    Setting("scope", "What the consent covers.", "text", option=None, converter=values.printable),
+)
+"""The keys of the table ``oauth``; but for ``provider`` they are fields of `oauth.OAuthClient`."""
+
+
+def _oauth_client(value: object) -> object:
+    """Convert the table ``oauth``: what it says over what ``provider`` stands for."""
+    # Loads the keyring's module, which --help does not need.
+    from imapfs.account.oauth import PROVIDERS, OAuthClient
+
+    if not isinstance(value, dict):
+        raise ValueError("must be a table, [accounts.NAME.oauth]")
+    settings = {setting.key: setting for setting in OAUTH_SETTINGS}
+    for key in value:
+        if key not in settings:
+            raise ValueError(f"unknown key {key!r}; known are {', '.join(settings)}")
+    given: dict[str, Any] = {}
+    for key, raw in value.items():
+        try:
+            given[key] = settings[key].convert(raw)
+        except ValueError as error:
+            raise ValueError(f"{key} {error}") from None
+    found = {**PROVIDERS.get(given.pop("provider", None), {}), **given}
+    for key in ("client-id", "token-url", "scope"):
+        if key not in found:
+            raise ValueError(f"has no {key!r}")
+    if "authorize-url" not in found and "device-url" not in found:
+        raise ValueError("has neither 'authorize-url' nor 'device-url'")
+    return OAuthClient(**{settings[key].field: one for key, one in found.items()})
+
+
+SETTINGS: Final = (
+    Setting("host", "The server's name or address.", "text", "HOST", option=None, converter=values.host),
+    Setting("user", "The name to log in with.", "text", "USER", option=None, converter=values.user),
+    Setting(
+        "port",
+        "The server's port.",
+        "integer",
+        "N",
+        default_shown="993, or 143 with starttls",
+        option=None,
+        converter=values.port,
     ),
     Setting(
         "security",
-        "TLS from the first byte, or STARTTLS.",
+        "Use implicit TLS, or STARTTLS.",
         "choice",
         default="tls",
         choices=get_args(Security),
@@ -62,28 +174,31 @@ SETTINGS = (
     ),
     Setting(
         "mailbox",
-        "Mount only this mailbox and what is below it.",
+        "Mount only this mailbox and those below it.",
         "text",
         "PATH",
         default_shown="the whole account",
         option=None,
+        converter=values.mailbox,
     ),
     Setting(
         "password-command",
-        "Run CMD with sh; the first line that it prints is the password.",
+        "Run CMD with sh; the first line of its output is the password.",
         "text",
         "CMD",
         connects=True,
     ),
-    Setting("password-file", "The first line of FILE is the password.", "path", "FILE", connects=True),
+    Setting("password-file", "Read the password from the first line of FILE.", "path", "FILE", connects=True),
     Setting(
         "token-command",
-        "Run CMD with sh; the first line that it prints is an OAuth 2.0 access token.",
+        "Run CMD with sh; the first line of its output is an OAuth 2.0 access token.",
         "text",
         "CMD",
         connects=True,
     ),
-    Setting("oauth", "How to log in by OAuth 2.0: see below.", "table", option=None),
+    Setting(
+        "oauth", "How to log in with OAuth 2.0: see below.", "table", option=None, converter=_oauth_client
+    ),
     Setting(
         "ca-file",
         "Trust the PEM certificates in FILE.",
@@ -94,15 +209,18 @@ SETTINGS = (
     ),
     Setting(
         "tls-fingerprint",
-        "Trust the one certificate with this SHA-256 fingerprint, with or without colons, and no other.",
+        "Trust only the certificate with this SHA-256 fingerprint, with or without colons.",
         "text",
         "HEX",
         connects=True,
+        converter=values.fingerprint,
     ),
-    Setting("client-cert", "Show the server the PEM certificate in FILE.", "path", "FILE", connects=True),
+    Setting(
+        "client-cert", "Present the PEM certificate in FILE to the server.", "path", "FILE", connects=True
+    ),
     Setting(
         "client-key",
-        "The private key of that certificate, in PEM and without a passphrase.",
+        "The private key of the client certificate, in PEM and without a passphrase.",
         "path",
         "FILE",
         default_shown="in the same file",
@@ -110,7 +228,7 @@ SETTINGS = (
     ),
     Setting(
         "auth",
-        "How to log in; auto is the strongest way that the server has.",
+        "How to log in; auto uses the strongest mechanism that the server offers.",
         "choice",
         default="auto",
         choices=get_args(AuthMethod),
@@ -118,38 +236,40 @@ SETTINGS = (
     ),
     Setting(
         "insecure-plaintext",
-        "With STARTTLS: send password and mail unencrypted if the server does not have it.",
+        "If the server does not offer STARTTLS, send password and mail unencrypted.",
         "flag",
         default=False,
         connects=True,
     ),
     Setting(
         "timeout",
-        "Most seconds that any operation waits for the server.",
+        "Maximum time in seconds that any operation waits for the server.",
         "number",
         "SECONDS",
         30,
         connects=True,
+        converter=values.seconds(3600),
     ),
     Setting(
         "cache-dir",
-        "Cache in DIR.",
+        "Keep the cache in DIR.",
         "directory",
         "DIR",
         default_shown="~/.cache/imapfs",
     ),
-    Setting("cache-size", "Keep at most SIZE of messages, such as 500M.", "size", "SIZE", "10GiB"),
+    Setting("cache-size", "Maximum size of the cached messages, such as 500M.", "size", "SIZE", "10GiB"),
     Setting("read-only", "Refuse every change; reading is faster.", "flag", default=False),
     Setting(
         "fetch-ahead",
-        "Most that is fetched a day before it is wanted; 0 for nothing.",
+        "Maximum amount of mail to prefetch per day; 0 disables prefetching.",
         "size",
         "SIZE",
         "2GiB",
+        converter=values.size_or_zero,
     ),
     Setting(
         "delete",
-        "What rm does outside Trash: move there, or delete for good.",
+        "What rm does outside Trash: move to Trash, or delete permanently.",
         "choice",
         default="trash",
         choices=get_args(DeletePolicy),
@@ -161,13 +281,21 @@ SETTINGS = (
         default="subject",
         choices=get_args(NameScheme),
     ),
-    Setting("connections", "Most connections to the server at once.", "integer", "N", 4),
+    Setting(
+        "connections",
+        "Maximum number of connections to the server.",
+        "integer",
+        "N",
+        4,
+        converter=values.integer(1, 50),
+    ),
     Setting(
         "poll",
-        "Most seconds between looks for changes that the server does not tell.",
+        "Maximum time in seconds between checks for changes that the server does not announce.",
         "number",
         "SECONDS",
         60,
+        converter=values.seconds(86400),
     ),
     Setting(
         "log-file",
@@ -182,23 +310,14 @@ SETTINGS = (
         "list",
         "OPTION,...",
         option="-o",
+        converter=values.mount_options,
     ),
 )
 """In the order in which they are shown."""
 
-OAUTH_SETTINGS = (
-    Setting(
-        "provider",
-        "What gives the addresses and the scope; keys beside it replace them.",
-        "choice",
-        choices=("google", "microsoft"),
-        option=None,
-    ),
-    Setting("client-id", "What the provider knows your program by: register one there.", "text", option=None),
-    Setting("client-secret", "What some providers give to clients, and want back.", "text", option=None),
-    Setting("authorize-url", "The https:// address for a consent in the browser.", "text", option=None),
-    Setting("device-url", "The https:// address for a consent by a code.", "text", option=None),
-    Setting("token-url", "The https:// address that gives tokens.", "text", option=None),
-    Setting("scope", "What the consent is for.", "text", option=None),
-)
-"""The keys of the table ``oauth``."""
+BY_KEY: Final[Mapping[str, Setting]] = {setting.key: setting for setting in SETTINGS}
+
+
+def convert(key: str, value: object) -> object:
+    """Return ``value`` as the setting ``key`` means it. Raises ValueError with the end of a sentence."""
+    return BY_KEY[key].convert(value)

@@ -1,8 +1,8 @@
-"""``mount.imapfs``: what mount(8) runs for ``mount -t imapfs`` and for such a line of fstab(5).
+"""``mount.imapfs``: the helper that mount(8) runs for ``mount -t imapfs`` and for lines of fstab(5).
 
-All of it is for ``imapfs mount`` to do; here its options are translated from those of mount(8), and its exit
-codes into them. A mount that root makes for somebody (``setuid=NAME``, as mount.fuse3(8) has it) is made by
-that user, with that user's configuration, keyring and cache.
+It translates the options of mount(8) for ``imapfs mount``, and the exit codes back. A mount that root makes
+for somebody else (``setuid=NAME``, as in mount.fuse3(8)) is made as that user, with that user's
+configuration, keyring and cache.
 """
 
 import os
@@ -15,13 +15,15 @@ from typing import Final, NamedTuple, NoReturn
 
 import click
 
+from imapfs.account import values
 from imapfs.account.settings import SETTINGS
-from imapfs.cli import main as cli
+from imapfs.cli.main import run
+from imapfs.cli.mount import mount
 from imapfs.cli.parameters import DIRECTORY, SOURCE
 from imapfs.errors import UsageError
 
 _EXIT_CODES: Final = {0: 0, 1: 32, 2: 1, 3: 32, 130: 8}
-"""mount(8): 1 for wrong usage, 8 for an interruption by the user, 32 for a failed mount."""
+"""mount(8): 1 is wrong usage, 8 an interruption by the user, 32 a failed mount."""
 _KEYS: Final = {setting.key: setting for setting in SETTINGS if setting.flag.startswith("--")}
 
 
@@ -29,17 +31,15 @@ class Translation(NamedTuple):
     arguments: list[str]
     """Options of ``imapfs mount``."""
     user: str | None
-    """Name or number of the user whose mount it is; None for who asks for it."""
+    """Name or number of the user whose mount it is; None for the user who runs the program."""
 
 
 def translate(options: str, *, sloppy: bool = False) -> Translation:
-    """What mount options mean: those of ``imapfs mount -o``, keys of the configuration file, a user.
+    """Translate mount options: those of ``imapfs mount -o``, keys of the configuration file, and a user.
 
-    A value with a comma is written in double quotes, as mount(8) wants it. ``sloppy`` ignores what nobody
-    knows, which else raises UsageError.
+    A value with a comma is in double quotes, as in mount(8). Unknown options are ignored if ``sloppy``;
+    otherwise they raise UsageError.
     """
-    from imapfs.account import config
-
     arguments: list[str] = []
     user = None
     for text in re.findall(r'(?:[^,"]|"[^"]*(?:"|$))+', options):
@@ -52,13 +52,11 @@ def translate(options: str, *, sloppy: bool = False) -> Translation:
         elif name in ("setuid", "uid") and value:
             user = value
         elif name == "remount":
-            raise UsageError(
-                "a mount cannot be changed: unmount it and mount it again with the other options"
-            )
-        elif name != "user":  # mount(8) may add =NAME to that
+            raise UsageError("a mount cannot be changed: unmount it, and mount it again with the new options")
+        elif name != "user":  # mount(8) may write it as user=NAME
             try:
-                config.sort_fuse_options([text])
-            except UsageError as error:
+                values.sort_mount_options([text])
+            except ValueError as error:
                 if sloppy:
                     continue
                 others = ", ".join(["setuid=USER", *(_written(key) for key in _KEYS)])
@@ -73,7 +71,7 @@ def _written(key: str) -> str:
 
 
 def become(name: str) -> None:
-    """Go on as the user ``name`` (or number), in the environment of that user. Raises UsageError."""
+    """Continue as the user ``name`` (or number), in that user's environment. Raises UsageError."""
     try:
         user = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
     except KeyError:
@@ -89,7 +87,7 @@ def become(name: str) -> None:
     for variable in [key for key in os.environ if key.startswith(("XDG_", "DBUS_"))]:
         del os.environ[variable]
     os.environ |= {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name, "SHELL": user.pw_shell}
-    # The keyring is reached through the bus of that user's session, if there is one.
+    # The keyring is reached through the bus of that user's session, if there is a session.
     runtime = Path(f"/run/user/{user.pw_uid}")
     if runtime.is_dir():
         os.environ["XDG_RUNTIME_DIR"] = str(runtime)
@@ -99,13 +97,13 @@ def become(name: str) -> None:
 @click.command()
 @click.argument("source", type=SOURCE)
 @click.argument("mountpoint", type=DIRECTORY)
-@click.option("-o", "options", metavar="OPTION,...", multiple=True, help="Mount options, as said above.")
-@click.option("-s", "sloppy", is_flag=True, help="Ignore options that are not known.")
-@click.option("-f", "fake", is_flag=True, help="Only look whether the options are right.")
-@click.option("-n", "no_mtab", is_flag=True, help="Does nothing: there is no /etc/mtab to write.")
+@click.option("-o", "options", metavar="OPTION,...", multiple=True, help="Mount options, see above.")
+@click.option("-s", "sloppy", is_flag=True, help="Ignore unknown options.")
+@click.option("-f", "fake", is_flag=True, help="Only check the options.")
+@click.option("-n", "no_mtab", is_flag=True, help="Ignored: there is no /etc/mtab to write.")
 @click.option("-v", "verbose", count=True, help="Log details.")
-@click.option("-t", "fstype", metavar="TYPE", help="Does nothing: there is one type.")
-@click.option("-N", "namespace", metavar="NAMESPACE", help="Refused: another mount namespace is not entered.")
+@click.option("-t", "fstype", metavar="TYPE", help="Ignored: there is only one type.")
+@click.option("-N", "namespace", metavar="NAMESPACE", help="Refused: use nsenter(1) instead.")
 def helper(
     source: str,
     mountpoint: Path,
@@ -116,17 +114,15 @@ def helper(
     namespace: str | None,
     **_: object,
 ) -> None:
-    """Mount SOURCE on MOUNTPOINT as 'imapfs mount' does; for mount(8), which runs it as /sbin/mount.imapfs.
+    """Mount SOURCE on MOUNTPOINT as 'imapfs mount' does; mount(8) runs this program as /sbin/mount.imapfs.
 
-    Options are those of 'imapfs mount -o', setuid=USER (for root: it is that user's mount), and the keys of
-    imapfs.toml(5), such as password-file=FILE. A value with a comma goes in double quotes.
+    The mount options are those of 'imapfs mount -o', the keys of imapfs.toml(5), such as password-file=FILE,
+    and for root setuid=USER, which makes the mount as that user. A value with a comma goes in double quotes.
     """
     if namespace is not None:
-        raise UsageError(
-            f"cannot mount in another namespace: run nsenter --mount={namespace} and mount there"
-        )
+        raise UsageError(f"cannot mount in another namespace: use nsenter --mount={namespace}")
     if source.startswith("/"):
-        # mount(8) makes a path of an account's name if there is a file of that name where it is called.
+        # mount(8) turns an account's name into a path if the current directory has a file of that name.
         source = Path(source).name
     arguments, user = translate(",".join(options), sloppy=sloppy)
     if user is not None:
@@ -135,18 +131,18 @@ def helper(
         return
     arguments += ["-v"] * verbose
     try:
-        cli.commands.main(["mount", *arguments, "--", source, str(mountpoint)], standalone_mode=False)
+        mount.main([*arguments, "--", source, str(mountpoint)], standalone_mode=False)
     except click.UsageError as error:
         raise UsageError(error.format_message()) from None
 
 
 def _is_mounted(source: str, mountpoint: Path) -> bool:
-    """``mount -a`` asks again for what it does not recognise by its source."""
-    from imapfs import mounts
+    """Return whether SOURCE is mounted there: ``mount -a`` does not recognize it, and mounts it again."""
+    from imapfs import mountinfo
     from imapfs.account import config
 
-    there = mounts.mount_at(mountpoint)
-    if there is None or there.fstype != mounts.FSTYPE:
+    there = mountinfo.mount_at(mountpoint)
+    if there is None or there.fstype != mountinfo.FSTYPE:
         return False
     account = config.resolve(source, mountpoint, {}, config.default_path()).mount.account
     return there.source == account.url
@@ -154,4 +150,4 @@ def _is_mounted(source: str, mountpoint: Path) -> bool:
 
 def main() -> NoReturn:
     """Run as ``mount.imapfs`` and exit."""
-    sys.exit(_EXIT_CODES[cli.run(helper, "mount.imapfs")])
+    sys.exit(_EXIT_CODES[run(helper, "mount.imapfs")])

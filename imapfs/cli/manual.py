@@ -1,11 +1,10 @@
-"""The manual pages and the shells' completion, made from the commands and the table of settings.
+"""The manual pages and the shell completions, generated from the commands and the table of settings.
 
-Run when the package is built (``hatch_build.py``); nothing of what it makes is kept in the sources.
+Runs when the package is built (``hatch_build.py``); the generated files are not part of the sources.
 """
 
 import inspect
 import re
-from collections.abc import Iterator
 from typing import Final
 
 import click
@@ -14,7 +13,7 @@ from click.shell_completion import get_completion_class
 from imapfs import __version__
 from imapfs.account.settings import OAUTH_SETTINGS, SETTINGS, Setting
 from imapfs.cli.fstab import helper
-from imapfs.cli.main import commands
+from imapfs.cli.main import all_commands, commands
 
 _COMPLETIONS: Final = {
     "bash": "share/bash-completion/completions/imapfs",
@@ -24,7 +23,7 @@ _COMPLETIONS: Final = {
 
 
 def generated() -> dict[str, str]:
-    """The text of each file, by its path below the prefix of an installation."""
+    """Return the text of each file, by its path below the prefix of an installation."""
     return {
         "share/man/man1/imapfs.1": imapfs_1(),
         "share/man/man5/imapfs.toml.5": imapfs_toml_5(),
@@ -34,10 +33,10 @@ def generated() -> dict[str, str]:
 
 
 def completion(shell: str) -> str:
-    """The script that makes ``shell`` ask ``imapfs`` how a line goes on."""
+    """Return the script with which ``shell`` asks ``imapfs`` for completions."""
     found = get_completion_class(shell)
     if found is None:
-        raise ValueError(f"click knows nothing of {shell}")
+        raise ValueError(f"click does not support {shell}")
     return found(commands, {}, "imapfs", "_IMAPFS_COMPLETE").source()
 
 
@@ -45,7 +44,7 @@ def completion(shell: str) -> str:
 
 
 def _text(text: str) -> str:
-    """``text`` so that it comes out as it is: no character of it is a request or typographic."""
+    """Escape ``text`` so that roff prints it literally."""
     for char, escape in (
         ("\\", r"\e"),
         ("-", r"\-"),
@@ -59,7 +58,7 @@ def _text(text: str) -> str:
 
 
 def _argument(text: str) -> str:
-    """``text`` as one argument of a macro."""
+    """Return ``text`` as one argument of a macro."""
     return '"' + _text(text).replace('"', r"\(dq") + '"'
 
 
@@ -68,7 +67,7 @@ def _section(title: str, *parts: str) -> str:
 
 
 def _paragraphs(text: str) -> str:
-    """Paragraphs between empty lines; one that is indented, or begins with click's mark, keeps its lines."""
+    """Format paragraphs. One that is indented, or begins with click's mark, keeps its line breaks."""
     blocks = []
     for block in re.split(r"\n\s*\n", inspect.cleandoc(text)):
         if block.startswith(("    ", "\b")):
@@ -76,7 +75,7 @@ def _paragraphs(text: str) -> str:
             blocks.append("\n".join([".PP", ".RS 4", ".nf", *map(_text, lines), ".fi", ".RE"]))
         else:
             blocks.append(".PP\n" + _text(" ".join(block.split())))
-    # The first follows a title, which begins a paragraph by itself.
+    # The title before the first one already starts a paragraph.
     return "\n".join(blocks).removeprefix(".PP\n")
 
 
@@ -87,7 +86,7 @@ def _item(term: str, *paragraphs: str) -> str:
 
 def _page(name: str, section: int, brief: str, *sections: str) -> str:
     title = f'.TH {_argument(name.upper())} {section} "" {_argument(f"imapfs {__version__}")} "imapfs"'
-    # Text and names of options are easier to read, and to look for, without hyphens at the ends of lines.
+    # Without hyphenation, option names are easier to read and to search for.
     return "\n".join(
         [title, ".nh", ".ad l", _section("NAME", rf"{_text(name)} \- {_text(brief)}"), *sections, ""]
     )
@@ -109,15 +108,6 @@ def _options(command: click.Command, name: str) -> str:
     )
 
 
-def _leaves(group: click.Group, name: str) -> Iterator[tuple[str, click.Command]]:
-    for sub in group.commands.values():
-        full = f"{name} {sub.name}"
-        if isinstance(sub, click.Group):
-            yield from _leaves(sub, full)
-        elif not sub.hidden:
-            yield full, sub
-
-
 def _command(name: str, command: click.Command) -> str:
     return "\n".join(
         [f".SS {_argument(_usage(command, name))}", _paragraphs(command.help or ""), _options(command, name)]
@@ -125,14 +115,15 @@ def _command(name: str, command: click.Command) -> str:
 
 
 def imapfs_1() -> str:
-    usages = [_usage(command, name) for name, command in _leaves(commands, "imapfs")]
+    pages = {f"imapfs {name}": command for name, command in all_commands().items()}
+    usages = [_usage(command, name) for name, command in pages.items()]
     return _page(
         "imapfs",
         1,
         "mount an IMAP account as a directory",
         _section("SYNOPSIS", ".nf", *map(_text, usages), ".fi"),
         _section("DESCRIPTION", _paragraphs(f"{commands.help}\n\n{_DESCRIPTION}")),
-        _section("COMMANDS", *(_command(name, command) for name, command in _leaves(commands, "imapfs"))),
+        _section("COMMANDS", *(_command(name, command) for name, command in pages.items())),
         _section("EXIT STATUS", *(_item(code, meaning) for code, meaning in _EXIT_CODES)),
         _section("ENVIRONMENT", *(_item(name, meaning) for name, meaning in _ENVIRONMENT)),
         _section("FILES", *(_item(path, meaning) for path, meaning in _FILES)),
@@ -146,55 +137,58 @@ Every program that can open a file can work with mail: ls, grep, find, rsync, an
 Moving, deleting, tagging and saving files does the same to the messages on the server. Reading never changes
 anything there.
 
-A file that is closed is safe: on the server, or in a spool on disk that survives crashes and is sent later,
-once.
+A file is safe once it is closed: it is on the server, or in a spool on disk that survives crashes and is
+uploaded later, exactly once.
 """
 _EXIT_CODES: Final = (
-    ("0", "Done."),
-    ("1", "Failed; one line on the standard error says of what, and what to do."),
+    ("0", "Success."),
+    ("1", "Failure; one line on standard error says what failed and what to do."),
     ("2", "Wrong usage."),
     (
         "3",
-        "The server refused the login, or no password or token was to be had. No service should try again by "
-        "itself.",
+        "The server refused the login, or no password or token was found. A service manager should not "
+        "retry automatically.",
     ),
     ("130", "Interrupted."),
 )
 _ENVIRONMENT: Final = (
-    ("XDG_CONFIG_HOME, XDG_CACHE_HOME, XDG_STATE_HOME", "Where the files below are instead of in ~."),
+    (
+        "XDG_CONFIG_HOME, XDG_CACHE_HOME, XDG_STATE_HOME",
+        "Replace ~/.config, ~/.cache and ~/.local/state in the paths below.",
+    ),
     (
         "CREDENTIALS_DIRECTORY",
-        "Set by systemd: has passwords in files called like the account, or else imapfs.",
+        "Set by systemd: a directory with the password in a file named like the account, or imapfs.",
     ),
     (
         "NOTIFY_SOCKET, JOURNAL_STREAM",
-        "Set by systemd: with --foreground it is told how the mount is, and the log goes to the journal line "
-        "by line, with priorities.",
+        "Set by systemd: with --foreground, the state of the mount is reported to it, and the log goes to "
+        "the journal with priorities.",
     ),
 )
 _FILES: Final = (
-    ("~/.config/imapfs/config.toml", "Accounts by name, see imapfs.toml(5)."),
+    ("~/.config/imapfs/config.toml", "The accounts; see imapfs.toml(5)."),
     (
         "~/.cache/imapfs/",
-        "The cache. It can be deleted while nothing is mounted, except for spool directories with files in "
-        "them: no server has these messages.",
+        "The cache. It can be deleted while nothing is mounted, except for spool directories that contain "
+        "files: these messages are on no server.",
     ),
-    ("~/.local/state/imapfs/log/", "The log of each mount that is in the background."),
+    ("~/.local/state/imapfs/log/", "The log of each mount in the background."),
     ("~/.local/share/systemd/user/imapfs@.service", "Mounts an account when you log in."),
 )
 _EXAMPLES: Final = """
-Mount an account, look at it, unmount it:
+Mount an account, list its inbox, unmount it:
 
     imapfs mount imaps://alice%40example.org@imap.example.org ~/mail
     ls -l ~/mail/INBOX
     imapfs umount ~/mail
 
-Give an account a name, from nothing but its address, and see whether anything is in the way of mounting it:
+Set up an account with only its address, and check whether it can be mounted:
 
     imapfs setup --name work
     imapfs check work
 
-Mount it at each login, on ~/mail/work, and now:
+Mount it on ~/mail/work, now and whenever you log in:
 
     systemctl --user enable --now imapfs@work
 """
@@ -241,22 +235,22 @@ def imapfs_toml_5() -> str:
 
 
 _TOML: Final = """
-A file in TOML (https://toml.io) that gives accounts a name. Each has a table of its own, [accounts.NAME], and
-is mounted with "imapfs mount NAME MOUNTPOINT". Options of the command line override what is written here.
+A file in TOML (https://toml.io) with a table for each account, [accounts.NAME]. "imapfs mount NAME
+MOUNTPOINT" mounts that account. Options on the command line override the keys in the file.
 
-The keys host and user must be there. A relative path begins at the directory of the file. A password
-does not belong in this file: it comes from a command, from a file that nobody else can read, from a systemd
-credential of the account's name or else called imapfs, from the keyring, or from a prompt on the terminal.
+The keys host and user are required. Relative paths start at the directory of the file. A password does not
+belong in this file: it comes from a command, from a file that nobody else can read, from a systemd credential
+named like the account or imapfs, from the keyring, or from a prompt on the terminal.
 
-"imapfs setup" writes such tables, and "imapfs accounts" lists them.
+"imapfs setup" adds such tables, and "imapfs accounts" lists them.
 """
 _OAUTH: Final = """
-The keys of the table [accounts.NAME.oauth]. There must be a client-id, and a provider or else token-url,
-scope and one of authorize-url and device-url. "imapfs login NAME" asks for the consent, which is kept in the
-keyring.
+The keys of the table [accounts.NAME.oauth]. Required are client-id, and either provider, or token-url, scope
+and at least one of authorize-url and device-url. "imapfs login NAME" asks for your consent and stores the
+resulting token in the keyring.
 """
 _TOML_EXAMPLE: Final = """
-One account, whose password another program keeps:
+An account whose password another program stores:
 
     [accounts.work]
     host = "imap.example.org"
@@ -265,7 +259,7 @@ One account, whose password another program keeps:
     connections = 8
     options = "noatime"
 
-One with OAuth 2.0:
+An account with OAuth 2.0:
 
     [accounts.office]
     host = "outlook.office365.com"
@@ -294,18 +288,18 @@ def mount_imapfs_8() -> str:
 
 
 _MOUNT: Final = """
-A mount belongs to who makes it, and only that user can look into it unless allow_other is given. With "user"
-in fstab(5) that is who calls mount; at boot it is root, unless setuid=USER says otherwise.
+A mount belongs to the user who makes it, and only that user can access it unless allow_other is given. With
+"user" in fstab(5), that is the user who runs mount. At boot it is root, unless setuid=USER is given.
 
-At boot nobody is there to type a password: name a password-file, or an account that says where its password
-is. To unmount, "imapfs umount" also waits until everything is on the server; umount(8) does not.
+No password can be typed at boot: give a password-file, or an account whose entry says where its password
+comes from. "imapfs umount" waits until everything is on the server; umount(8) does not.
 """
 _MOUNT_EXAMPLES: Final = """
-A line of /etc/fstab with which alice can say "mount ~/mail":
+A line in /etc/fstab that lets alice run "mount ~/mail":
 
     work /home/alice/mail imapfs noauto,user 0 0
 
-One for which alice's mail is mounted at boot:
+A line that mounts alice's mail at boot:
 
     work /home/alice/mail imapfs setuid=alice,_netdev,nofail 0 0
 """

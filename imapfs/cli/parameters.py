@@ -1,23 +1,23 @@
-"""What the commands take: types of parameters, how a shell completes them, and the settings' options.
+"""What commands take: parameter types with shell completion, and the options that set a setting.
 
-Everything heavy is imported inside the function that needs it, as in `imapfs.cli.main`.
+Heavy modules are imported inside functions, as in all modules of commands.
 """
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
-from imapfs.account.settings import SETTINGS, Setting
+from imapfs.account.settings import BY_KEY, SETTINGS, Setting
 from imapfs.errors import ImapfsError
 
-_Command = TypeVar("_Command", bound=Callable[..., Any])
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-# What a shell would take for something else; click hands a completion to it as it is.
+# A shell would interpret these characters, and click passes a completion on without quotes.
 _NEEDS_QUOTES = re.compile(r"[^\w@%+=:,./~-]")
 
 
@@ -38,21 +38,21 @@ class _Path(click.ParamType[Path]):
 
 
 class _LiveMount(_Path):
-    """A mountpoint of imapfs; any directory is offered where there is no mount that fits."""
+    """The mountpoint of an imapfs mount; completes to any directory if no mount matches."""
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem[str]]:
-        from imapfs import mounts
+        from imapfs import mountinfo
 
-        places = [str(mount.mountpoint) for mount in mounts.imapfs_mounts()]
-        return _completions(places, os.path.expanduser(incomplete)) or super().shell_complete(  # noqa: PTH111
+        mountpoints = [str(mount.mountpoint) for mount in mountinfo.imapfs_mounts()]
+        return _completions(mountpoints, os.path.expanduser(incomplete)) or super().shell_complete(  # noqa: PTH111
             ctx, param, incomplete
         )
 
 
 class _Source(click.ParamType[str]):
-    """A URL or the name of an account; the names are completed."""
+    """A URL or the name of an account; names are completed."""
 
     name = "source"
 
@@ -68,9 +68,9 @@ class _Source(click.ParamType[str]):
         return _completions(names, incomplete)
 
 
-def _completions(words: Iterable[str], begin: str) -> list[CompletionItem[str]]:
-    fit = sorted(word for word in words if word.startswith(begin) and not _NEEDS_QUOTES.search(word))
-    return [CompletionItem(word) for word in fit]
+def _completions(words: Iterable[str], incomplete: str) -> list[CompletionItem[str]]:
+    matches = (word for word in words if word.startswith(incomplete) and not _NEEDS_QUOTES.search(word))
+    return [CompletionItem(word) for word in sorted(matches)]
 
 
 FILE = _Path("file")
@@ -79,30 +79,41 @@ LIVE_MOUNT = _LiveMount("directory")
 SOURCE = _Source()
 
 
+# ---- Options of settings
+
+
 class _Decorator(Protocol):
-    def __call__(self, command: _Command, /) -> _Command: ...
+    def __call__(self, command: _Function, /) -> _Function: ...
 
 
-def setting_options(command: _Command) -> _Command:
-    """Give a command the option of every setting that has one; the values arrive as its keyword arguments."""
-    return _with(command, SETTINGS)
+def setting_options(command: _Function) -> _Function:
+    """Give a command an option for every setting that has one; the values arrive as keyword arguments."""
+    return _with_options(command, SETTINGS)
 
 
-def connection_options(command: _Command) -> _Command:
-    """Give a command the options only of the settings that say how to reach an account."""
-    return _with(command, [setting for setting in SETTINGS if setting.connects])
+def connection_options(command: _Function) -> _Function:
+    """Give a command only the options of settings that say how to reach an account."""
+    return _with_options(command, [setting for setting in SETTINGS if setting.connects])
 
 
 def setting_option(key: str, meaning: str = "") -> _Decorator:
-    """Give a command the option of one setting, which may mean something of its own there.
+    """Give a command the option of one setting, with a help text of its own if ``meaning`` is given.
 
-    It is ``--KEY`` also where ``imapfs mount`` takes that from SOURCE.
+    The option is ``--KEY``, even if ``imapfs mount`` takes the setting from SOURCE.
     """
-    (setting,) = [setting for setting in SETTINGS if setting.key == key]
-    return _option(setting, meaning)
+    return _option(BY_KEY[key], meaning)
 
 
-def _with(command: _Command, settings: Sequence[Setting]) -> _Command:
+def given_settings(values: Mapping[str, object]) -> dict[str, object]:
+    """Return the settings that the command line gives: by key, as the configuration file would have them."""
+    return {
+        name.replace("_", "-"): str(value) if isinstance(value, Path) else value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def _with_options(command: _Function, settings: Sequence[Setting]) -> _Function:
     for setting in reversed(settings):
         if setting.flag:
             command = _option(setting)(command)
@@ -111,25 +122,25 @@ def _with(command: _Command, settings: Sequence[Setting]) -> _Command:
 
 def _option(setting: Setting, meaning: str = "") -> _Decorator:
     default = f"  [default: {setting.shown_default}]" if setting.shown_default else ""
-    how: dict[str, Any] = {"help": meaning or setting.meaning + default}
+    attributes: dict[str, Any] = {"help": meaning or setting.meaning + default}
     match setting.kind:
         case "flag":
-            # Without a value of its own: what was not given leaves it to the configuration file.
-            how |= {"is_flag": True, "default": None}
+            # None, not False: a flag that is not given leaves the decision to the configuration file.
+            attributes |= {"is_flag": True, "default": None}
         case "choice":
-            how["type"] = click.Choice(setting.choices)
+            attributes["type"] = click.Choice(setting.choices)
         case "path":
-            how["type"] = FILE
+            attributes["type"] = FILE
         case "directory":
-            how["type"] = DIRECTORY
+            attributes["type"] = DIRECTORY
         case "integer":
-            how["type"] = int
+            attributes["type"] = int
         case "number":
-            how["type"] = float
+            attributes["type"] = float
         case "list":
-            how["multiple"] = True
+            attributes["multiple"] = True
         case "text" | "size" | "table":
-            how["type"] = str
+            attributes["type"] = str
     if setting.metavar:
-        how["metavar"] = setting.metavar
-    return click.option(setting.flag or f"--{setting.key}", setting.key.replace("-", "_"), **how)
+        attributes["metavar"] = setting.metavar
+    return click.option(setting.flag or f"--{setting.key}", setting.field, **attributes)

@@ -1,7 +1,7 @@
-"""The life of the process that serves a mount: checks, the background, the log, and its end.
+"""The process that serves a mount: the checks before it, the fork into the background, the log, its end.
 
-In the background the starting process waits on a pipe for exactly one report: the mount is live, or one
-line why not. The end of the pipe without a report means that the child has died.
+In the background, the starting process waits on a pipe for exactly one report: the mount is live, or one line
+why not. If the pipe ends without a report, the child has died.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import NoReturn
 
-from imapfs import mounts
-from imapfs.daemon import desktop, systemd
-from imapfs.daemon import preflight as machine
+from imapfs import mountinfo
+from imapfs.daemon import control, desktop, systemd
+from imapfs.daemon.preflight import check_device, check_fusermount, check_options
 from imapfs.errors import AuthenticationFailed, ImapfsError, UsageError
 from imapfs.log import one_line
 from imapfs.model import CredentialProvider, MountConfig
 
-_LOG_BYTES = 5 * 2**20
+_MAX_LOG_BYTES = 5 * 2**20
 _LOG_BACKUPS = 2
 _LIVE = b"+"
 _FAILED = b"-"
@@ -42,21 +42,21 @@ def run(
     log_file: Path | None,
     verbosity: int,
 ) -> None:
-    """Serve the mount: in the foreground until it is unmounted, else return once it is live.
+    """Serve the mount: in the foreground until it is unmounted; otherwise return once it is live.
 
-    The log goes to ``log_file``; without one to stderr in the foreground, else to the account's file in the
-    XDG log directory. ``verbosity`` above 0 logs details, above 1 the protocol. In the foreground the service
-    manager is told how the mount is, if one has started it. Raises ImapfsError if the mount does not come
-    about, or in the foreground ends because of a failure.
+    The log goes to ``log_file``; by default to stderr in the foreground, otherwise to the account's file in
+    the XDG log directory. ``verbosity`` above 0 logs details, above 1 the protocol. In the foreground, the
+    service manager that started the process, if any, is informed of the mount's state. Raises ImapfsError if
+    mounting fails, or if a mount in the foreground ends with a failure.
 
-    Must be called while the process has one thread only: it forks.
+    Must be called while the process has only one thread, since it forks.
     """
     preflight(config, log_file)
     if foreground:
         os.umask(0o077)
         _start_log(log_file, verbosity)
-        # A person at the terminal sees why there is no mount; a service manager does not care.
-        observer = _Observer(config, systemd.Manager.take(), person_waits=sys.stderr.isatty())
+        # A person at a terminal sees an error there; under a service manager nobody does.
+        observer = _MountObserver(config, systemd.Manager.take(), person_waits=sys.stderr.isatty())
         _serve(config, credentials, observer, log_file)
         return
     log_file = log_file or default_log_file(config)
@@ -71,7 +71,7 @@ def run(
 
 
 def default_log_file(config: MountConfig) -> Path:
-    """One for each account and mountpoint, because two processes cannot rotate the same file."""
+    """Return a path for each account and mountpoint, because two processes cannot rotate the same file."""
     import platformdirs
 
     account = config.account
@@ -84,7 +84,7 @@ def default_log_file(config: MountConfig) -> Path:
 
 
 def preflight(config: MountConfig, log_file: Path | None) -> None:
-    """Refuse what cannot work before anything is asked or started; raises ImapfsError."""
+    """Raise ImapfsError for what cannot work, before a person is asked anything or a process started."""
     _check_mountpoint(config.mountpoint)
     for what, path in (("cache directory", config.cache_dir), ("log file", log_file)):
         # The daemon would wait for itself.
@@ -95,19 +95,21 @@ def preflight(config: MountConfig, log_file: Path | None) -> None:
     ca_file = config.account.ca_file
     if ca_file is not None and not (ca_file.is_file() and os.access(ca_file, os.R_OK)):
         raise UsageError(f"CA file {ca_file}: does not exist or cannot be read: check --ca-file")
-    machine.check_device()
-    machine.check_fusermount()
-    machine.check_options(config.fuse_options)
+    check_device()
+    check_fusermount()
+    check_options(config.fuse_options)
 
 
 def _check_mountpoint(path: Path) -> None:
-    mount = mounts.mount_at(path)
-    if mount is not None and mount.fstype == mounts.FSTYPE:
-        mounts.read_status(path)
-        raise UsageError(f"{path} is in use: {mount.source} is mounted there; 'imapfs umount {path}' first")
+    mount = mountinfo.mount_at(path)
+    if mount is not None and mount.fstype == mountinfo.FSTYPE:
+        control.read_status(path)
+        raise UsageError(
+            f"{path} is in use: {mount.source} is mounted there: run 'imapfs umount {path}' first"
+        )
     if mount is not None:
         raise UsageError(
-            f"{path} is in use: it is the mountpoint of a {mount.fstype} file system; choose another"
+            f"{path} is in use: it is the mountpoint of a {mount.fstype} file system: choose another"
         )
     try:
         with os.scandir(path) as entries:
@@ -120,22 +122,22 @@ def _check_mountpoint(path: Path) -> None:
         raise UsageError(f"{path} cannot be used as mountpoint: {error.strerror}") from None
     if not empty:
         raise UsageError(
-            f"{path} is not empty: the mount would hide what is in it; choose an empty directory"
+            f"{path} is not empty, and the mount would hide its contents: choose an empty directory"
         )
     if not os.access(path, os.W_OK):
         raise UsageError(
-            f"{path} is not writable for you, which mounting requires: choose a directory of yours"
+            f"{path} is not writable by you, which mounting requires: choose a directory of your own"
         )
 
 
 # ---- Serving
 
 
-class _Observer:
-    """Passes on how the mount is: to who started it, to the service manager, to the person at the desktop.
+class _MountObserver:
+    """Passes on the mount's state: to the starting process, the service manager and the person's desktop.
 
-    ``on_live`` is called when the mount is live. Before that, ``person_waits`` for it and learns of a failure
-    by the error.
+    ``on_live`` is called when the mount is live. Until then, no notification is shown if ``person_waits``:
+    that person sees the error.
     """
 
     def __init__(
@@ -164,15 +166,15 @@ class _Observer:
             self._manager.tell(STATUS=self._status())
         if needs_person and not self._notified and not self._person_waits:
             self._notified = True
-            # Nothing of what the server said: who knows what it repeats.
+            # Without the server's words, which may repeat a secret.
             desktop.notify(
                 f"{self._config.account.host} refuses the login",
-                f"The mail of {self._config.account.user} in {self._config.mountpoint} is offline: set the "
-                "password or consent right and mount it again.",
+                f"The mail of {self._config.account.user} in {self._config.mountpoint} is offline: correct "
+                "the password or renew the consent, and mount it again.",
             )
 
     def ending(self) -> None:
-        self._manager.tell(STOPPING="1", STATUS="unmounted, sending what is waiting")
+        self._manager.tell(STOPPING="1", STATUS="unmounted, uploading what is waiting")
 
     def _status(self) -> str:
         where = f"{self._config.account.url} on {self._config.mountpoint}"
@@ -180,24 +182,24 @@ class _Observer:
 
 
 def _serve(
-    config: MountConfig, credentials: CredentialProvider, observer: _Observer, log_file: Path | None
+    config: MountConfig, credentials: CredentialProvider, observer: _MountObserver, log_file: Path | None
 ) -> None:
-    """Returns after the unmount; any failure comes out as ImapfsError, the unexpected ones logged in full."""
+    """Serve until the unmount. Any failure is raised as ImapfsError; unexpected ones are logged in full."""
     try:
-        # pyfuse3 and trio, which must not be there yet when the process forks.
+        # Imports pyfuse3 and trio, which must not be loaded when the process forks.
         from imapfs.daemon.mount import serve
 
-        # An open file takes a descriptor here as well.
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        # Each open file needs a file descriptor in the daemon as well.
+        _, maximum = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
         serve(config, credentials, observer)
     except ImapfsError:
         raise
     except ImportError as error:
-        # pyfuse3 is built against this machine's libfuse and Python; either may have been removed since.
+        # pyfuse3 was built for this machine's libfuse and Python, which may have been removed since.
         raise ImapfsError(
             f"a part of imapfs cannot be loaded ({error}): install the packages fuse3 and libfuse3-dev, then "
-            "imapfs again"
+            "reinstall imapfs"
         ) from None
     except Exception as error:
         _log.exception("internal error")
@@ -208,25 +210,25 @@ def _serve(
 def _be_child(
     config: MountConfig, credentials: CredentialProvider, sender: int, log_file: Path, verbosity: int
 ) -> NoReturn:
-    report = _Report(sender)
+    report = _StartReport(sender)
     code = 1
     try:
         _detach(sender)
         _start_log(log_file, verbosity)
-        observer = _Observer(config, systemd.Manager(None), person_waits=True, on_live=report.live)
+        observer = _MountObserver(config, systemd.Manager(None), person_waits=True, on_live=report.live)
         _serve(config, credentials, observer, log_file)
         code = 0
     except ImapfsError as error:
         _log.error("%s", error)
         report.failed(str(error), refused=isinstance(error, AuthenticationFailed))
     finally:
-        # Whatever happens, this copy of the caller must not run the caller's code.
+        # This copy of the caller must never continue with the caller's code.
         logging.shutdown()
         os._exit(code)
 
 
 def _detach(keep: int) -> None:
-    """Leave terminal, working directory and open files of the caller; ``keep`` stays open."""
+    """Leave the caller's terminal, working directory and open files; ``keep`` stays open."""
     os.setsid()
     os.umask(0o077)
     os.chdir("/")
@@ -237,8 +239,8 @@ def _detach(keep: int) -> None:
     os.closerange(keep + 1, os.sysconf("SC_OPEN_MAX"))
 
 
-class _Report:
-    """The child's end of the pipe: one report at most, then it is closed."""
+class _StartReport:
+    """The child's end of the pipe, which is closed after one report."""
 
     def __init__(self, sender: int) -> None:
         self._sender: int | None = sender
@@ -262,19 +264,19 @@ def _wait_for_report(child: int, receiver: int, log_file: Path) -> None:
         with os.fdopen(receiver, "rb") as pipe:
             report = pipe.read()
     except KeyboardInterrupt:
-        # The child has left the terminal and does not get its Ctrl-C.
+        # The child has left the terminal, so that Ctrl-C does not reach it.
         os.kill(child, signal.SIGTERM)
         os.waitpid(child, 0)
         raise
     if report == _LIVE:
         return
-    # The cache is free again only when the child is gone.
+    # The cache is locked until the child has ended.
     _, status = os.waitpid(child, 0)
     for kind, error in ((_FAILED, ImapfsError), (_REFUSED, AuthenticationFailed)):
         if report.startswith(kind):
             raise error(report[1:].decode(errors="surrogateescape"))
     code = os.waitstatus_to_exitcode(status)
-    how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
     raise ImapfsError(f"the process of the mount {how} before the mount was live: see {log_file}")
 
 
@@ -282,14 +284,14 @@ def _wait_for_report(child: int, receiver: int, log_file: Path) -> None:
 
 
 class _OneLine(logging.Formatter):
-    """Keeps what servers and messages put into a log line from looking like further lines."""
+    """Keeps text from servers and messages from looking like further lines of the log."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is logging's
         return one_line(super().formatMessage(record))
 
 
 class _ForJournal(logging.Formatter):
-    """Also a traceback on one line, as each line is an entry of its own; the journal adds the time."""
+    """Puts a traceback on one line, too, as each line is an entry in the journal, which adds the time."""
 
     def format(self, record: logging.LogRecord) -> str:
         return systemd.priority(record.levelno) + one_line(super().format(record))
@@ -304,11 +306,11 @@ def _start_log(log_file: Path | None, verbosity: int) -> None:
         handler = logging.StreamHandler()
     else:
         try:
-            # Another mount that starts at the same time may make it as well.
+            # Another mount that starts at the same time may create it as well.
             log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             handler = RotatingFileHandler(
                 log_file,
-                maxBytes=_LOG_BYTES,
+                maxBytes=_MAX_LOG_BYTES,
                 backupCount=_LOG_BACKUPS,
                 encoding="utf-8",
                 errors="backslashreplace",
@@ -320,7 +322,7 @@ def _start_log(log_file: Path | None, verbosity: int) -> None:
     handler.setFormatter(formatter)
     root = logging.getLogger()
     root.addHandler(handler)
-    # Of the libraries only warnings: at lower levels IMAP libraries log commands, LOGIN among them.
+    # Only warnings from libraries: at lower levels IMAP libraries log commands, including LOGIN.
     root.setLevel(logging.WARNING)
     logging.getLogger("imapfs").setLevel(logging.DEBUG if verbosity else logging.INFO)
     logging.getLogger("imapfs.protocol").setLevel(logging.DEBUG if verbosity > 1 else logging.INFO)

@@ -1,4 +1,4 @@
-"""A word to the person at the desktop, where there is one and ``notify-send`` is installed."""
+"""Notifications on the person's desktop, if there is one and ``notify-send`` is installed."""
 
 import logging
 import shutil
@@ -8,20 +8,20 @@ from typing import Final
 
 _log = logging.getLogger(__name__)
 
-_PATIENCE: Final = 5.0
-"""Seconds; without a desktop there may be nobody who answers."""
+_TIMEOUT: Final = 5.0
+"""Maximum seconds for a notification; without a desktop there may be no answer."""
 
 
 def notify(title: str, text: str) -> None:
-    """Show ``title`` and ``text`` for a while; returns at once, and nothing that goes wrong is an error."""
+    """Show ``title`` and ``text`` for a while. Returns at once; failures are only logged."""
     command = shutil.which("notify-send")
     if command is None:
-        _log.debug("no notification, as there is no notify-send: %s", title)
+        _log.debug("no notification, since notify-send is not installed: %s", title)
         return
-    # Desktops take the text, not the title, for markup.
+    # Desktops interpret markup in the text, but not in the title.
     for char, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         text = text.replace(char, entity)
-    # Waited for at the end of the program, which else may be over before the notification is sent.
+    # Not a daemon thread: the program must not exit before the notification is sent.
     threading.Thread(target=_run, args=([command, "--app-name=imapfs", "--", title, text],)).start()
 
 
@@ -32,7 +32,7 @@ def _run(command: list[str]) -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            timeout=_PATIENCE,
+            timeout=_TIMEOUT,
             check=True,
         )
     except (OSError, subprocess.SubprocessError) as error:

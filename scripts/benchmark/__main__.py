@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 import scripts.benchmark.rows  # noqa: F401 - fills ROWS
-from imapfs import mounts
+from imapfs import mountinfo
 from scripts.benchmark import report
 from scripts.benchmark.bench import Bench, surroundings
 from scripts.benchmark.results import ROWS, Result, Row, RowFailed, Settings
@@ -111,7 +111,7 @@ def _run(rows: list[Row], settings: Settings, output: Path) -> int:
         raise click.ClickException(str(error)) from None
     finally:
         # Through a mount that is still there, this would delete the mail instead.
-        if not any(mount.mountpoint.is_relative_to(directory) for mount in mounts.all_mounts()):
+        if not any(mount.mountpoint.is_relative_to(directory) for mount in mountinfo.all_mounts()):
             shutil.rmtree(directory)
     if results:
         report.show(results, about, console)

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import imapclient
 
-from imapfs import mounts
+from imapfs import mountinfo
+from imapfs.daemon import control
 from imapfs.errors import ImapfsError
 from scripts.benchmark.link import ROOT, Link
 from scripts.benchmark.results import RowFailed, Settings
@@ -205,7 +206,7 @@ class Bench:
                 "--ca-file", self.server.authority.certificate, "--password-file", self._password,
                 "--cache-dir", cache or directory / "cache", "--log-file", log, *options,
             )  # fmt: skip
-            pid = mounts.read_status(path, _DEADLINE)["pid"]
+            pid = control.read_status(path, _DEADLINE)["pid"]
             daemon = os.pidfd_open(pid)
             yield Mounted(path, pid, seconds)
         finally:
@@ -416,8 +417,8 @@ def _mbsync_version() -> tuple[int, ...]:
 def _unmount(path: Path, daemon: int | None) -> None:
     """Unmount as a person does, else by force and with an end to the process of the pidfd ``daemon``."""
     try:
-        if mounts.mount_at(path) is not None:
-            mounts.unmount(path)
+        if mountinfo.mount_at(path) is not None:
+            control.unmount(path)
     except ImapfsError:
         subprocess.run(["fusermount3", "-uz", path], capture_output=True)
         if daemon is not None:
@@ -426,5 +427,5 @@ def _unmount(path: Path, daemon: int | None) -> None:
     finally:
         if daemon is not None:
             os.close(daemon)
-    if mounts.mount_at(path) is not None:
+    if mountinfo.mount_at(path) is not None:
         raise RuntimeError(f"{path} is still mounted; unmount it (fusermount3 -uz), then remove it")

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from imapfs.cli.check import steps as check
-from imapfs.cli.check.steps import Finding
-from imapfs.daemon import preflight as machine
+from imapfs.cli.check import connection, steps
+from imapfs.cli.check.finding import Finding
+from imapfs.daemon import preflight
 from imapfs.errors import CredentialError
 from imapfs.model import Account as Address
 from imapfs.model import CredentialProvider, MountConfig, Secret
@@ -40,7 +40,7 @@ EVERY = (*NETWORK, *ACCOUNT, *SAMPLE, *MACHINE)
 
 
 class Report:
-    """What `check.run` found."""
+    """What `steps.run` found."""
 
     def __init__(self, findings: Iterable[Finding]) -> None:
         self.findings = list(findings)
@@ -92,7 +92,7 @@ def look(tmp_path: Path) -> Callable[..., Report]:
             fuse_options=frozenset(),
         )
         ask = password if callable(password) else lambda: Secret(password)
-        return Report(check.run(dataclasses.replace(config, **changes), ask))  # type: ignore[arg-type]
+        return Report(steps.run(dataclasses.replace(config, **changes), ask))  # type: ignore[arg-type]
 
     return look
 
@@ -255,7 +255,7 @@ def test_plaintext_server_on_the_port_for_tls(ca: CertificateAuthority, look: Lo
 def test_tls_server_on_the_port_for_starttls(
     user: Account, look: Look, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "_LISTEN_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "_LISTEN_SECONDS", 0.2)
     report = look(dataclasses.replace(address(user), security="starttls"))
     assert report.failed.step == "protocol"
     assert "TLS from the first byte" in report.failed.detail
@@ -316,7 +316,7 @@ def test_bad_certificate_is_explained_and_can_be_pinned(
 def test_certificate_that_ends_soon_is_a_warning(
     user: Account, look: Look, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "_SOON", 0.99)
+    monkeypatch.setattr(connection, "_SOON", 0.99)
     (warning,) = look(address(user)).warnings
     assert warning.step == "certificate"
     assert "renew" in warning.remedy
@@ -326,7 +326,7 @@ def test_other_certificate_than_the_pinned_one(user: Account, look: Look) -> Non
     report = look(dataclasses.replace(address(user), tls_fingerprint="ab" * 32))
     assert report.failed.step == "certificate"
     assert "not the pinned one" in report.failed.detail
-    assert "only then" in report.failed.remedy
+    assert "only if you know that it was renewed" in report.failed.remedy
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def test_each_absent_extension_has_its_cost(user: Account, look: Look) -> None:
     assert all(finding.detail.split(": ")[1] for finding in report.of("capabilities")[1:])
     warned = [warning.detail for warning in report.warnings]
     assert any(detail.startswith("no UIDPLUS") for detail in warned)
-    assert any("rm deletes messages for good" in detail for detail in warned)
+    assert any("rm deletes messages permanently" in detail for detail in warned)
     assert all(finding.status != "failed" for finding in report.findings)
 
 
@@ -463,7 +463,7 @@ def test_connection_that_breaks_in_an_optional_step_is_a_warning(user: Account, 
 
 
 def test_machine_without_fuse(look: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "DEVICE", tmp_path / "fuse")
+    monkeypatch.setattr(preflight, "DEVICE", tmp_path / "fuse")
     monkeypatch.setenv("PATH", str(tmp_path))
     report = look(Address("mail.example.invalid", "alice"))
     assert report.one("fuse-device").status == report.one("fusermount3").status == "failed"
@@ -474,7 +474,7 @@ def test_machine_without_fuse(look: Look, tmp_path: Path, monkeypatch: pytest.Mo
 def test_allow_other_matters_to_those_who_want_it(
     look: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "FUSE_CONF", tmp_path / "fuse.conf")
+    monkeypatch.setattr(preflight, "FUSE_CONF", tmp_path / "fuse.conf")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     nowhere = Address("mail.example.invalid", "alice")
     asked = frozenset({"allow_other"})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from imapfs import mounts
+from imapfs import mountinfo
 from imapfs.cli.fstab import become, translate
 from imapfs.errors import UsageError
 from tests.support.mounting import DEADLINE, ROOT, Mount, Mounter, wait_until
@@ -49,7 +49,7 @@ def test_options_are_those_of_imapfs_mount(options: str, arguments: list[str]) -
         ("read-only=yes", "write read-only$"),
         ("connections", "write connections=N"),
         ("names", r"write names=subject\|uid"),
-        ("remount,ro", "unmount it and mount it again"),
+        ("remount,ro", "unmount it, and mount it again"),
     ],
 )
 def test_what_nobody_knows_is_refused_on_one_line(options: str, says: str) -> None:
@@ -158,7 +158,7 @@ def test_line_of_fstab_mounts_and_mount_all_twice_is_fine(
         for _ in range(2):
             done = run("mount", "-a", "-T", str(table), made=made)
             assert (done.returncode, done.stderr) == (0, "")
-        assert len([one for one in mounts.imapfs_mounts() if one.mountpoint == made.path]) == 1
+        assert len([one for one in mountinfo.imapfs_mounts() if one.mountpoint == made.path]) == 1
         status = made.status()
         assert status["read_only"] is True
         assert status["connections"]["limit"] == 2

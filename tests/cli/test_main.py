@@ -20,7 +20,8 @@ import pyfuse3
 import pytest
 import trio
 
-from imapfs import __version__, mounts
+from imapfs import __version__, mountinfo
+from imapfs.daemon import control
 from imapfs.daemon.mount import Observer
 from imapfs.errors import AuthenticationFailed, ImapfsError
 from imapfs.model import CredentialProvider, MountConfig
@@ -57,7 +58,7 @@ class EmptyMailbox(pyfuse3.Operations):
         return pyfuse3.StatvfsData()
 
     async def getxattr(self, inode: pyfuse3.InodeT, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
-        if name != mounts.STATUS_XATTR.encode():
+        if name != control.STATUS_XATTR.encode():
             raise pyfuse3.FUSEError(errno.ENODATA)
         if self.stuck:
             await trio.sleep_forever()
@@ -248,7 +249,17 @@ def test_help_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "click" in result.stdout.splitlines()
-    heavy = {"rich", "keyring", "trio", "pyfuse3", "imapclient", "platformdirs", "sqlite3", "tomllib"}
+    heavy = {
+        "rich",
+        "keyring",
+        "trio",
+        "pyfuse3",
+        "imapclient",
+        "platformdirs",
+        "sqlite3",
+        "tomllib",
+        "tomlkit",
+    }
     assert heavy.isdisjoint(result.stdout.splitlines())
 
 
@@ -258,7 +269,7 @@ def test_login_is_for_accounts_with_oauth(cli: Cli) -> None:
 
 
 def test_mount_has_exactly_these_options() -> None:
-    from imapfs.cli.main import mount
+    from imapfs.cli.mount import mount
 
     assert {name for option in mount.params for name in option.opts if name.startswith("-")} == {
         *("--password-command", "--password-file", "--token-command", "--all", "--auth"),
@@ -452,7 +463,7 @@ def test_account_of_the_configuration_file(cli: Cli) -> None:
         """
     )
     assert cli.run("mount", "work", cli.mountpoint, "--connections", "3").returncode == 0
-    status = mounts.read_status(cli.mountpoint)
+    status = control.read_status(cli.mountpoint)
     assert status["source"] == "imaps://bob@mail.example.org"
     assert status["connections"]["limit"] == 3
     assert status["read_only"] is True
@@ -501,11 +512,11 @@ def not_connected(path: Path) -> bool:
 def test_stuck_daemon_does_not_hang_the_caller(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     cli.mount(stand_in="stick")
     with pytest.raises(ImapfsError, match="not answered within"):
-        mounts.read_status(cli.mountpoint, timeout=0.2)
-    impatient = functools.partial(mounts.read_status, timeout=0.2)
-    monkeypatch.setattr(mounts, "read_status", impatient)
+        control.read_status(cli.mountpoint, timeout=0.2)
+    impatient = functools.partial(control.read_status, timeout=0.2)
+    monkeypatch.setattr(control, "read_status", impatient)
     with pytest.raises(ImapfsError, match="does not answer: detach it"):
-        mounts.unmount(cli.mountpoint)
+        control.unmount(cli.mountpoint)
 
 
 def test_umount_and_status_of_what_is_not_ours(cli: Cli) -> None:
@@ -522,7 +533,7 @@ def test_mountpoint_may_be_given_relative_or_through_a_link(
     (cli.home / "link").symlink_to(cli.mountpoint)
     monkeypatch.chdir(cli.home)
     assert cli.run("status", cli.home / "link").returncode == 0
-    assert mounts.mount_at(Path(cli.mountpoint.name)) == mounts.mount_at(cli.mountpoint) is not None
+    assert mountinfo.mount_at(Path(cli.mountpoint.name)) == mountinfo.mount_at(cli.mountpoint) is not None
 
 
 # ---- Status
@@ -577,7 +588,7 @@ def test_mountinfo_escapes_are_undone() -> None:
         rb"fuse.imapfs imaps://a\040b@h rw,user_id=0" + b"\n"
         b"43 27 0:40 / / rw - ext4 /dev/root rw\n"
     )
-    assert mounts.parse_mountinfo(data) == [
-        mounts.Mount(Path("/mnt/a b\tc\nd\\e#fää"), "fuse.imapfs", "imaps://a b@h"),
-        mounts.Mount(Path("/"), "ext4", "/dev/root"),
+    assert mountinfo.parse(data) == [
+        mountinfo.Mount(Path("/mnt/a b\tc\nd\\e#fää"), "fuse.imapfs", "imaps://a b@h"),
+        mountinfo.Mount(Path("/"), "ext4", "/dev/root"),
     ]

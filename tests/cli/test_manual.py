@@ -13,7 +13,7 @@ import pytest
 from imapfs.account.settings import OAUTH_SETTINGS, SETTINGS
 from imapfs.cli import manual
 from imapfs.cli.fstab import helper
-from imapfs.cli.main import commands
+from imapfs.cli.main import all_commands
 from tests.support.mounting import DEADLINE, ROOT, Mounter
 from tests.support.servers.dovecot import Account
 
@@ -42,8 +42,8 @@ def rendered(page: Path) -> str:
 
 def test_readme_has_each_option_of_mount_as_help_has_it() -> None:
     rows = []
-    context = click.Context(commands.commands["mount"])
-    for parameter in commands.commands["mount"].params:
+    context = click.Context(all_commands()["mount"])
+    for parameter in all_commands()["mount"].params:
         if isinstance(parameter, click.Option) and (record := parameter.get_help_record(context)):
             names, (meaning, _, default) = record[0], record[1].partition("  [default: ")
             shown = names.replace("[", "").replace("]", "").replace("|", r"\|")
@@ -55,10 +55,11 @@ def test_readme_has_each_option_of_mount_as_help_has_it() -> None:
 
 def test_no_command_declares_an_option_that_the_table_of_settings_has() -> None:
     flags = {f"--{setting.key}" for setting in SETTINGS} | {setting.flag for setting in SETTINGS}
-    tree = ast.parse((ROOT / "imapfs/cli/main.py").read_text())
+    sources = [path.read_text() for path in (ROOT / "imapfs/cli").rglob("*.py") if path.name != "fstab.py"]
     declared = {
         argument.value
-        for call in ast.walk(tree)
+        for source in sources
+        for call in ast.walk(ast.parse(source))
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "click.option"
         for argument in call.args
         if isinstance(argument, ast.Constant)
@@ -76,7 +77,7 @@ def test_page_is_clean_roff(prefix: Path, path: str) -> None:
 
 def test_page_has_every_command_and_option(prefix: Path) -> None:
     text = rendered(prefix / "share/man/man1/imapfs.1")
-    for name, command in commands.commands.items():
+    for name, command in all_commands().items():
         assert f"   imapfs {name} " in text
         for parameter in command.params:
             if isinstance(parameter, click.Option):

@@ -17,9 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from imapfs.account import consent, credentials, oauth
-from imapfs.account import keyring as keystore
-from imapfs.account import post as webform
+from imapfs.account import consent, credentials, keyring, oauth, post
 from imapfs.errors import AuthenticationFailed, CredentialError, CredentialUnavailable, NoMechanism
 from imapfs.imap.connect import tls_context
 from imapfs.imap.session import Session
@@ -61,7 +59,7 @@ def client(server: TokenServer) -> oauth.OAuthClient:
 def tokens(server: TokenServer) -> credentials.Tokens:
     """Return what a mount has after `imapfs login`."""
     server.refresh_token = "refresh-0"
-    keystore.save(keystore.REFRESH_TOKENS, ACCOUNT.url, Secret("refresh-0"))
+    keyring.save(keyring.REFRESH_TOKENS, ACCOUNT.url, Secret("refresh-0"))
     sources = credentials.CredentialSources(oauth=client(server), name="work")
     made = credentials.resolve(ACCOUNT, sources)
     assert isinstance(made, credentials.Tokens)
@@ -150,7 +148,7 @@ def test_server_without_oauth_costs_no_token(server: TokenServer, ca: Certificat
 @pytest.mark.usefixtures("kept")
 def test_replaced_refresh_token_goes_into_the_keyring(server: TokenServer) -> None:
     tokens(server).get()
-    found = keystore.load(keystore.REFRESH_TOKENS, ACCOUNT.url)
+    found = keyring.load(keyring.REFRESH_TOKENS, ACCOUNT.url)
     assert found is not None
     assert found.reveal() == server.refresh_token != "refresh-0"
 
@@ -179,12 +177,12 @@ def test_keyring_that_takes_nothing_does_not_bring_back_an_old_token(
     kept.chmod(0o600)
     vars(made)["_until"] = 0.0
     made.get()
-    found = keystore.load(keystore.REFRESH_TOKENS, ACCOUNT.url)
+    found = keyring.load(keyring.REFRESH_TOKENS, ACCOUNT.url)
     assert found is not None
     assert found.reveal() == server.refresh_token
     # A new consent still counts.
     server.refresh_token = "refresh-new"
-    keystore.save(keystore.REFRESH_TOKENS, ACCOUNT.url, Secret("refresh-new"))
+    keyring.save(keyring.REFRESH_TOKENS, ACCOUNT.url, Secret("refresh-new"))
     vars(made)["_until"] = 0.0
     assert made.get().reveal() == server.access_tokens[-1]
 
@@ -212,7 +210,7 @@ def test_revoked_consent_is_asked_about_once_and_heals_with_a_new_one(server: To
         assert "\n" not in str(caught.value)
     assert len(server.requests) == 2
     server.refresh_token = "refresh-new"
-    keystore.save(keystore.REFRESH_TOKENS, ACCOUNT.url, Secret("refresh-new"))
+    keyring.save(keyring.REFRESH_TOKENS, ACCOUNT.url, Secret("refresh-new"))
     assert made.get(refused=first).reveal() == server.access_tokens[-1]
 
 
@@ -225,14 +223,14 @@ def test_revoked_consent_is_asked_about_once_and_heals_with_a_new_one(server: To
         ((400, {"error": "invalid_scope", "error_description": "two\nlines"}), "invalid_scope: two lines"),
         ((400, {"error": "x", "error_description": "not-so-secret is wrong"}), "not shown"),
         ((400, {"error": "x" * 190, "error_description": "refresh-0 is wrong"}), "not shown"),
-        ((302, {}), "what is no answer of OAuth"),
-        (b"<html>", "what is no answer of OAuth"),
-        (b"[1]", "what is no answer of OAuth"),
-        (b'{"access_token": 5, "expires_in": "soon"}', "no answer of OAuth"),
-        (b'{"access_token": "\\ud800"}', "other characters than"),
-        (b'{"access_token": "two\\nlines"}', "other characters than"),
-        (b"[" * 200_000, "no answer of OAuth"),
-        (b'{"access_token": "x", "scope": {"y": ' + b"[" * 50_000 + b"}", "no answer of OAuth"),
+        ((302, {}), "something that is not OAuth"),
+        (b"<html>", "something that is not OAuth"),
+        (b"[1]", "something that is not OAuth"),
+        (b'{"access_token": 5, "expires_in": "soon"}', "is not OAuth 2"),
+        (b'{"access_token": "\\ud800"}', "printable ASCII"),
+        (b'{"access_token": "two\\nlines"}', "printable ASCII"),
+        (b"[" * 200_000, "is not OAuth 2"),
+        (b'{"access_token": "x", "scope": {"y": ' + b"[" * 50_000 + b"}", "is not OAuth 2"),
         (b"x" * (1 << 20), "does not end"),
     ],
 )
@@ -260,7 +258,7 @@ def test_absurd_lifetime_does_not_cost_the_new_refresh_token(server: TokenServer
     first = made.get()
     assert first.reveal() == "good"
     assert made.get() is first
-    found = keystore.load(keystore.REFRESH_TOKENS, ACCOUNT.url)
+    found = keyring.load(keyring.REFRESH_TOKENS, ACCOUNT.url)
     assert found is not None
     assert found.reveal() == "new"
 
@@ -272,11 +270,11 @@ def test_keyring_that_never_answers_is_given_up(
     made = tokens(server)
     kept.unlink()
     os.mkfifo(kept)
-    monkeypatch.setattr(keystore, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(keyring, "_TIMEOUT", 0.3)
     with pytest.raises(CredentialUnavailable, match=r"keyring cannot be read \(no answer within 0\.3 s\)"):
         made.get()
     with pytest.raises(CredentialError, match="does not take the secret"):
-        keystore.save(keystore.REFRESH_TOKENS, ACCOUNT.url, Secret("x"))
+        keyring.save(keyring.REFRESH_TOKENS, ACCOUNT.url, Secret("x"))
 
 
 def test_process_that_asks_the_keyring_ends_without_its_parent(kept: Path) -> None:
@@ -303,11 +301,11 @@ def test_token_server_that_goes_on_for_ever_is_given_up(
                 connection.sendall(piece)
 
     with serving(ca, trickle) as port:
-        vars(made)["_fetch"] = oauth.Refresher(
+        vars(made)["_fetch"] = oauth.TokenRefresher(
             dataclasses.replace(client(server), token_url=f"https://localhost:{port}/"), ACCOUNT, "log in"
         )
-        monkeypatch.setattr(webform, "_LIMIT", 1.5)
-        with pytest.raises(CredentialUnavailable, match=r"cannot be asked: no answer within 1\.5 s"):
+        monkeypatch.setattr(post, "_LIMIT", 1.5)
+        with pytest.raises(CredentialUnavailable, match=r"cannot be reached: no answer within 1\.5 s"):
             made.get()
         over.set()
 
@@ -442,7 +440,7 @@ def test_browser_brings_consent(home: Home, server: TokenServer) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{server.url}/authorize?" in done.stdout
     assert done.stdout.endswith("logged in as alice\n")
-    assert b"can be closed" in (home.directory / "browser.saw").read_bytes()
+    assert b"you can close this window" in (home.directory / "browser.saw").read_bytes()
     # Nothing of it is shown.
     assert [one["grant_type"] for one in server.requests] == ["authorization_code"]
     assert not [word for word in ("access-", "refresh-", "code-") if word in done.stdout]
@@ -466,7 +464,7 @@ def test_connection_without_an_end_does_not_keep_the_browser_out(monkeypatch: py
             page.read()
 
     began = threading.Event()
-    with consent._Redirect("ours", "https://localhost/") as redirect:
+    with consent._RedirectServer("ours", "https://localhost/") as redirect:
         idle = threading.Thread(target=trickle, args=(redirect.server_address[1],))
         idle.start()
         assert began.wait(DEADLINE)
@@ -485,7 +483,7 @@ def test_connection_without_an_end_does_not_keep_the_browser_out(monkeypatch: py
     [("https://login.microsoftonline.com/common", "localhost"), ("https://example.org/", "127.0.0.1")],
 )
 def test_browser_comes_back_to_an_address_where_the_provider_takes_it(url: str, host: str) -> None:
-    with consent._Redirect("ours", url) as redirect:
+    with consent._RedirectServer("ours", url) as redirect:
         assert redirect.uri.startswith(f"http://{host}:")
 
 
@@ -513,13 +511,13 @@ def test_consent_of_somebody_else_is_noticed_and_not_kept(
     home: Home, server: TokenServer, imap: Dovecot
 ) -> None:
     where = address(imap.account("alice")).url
-    keystore.save(keystore.REFRESH_TOKENS, where, Secret("good"))
+    keyring.save(keyring.REFRESH_TOKENS, where, Secret("good"))
     server.user = "bob"
     done = home.login()
     assert done.returncode == 3
     assert "localhost refused the access token of alice" in done.stderr
     assert done.stderr.count("\n") == 1
-    found = keystore.load(keystore.REFRESH_TOKENS, where)
+    found = keyring.load(keyring.REFRESH_TOKENS, where)
     assert found is not None
     assert found.reveal() == "good"
 

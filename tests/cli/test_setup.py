@@ -15,11 +15,11 @@ from typing import cast
 import pytest
 from click.testing import CliRunner
 
-from imapfs import mounts
-from imapfs.account import discovery, oauth, providers
-from imapfs.account import keyring as keystore
+from imapfs import mountinfo
+from imapfs.account import discovery, keyring, oauth, providers
 from imapfs.account.providers import Provider
 from imapfs.cli.main import commands
+from imapfs.daemon import control
 from imapfs.errors import ImapfsError
 from tests.support.mounting import wait_until
 from tests.support.servers.domain import Domain, Page, enter
@@ -142,11 +142,11 @@ class Home:
         )
 
     def unmount_all(self) -> None:
-        for mount in mounts.imapfs_mounts():
+        for mount in mountinfo.imapfs_mounts():
             if self.path in mount.mountpoint.parents:
                 with contextlib.suppress(Exception):
-                    mounts.unmount(mount.mountpoint)
-                if mounts.mount_at(mount.mountpoint) is not None:
+                    control.unmount(mount.mountpoint)
+                if mountinfo.mount_at(mount.mountpoint) is not None:
                     subprocess.run(["fusermount3", "-uz", mount.mountpoint], check=False)
 
 
@@ -187,7 +187,7 @@ def test_address_and_password_lead_to_a_mounted_mailbox(home: Home) -> None:
     assert len(os.listdir(home.mail / "INBOX")) == 1
     listed = json.loads(home.run("accounts", "--json").stdout)
     assert [(one["name"], one["mountpoints"]) for one in listed] == [("work", [str(home.mail)])]
-    assert home.run("accounts").stdout.endswith(f"(keyring, or the prompt)  {home.mail}\n")
+    assert home.run("accounts").stdout.endswith(f"(keyring or prompt)  {home.mail}\n")
 
 
 def test_wrong_password_is_told_and_tried_only_when_asked_to(home: Home) -> None:
@@ -280,7 +280,7 @@ def test_name_that_exists_is_asked_for_again(home: Home) -> None:
     home.publish()
     with home.setup("--address", home.address, "--password-file", home.password_file()) as terminal:
         terminal.answer("Name of the account: ", "example")
-        assert "an account example already" in terminal.answer("Name of the account: ", "other")
+        assert "already has an account example" in terminal.answer("Name of the account: ", "other")
         terminal.answer("Server [1]", "")
         assert terminal.end() == 0
     assert home.config.read_text().startswith(
@@ -308,7 +308,7 @@ def test_consent_in_a_browser_leads_to_a_mount_as_well(home: Home, ca: Certifica
             terminal.expect(f"logged in at localhost as {address}")
             assert terminal.end() == 0
             assert not [word for word in ("access-", "refresh-", "code-") if word in terminal.shown]
-        assert 'oauth = { provider = "microsoft", client-id = "our-id" }' in home.config.read_text()
+        assert 'oauth = {provider = "microsoft", client-id = "our-id"}' in home.config.read_text()
         assert "OAuth 2.0" in home.run("accounts").stdout
         assert home.run("mount", "work", home.mail).returncode == 0
         home.unmount_all()
@@ -359,7 +359,7 @@ def test_starttls_is_taken_from_the_autoconfig_file(home: Home, ca: CertificateA
         (["--address", "alice@example.net", "--yes"], "no server was found for example.net: give --host"),
         (["--address", "alice@tuta.io", "--yes"], "Tuta offers no IMAP"),
         (["--address", "alice@example.org", "--insecure-plaintext", "--yes"], "contradicts TLS"),
-        (["--address", "alice"], "no e-mail address"),
+        (["--address", "alice"], "not an e-mail address"),
         (
             ["--host", "h/h", "--user", "u", "--name", "n", "--prompt", "--no-test"],
             "--host: has no valid host",
@@ -373,7 +373,7 @@ def test_what_is_missing_is_named_in_one_line(
     home.publish()
     network = home.domain.network
     monkeypatch.setattr(discovery, "Network", lambda ca_file: network)
-    monkeypatch.setattr(keystore, "load", lambda service, url: None)
+    monkeypatch.setattr(keyring, "load", lambda service, url: None)
     environment = {"XDG_CONFIG_HOME": str(home.path / "config")}
     done = CliRunner().invoke(commands, ["setup", "--ca-file", str(home.ca_file), *given], env=environment)
     assert isinstance(done.exception, ImapfsError), done
@@ -388,7 +388,7 @@ def test_yes_does_not_trust_dns_with_the_password(home: Home) -> None:
         "--name", "work", "--address", home.address, "--ca-file", home.ca_file, "--yes",
         "--password-file", home.password_file(), "--user", home.user.name,
     )  # fmt: skip
-    assert line.endswith("if so, give --host localhost\n")
+    assert line.endswith("if it is right, give --host localhost\n")
     assert home.logins() == 0
 
 
@@ -424,27 +424,27 @@ def test_one_account_that_is_down_does_not_keep_the_others_from_being_mounted(ho
     assert done.stderr == "imapfs: not all accounts are mounted\n"
     lines = sorted(done.stdout.splitlines())
     assert "down: localhost:1 refuses connections" in lines[0]
-    assert lines[0].endswith(f"; again: imapfs mount down {home.mail}/down")
+    assert lines[0].endswith(f"; to retry: imapfs mount down {home.mail}/down")
     assert lines[1:] == ["one: mounted", "two: mounted"]
     assert (home.mail / "one" / "INBOX").is_dir()
-    assert mounts.read_status(home.mail / "two")["read_only"]
+    assert control.read_status(home.mail / "two")["read_only"]
     home.config.write_text(others)
     again = home.run("mount", "--all", home.mail)
     assert (again.returncode, sorted(again.stdout.splitlines())) == (0, ["one: mounted", "two: mounted"])
     gone = home.run("umount", "--all", home.mail)
     assert gone.returncode == 0, gone
     assert len(gone.stdout.splitlines()) == 2
-    assert not any(home.mail in mount.mountpoint.parents for mount in mounts.imapfs_mounts())
+    assert not any(home.mail in mount.mountpoint.parents for mount in mountinfo.imapfs_mounts())
 
 
 def test_mount_whose_daemon_died_does_not_count_as_mounted(home: Home) -> None:
     home.config.parent.mkdir(parents=True)
     home.config.write_text(account(home, "one", home.user.name, home.user.server.port))
     assert home.run("mount", "--all", home.mail).returncode == 0
-    os.kill(mounts.read_status(home.mail / "one")["pid"], signal.SIGKILL)
+    os.kill(control.read_status(home.mail / "one")["pid"], signal.SIGKILL)
     done = home.run("mount", "--all", home.mail)
     assert done.returncode == 1
-    assert "the daemon has died; run 'fusermount3 -u" in done.stdout
+    assert "the daemon has died: run 'fusermount3 -u" in done.stdout
 
 
 def test_unmounting_all_tells_which_one_is_in_use(home: Home) -> None:
@@ -456,11 +456,11 @@ def test_unmounting_all_tells_which_one_is_in_use(home: Home) -> None:
     assert done.returncode == 1
     assert "is busy" in done.stdout
     assert home.run("umount", "--all", home.mail).returncode == 0
-    assert "nothing of imapfs is mounted below" in home.run("umount", "--all", home.mail).stderr
+    assert "there is no imapfs mount below" in home.run("umount", "--all", home.mail).stderr
 
 
 def test_all_needs_accounts_and_a_directory(home: Home) -> None:
-    assert "'imapfs setup' adds one" in home.run("mount", "--all", home.mail).stderr
+    assert "add one with 'imapfs setup'" in home.run("mount", "--all", home.mail).stderr
     home.config.parent.mkdir(parents=True)
     home.config.write_text(account(home, "one", home.user.name, 1))
     assert "mkdir -p" in home.run("mount", "--all", home.path / "missing").stderr

@@ -121,5 +121,5 @@ def test_fetch_outside_a_mount_is_one_line(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr == (
-        f"imapfs: {tmp_path} is not below a mountpoint of imapfs: 'imapfs status' lists them\n"
+        f"imapfs: {tmp_path} is not in an imapfs mount: 'imapfs status' lists the mounts\n"
     )

@@ -18,7 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from imapfs import mounts
+from imapfs import mountinfo
+from imapfs.daemon import control
 from tests.support.servers.account import Dependents
 from tests.support.servers.tls import CertificateAuthority
 
@@ -154,7 +155,7 @@ class Mount:
         self._is_over = True
         self._server.dependents.remove(self)
         try:
-            if kind is None and mounts.mount_at(self.path) is not None and not self._has_ended(0):
+            if kind is None and mountinfo.mount_at(self.path) is not None and not self._has_ended(0):
                 self.unmount()
         finally:
             self._clean_up()
@@ -172,11 +173,11 @@ class Mount:
 
     def status(self) -> dict[str, Any]:
         """Return what ``imapfs status --json`` shows."""
-        return mounts.read_status(self.path, DEADLINE)
+        return control.read_status(self.path, DEADLINE)
 
     def unmount(self) -> None:
         """Unmount as ``imapfs umount`` does; the daemon has ended, and its log is complete, afterwards."""
-        mounts.unmount(self.path)
+        control.unmount(self.path)
 
     def kill(self) -> None:
         """SIGKILL the daemon and take away the mount that it leaves behind."""
@@ -203,7 +204,7 @@ class Mount:
             os.kill(self.pid, signal.SIGKILL)
 
     def _detach(self) -> None:
-        while mounts.mount_at(self.path) is not None:
+        while mountinfo.mount_at(self.path) is not None:
             subprocess.run(["fusermount3", "-uz", self.path], check=True, capture_output=True)
 
     def _clean_up(self) -> None:

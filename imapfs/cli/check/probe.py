@@ -1,7 +1,7 @@
-"""What answers at a host and port, looked at from below: names, TCP, TLS or cleartext, the certificate.
+"""What answers at a host and port, layer by layer: name resolution, TCP, TLS or cleartext, the certificate.
 
-For finding out why there is no connection. A certificate is shown here whether or not it verifies, so nothing
-is sent over what these functions open but a request for STARTTLS.
+This serves to find out why a connection fails. Certificates are not verified here, so that they can be shown;
+nothing is sent over these connections but a request for STARTTLS.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from imapfs.imap.wire import Wire
 from imapfs.model import Account
 
 _MAX_LINE: Final = 8 << 10
-"""Longest line that is read of a server."""
+"""Maximum length in bytes of a line that is read."""
 
 
 class Address(NamedTuple):
@@ -35,11 +35,14 @@ class Address(NamedTuple):
     family: socket.AddressFamily
     ip: str
     where: tuple[Any, ...]
-    """For ``connect``, with port, flow and scope."""
+    """The argument of ``connect``, with port, flow info and scope."""
 
 
 def resolve(host: str, port: int, seconds: float) -> list[Address]:
-    """The addresses of ``host``, in the order in which they are tried. Raises ConnectionLost, TimedOut."""
+    """Return the addresses of ``host``, in the order in which they are tried.
+
+    Raises ConnectionLost, and TimedOut after ``seconds``.
+    """
     outcome: queue.SimpleQueue[list[Address] | Exception] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -49,7 +52,7 @@ def resolve(host: str, port: int, seconds: float) -> list[Address]:
         except (OSError, UnicodeError) as error:
             outcome.put(error)
 
-    # The resolver has timeouts of its own, which may be minutes, and cannot be interrupted.
+    # The resolver has timeouts of its own, perhaps of minutes, and cannot be interrupted.
     threading.Thread(target=ask, daemon=True).start()
     try:
         got = outcome.get(timeout=seconds)
@@ -60,15 +63,15 @@ def resolve(host: str, port: int, seconds: float) -> list[Address]:
         ) from None
     if isinstance(got, socket.gaierror) and got.errno == socket.EAI_AGAIN:
         raise ConnectionLost(
-            f"the name servers could not say what {host} is", remedy="check the network, and try again"
+            f"the name servers could not resolve {host}", remedy="check the network, and try again"
         )
     if isinstance(got, Exception):
-        raise ConnectionLost(f"there is no host {host}", remedy="check its spelling, and your network")
+        raise ConnectionLost(f"there is no host {host}", remedy="check its spelling, and the network")
     return got
 
 
 def reach(addresses: Sequence[Address], seconds: float) -> dict[Address, float | OSError]:
-    """How long a TCP connection to each address took, in seconds, or why there was none."""
+    """Return how many seconds a TCP connection to each address took, or why there was none."""
     found: dict[Address, float | OSError] = {}
     begin = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -95,7 +98,7 @@ def reach(addresses: Sequence[Address], seconds: float) -> dict[Address, float |
 
 @dataclass(frozen=True, slots=True)
 class Handshake:
-    """What TLS agreed on with a server whose certificate nobody has verified."""
+    """The parameters of a TLS connection; the certificate is not verified."""
 
     version: str
     cipher: str
@@ -103,11 +106,11 @@ class Handshake:
     """In DER."""
 
 
-def shake_hands(account: Account, address: Address, seconds: float) -> Handshake | None:
-    """The TLS handshake with whatever answers at ``address``, at once or by STARTTLS; None if not offered.
+def handshake(account: Account, address: Address, seconds: float) -> Handshake | None:
+    """Return the result of a TLS handshake, at once or after STARTTLS; None if STARTTLS is not offered.
 
-    Raises OSError, among them ssl.SSLError, or ConnectionLost; TlsError also where a file that the account
-    names is not usable.
+    Raises OSError, including ssl.SSLError, and ConnectionLost; TlsError if a file that the account names is
+    not usable.
     """
     context = connect.tls_context(account)
     context.check_hostname = False
@@ -134,8 +137,8 @@ def _agreed(secured: ssl.SSLSocket) -> Handshake:
     return Handshake(secured.version() or "TLS", cipher[0] if cipher else "", certificate)
 
 
-def hear(address: Address, seconds: float) -> str:
-    """The first line that the server says in the clear; "" where it is silent. Raises OSError."""
+def first_line(address: Address, seconds: float) -> str:
+    """Return the first line that the server sends in the clear; "" if it sends none. Raises OSError."""
     with _connection(address, seconds) as sock:
         try:
             return _readline(sock).decode("utf-8", "replace").strip()
@@ -144,7 +147,7 @@ def hear(address: Address, seconds: float) -> str:
 
 
 def protocol(line: str) -> str:
-    """Which protocol a server that says this first speaks, or ""."""
+    """Return the protocol of a server whose first line is ``line``, or "" if it is not known."""
     for beginning, name in (
         (("* OK", "* PREAUTH", "* BYE"), "IMAP"),
         (("220",), "SMTP or FTP"),
@@ -159,12 +162,12 @@ def protocol(line: str) -> str:
 
 @contextlib.contextmanager
 def _connection(address: Address, seconds: float) -> Iterator[socket.socket]:
-    """A TCP connection all of which ends after ``seconds``, however slowly the server goes on."""
+    """Yield a TCP connection that ends after ``seconds`` in any case, even if the server keeps sending."""
     with socket.socket(address.family, socket.SOCK_STREAM) as sock:
         sock.settimeout(seconds)
         sock.connect(address.where)
         late = threading.Event()
-        # A socket of TLS takes the descriptor over; what is done to the copy is done to the connection.
+        # A TLS socket takes over the descriptor. Shutting down a duplicate ends the connection of both.
         with sock.dup() as copy:
 
             def end() -> None:
@@ -186,7 +189,7 @@ def _connection(address: Address, seconds: float) -> Iterator[socket.socket]:
 
 
 def _readline(sock: socket.socket) -> bytes:
-    """One line, or what there is of it at the end; byte by byte, so that nothing of what follows is taken."""
+    """Return one line, perhaps incomplete. Reads byte by byte, so that nothing after it is consumed."""
     line = bytearray()
     while not line.endswith(b"\n") and len(line) < _MAX_LINE:
         byte = sock.recv(1)
@@ -198,12 +201,12 @@ def _readline(sock: socket.socket) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What a person wants to know of a certificate (RFC 5280)."""
+    """What a person wants to know about a certificate (RFC 5280)."""
 
     subject: str
     issuer: str
     names: tuple[str, ...]
-    """The hosts that it is for."""
+    """The hosts for which it is valid."""
     begins: datetime
     expires: datetime
     self_signed: bool
@@ -212,7 +215,7 @@ class Certificate:
 
 
 def describe(der: bytes) -> Certificate:
-    """Raises ValueError for what is no certificate."""
+    """Return what is in a certificate in DER. Raises ValueError if it is not one."""
     found = x509.load_der_x509_certificate(der)
     try:
         general = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -232,8 +235,8 @@ def describe(der: bytes) -> Certificate:
 
 
 def _common_name(name: x509.Name) -> str:
-    """The common name; of an issuer without one its organisation; else all of it."""
+    """Return the common name; without one, the organization; without either, the whole name."""
     for kind in (x509.NameOID.COMMON_NAME, x509.NameOID.ORGANIZATION_NAME):
         for attribute in name.get_attributes_for_oid(kind):
             return str(attribute.value)
-    return name.rfc4514_string() or "nobody"
+    return name.rfc4514_string() or "unknown"

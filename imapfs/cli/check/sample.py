@@ -1,6 +1,6 @@
-"""A few messages of an account, fetched to learn how fast that is and how large they really are.
+"""A few messages of an account, fetched to measure the throughput and their real sizes.
 
-Nothing is changed by it, and nothing kept.
+Nothing is changed on the server, and nothing is kept.
 """
 
 import contextlib
@@ -11,43 +11,43 @@ from typing import Final
 from imapfs.errors import ImapfsError
 from imapfs.imap.grammar import ListEntry
 from imapfs.imap.session import Session
+from imapfs.names import is_inbox
 
-_MOST_BYTES: Final = 8 << 20
-_MOST_MESSAGES: Final = 100
-_MOST_MAILBOXES: Final = 10
-"""How many are opened in search of a message."""
+_MAX_BYTES: Final = 8 << 20
+_MAX_MESSAGES: Final = 100
+_MAX_MAILBOXES: Final = 10
+"""Mailboxes that are opened in search of a message."""
 
 
 class _Enough(Exception):
-    """The sample has taken as many bytes or seconds as it may."""
+    """The sample has reached its limit of bytes or seconds."""
 
 
 class Sample:
-    """What `take` has learned."""
+    """What `take` has measured."""
 
     def __init__(self) -> None:
         self.announced: dict[int, int] = {}
         """RFC822.SIZE by UID."""
         self.exact: dict[int, int] = {}
-        """What BODY[] had, by UID, of those that were fetched."""
+        """Size of BODY[] by UID, for the messages that were fetched."""
         self.bytes = 0
-        """All that came, and in how many ``seconds``."""
+        """Bytes received in ``seconds``."""
         self.seconds = 0.0
         self._literal = 0
         self._end = 0.0
 
     def take(self, session: Session, entries: Sequence[ListEntry], seconds: float) -> None:
-        """Fetch the newest messages of the first mailbox that has any, INBOX before others.
+        """Fetch the newest messages of the first mailbox that has any, starting with INBOX.
 
-        Ends after ``seconds``, or with 8 MiB; the session may be of no further use then. Raises
-        ConnectionLost, Refused.
+        Stops after ``seconds``, or at 8 MiB; the session may be closed then. Raises ConnectionLost, Refused.
         """
         names = sorted(
-            (entry.name for entry in entries if entry.selectable), key=lambda name: name.upper() != b"INBOX"
+            (entry.name for entry in entries if entry.selectable), key=lambda name: not is_inbox(name)
         )
-        for name in names[:_MOST_MAILBOXES]:
+        for name in names[:_MAX_MAILBOXES]:
             with contextlib.suppress(ImapfsError):
-                self.announced = session.sample(name, _MOST_MESSAGES)
+                self.announced = session.sample(name, _MAX_MESSAGES)
             if self.announced or not session.alive:
                 break
         if not self.announced:
@@ -64,19 +64,19 @@ class Sample:
         self.seconds = time.monotonic() - begin
 
     def _chosen(self) -> list[int]:
-        """The newest that fit together into what may be fetched, at least one."""
+        """Return the newest messages that together stay below the limit, but at least one."""
         chosen: list[int] = []
         total = 0
         for uid in sorted(self.announced, reverse=True):
             total += self.announced[uid]
-            if total > _MOST_BYTES and chosen:
+            if total > _MAX_BYTES and chosen:
                 break
             chosen.append(uid)
         return chosen
 
     def _open(self, uid: int | None, size: int) -> "Sample":
         if uid is not None:
-            # Now, because it may be too large to be fetched to its end.
+            # Noted at once: the message may be too large to be fetched completely.
             self.exact[uid] = size
         self._literal = size
         return self
@@ -92,7 +92,7 @@ class Sample:
         self._literal = 0
 
     def write(self, data: bytes) -> None:
-        """Count what comes; raises _Enough."""
+        """Count received bytes. Raises _Enough at the limit."""
         self.bytes += len(data)
-        if self.bytes > _MOST_BYTES or time.monotonic() > self._end:
+        if self.bytes > _MAX_BYTES or time.monotonic() > self._end:
             raise _Enough

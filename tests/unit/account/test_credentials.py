@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from imapfs.account import credentials
-from imapfs.account import keyring as keystore
+from imapfs.account import credentials, keyring
 from imapfs.account.credentials import CredentialSources, resolve
 from imapfs.errors import CredentialError
 from imapfs.model import Account, Secret
@@ -33,7 +32,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def keep(password: str) -> None:
-    keystore.save(keystore.PASSWORDS, ACCOUNT.url, Secret(password))
+    keyring.save(keyring.PASSWORDS, ACCOUNT.url, Secret(password))
 
 
 @pytest.fixture

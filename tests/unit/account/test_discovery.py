@@ -9,7 +9,7 @@ import dns.resolver
 import pytest
 
 from imapfs.account import discovery, providers
-from imapfs.account.discovery import Found, Settings, discover, parse_address, parse_autoconfig
+from imapfs.account.discovery import Found, MailServer, discover, parse_address, parse_autoconfig
 from imapfs.account.oauth import PROVIDERS
 from imapfs.errors import UsageError
 from tests.support.servers.domain import Domain, Page
@@ -53,8 +53,8 @@ def server(
     )
 
 
-def places(found: Found | list[Settings]) -> list[tuple[str, int, str, str]]:
-    settings = found.settings if isinstance(found, Found) else found
+def places(found: Found | list[MailServer]) -> list[tuple[str, int, str, str]]:
+    settings = found.servers if isinstance(found, Found) else found
     return [(one.host, one.port, one.security, one.user) for one in settings]
 
 
@@ -100,14 +100,14 @@ def test_table_says_nothing_that_is_not_used() -> None:
 def test_known_domain_needs_no_network() -> None:
     found = discover(parse_address("a@gmail.com"), None)
     assert places(found) == [("imap.gmail.com", 993, "tls", "a@gmail.com")]
-    assert found.settings[0].sign_in == "app"
-    assert found.settings[0].doubt is None
+    assert found.servers[0].sign_in == "app"
+    assert found.servers[0].doubt is None
     assert places(discover(parse_address("a@icloud.com"), None)) == [("imap.mail.me.com", 993, "tls", "a")]
 
 
 def test_known_domain_asks_nobody(domain: Domain) -> None:
     srv(domain, "0 1 993 evil.net.", of="gmail.com")
-    assert [one.host for one in discover(parse_address("a@gmail.com"), domain.network).settings] == [
+    assert [one.host for one in discover(parse_address("a@gmail.com"), domain.network).servers] == [
         "imap.gmail.com"
     ]
     assert domain.asked == []
@@ -115,7 +115,7 @@ def test_known_domain_asks_nobody(domain: Domain) -> None:
 
 def test_provider_without_imap_is_told_apart_from_an_unknown_one() -> None:
     found = discover(parse_address("a@tuta.io"), None)
-    assert found.settings == []
+    assert found.servers == []
     assert found.provider is not None
     assert found.provider.hint == "Tuta offers no IMAP"
     assert discover(ALICE, None) == ([], None)
@@ -126,14 +126,14 @@ def test_provider_without_imap_is_told_apart_from_an_unknown_one() -> None:
 
 def test_srv_record_names_server_and_port(domain: Domain) -> None:
     srv(domain, "0 1 9993 Mail.Example.org.")
-    (found,) = discover(ALICE, domain.network).settings
+    (found,) = discover(ALICE, domain.network).servers
     assert places([found]) == [("mail.example.org", 9993, "tls", "alice@example.org")]
     assert found.doubt is None
 
 
 def test_srv_priority_goes_before_weight(domain: Domain) -> None:
     srv(domain, "10 99 993 c.example.org.", "5 1 993 b.example.org.", "5 7 993 a.example.org.")
-    assert [one.host for one in discover(ALICE, domain.network).settings] == ["a.example.org"]
+    assert [one.host for one in discover(ALICE, domain.network).servers] == ["a.example.org"]
 
 
 def test_srv_target_of_a_dot_is_no_offer(domain: Domain) -> None:
@@ -147,13 +147,13 @@ def test_srv_target_of_a_dot_is_no_offer(domain: Domain) -> None:
 def test_tls_from_the_first_byte_goes_before_starttls(domain: Domain) -> None:
     srv(domain, "0 1 143 mail.example.org.", service="_imap._tcp")
     srv(domain, "9 1 993 mail.example.org.")
-    assert [one.port for one in discover(ALICE, domain.network).settings] == [993, 143]
+    assert [one.port for one in discover(ALICE, domain.network).servers] == [993, 143]
 
 
 def test_srv_to_another_domain_is_doubted_and_comes_last(domain: Domain) -> None:
     srv(domain, "0 1 993 imap.notexample.org.")
     domain.pages[WELL_KNOWN] = Page(file(server()))
-    sure, doubtful = discover(ALICE, domain.network).settings
+    sure, doubtful = discover(ALICE, domain.network).servers
     assert (sure.host, sure.doubt) == ("mx.example.org", None)
     assert doubtful.host == "imap.notexample.org"
     assert "RFC 6186" in (doubtful.doubt or "")
@@ -166,7 +166,7 @@ def test_real_resolver_is_asked(domain: Domain, monkeypatch: pytest.MonkeyPatch)
     resolver.port = domain.name_server
     monkeypatch.setattr(dns.resolver, "default_resolver", resolver)
     network = discovery.Network(connect=domain.network.connect)
-    assert [one.host for one in discover(ALICE, network).settings] == ["mail.example.org"]
+    assert [one.host for one in discover(ALICE, network).servers] == ["mail.example.org"]
 
 
 # ---- Autoconfig
@@ -175,7 +175,7 @@ def test_real_resolver_is_asked(domain: Domain, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("url", [WELL_KNOWN, AUTOCONFIG])
 def test_autoconfig_of_the_domain_is_read(domain: Domain, url: str) -> None:
     domain.pages[url] = Page(file(server("imap.%EMAILDOMAIN%", user="%EMAILLOCALPART%")))
-    (found,) = discover(ALICE, domain.network).settings
+    (found,) = discover(ALICE, domain.network).servers
     assert places([found]) == [("imap.example.org", 993, "tls", "alice")]
     assert found.found == url
     assert f"{url}?emailaddress=alice%40example.org" in domain.asked
@@ -185,21 +185,21 @@ def test_autoconfig_is_followed_over_https_only(domain: Domain) -> None:
     domain.pages[AUTOCONFIG] = Page(status=302, location="http://other.net/c.xml")
     domain.pages[WELL_KNOWN] = Page(status=301, location="https://other.net/c.xml")
     domain.pages["https://other.net/c.xml"] = Page(file(server()))
-    assert [one.host for one in discover(ALICE, domain.network).settings] == ["mx.example.org"]
+    assert [one.host for one in discover(ALICE, domain.network).servers] == ["mx.example.org"]
     assert sum("other.net" in url for url in domain.asked) == 1
 
 
 def test_autoconfig_that_leads_in_circles_or_is_endless_is_given_up(domain: Domain) -> None:
     domain.pages[AUTOCONFIG] = Page(status=302, location=AUTOCONFIG)
     domain.pages[WELL_KNOWN] = Page(file(server(), "<x/>" * discovery.MAX_FILE))
-    assert discover(ALICE, domain.network).settings == []
+    assert discover(ALICE, domain.network).servers == []
 
 
 def test_web_server_of_another_name_is_not_believed(domain: Domain, ca: CertificateAuthority) -> None:
     with Domain(ca, "wrong.org") as wrong:
         wrong.pages["https://example.org/.well-known/autoconfig/mail/config-v1.1.xml"] = Page(file(server()))
         domain.lead("example.org:443", *wrong.where("wrong.org:443"))
-        assert discover(ALICE, domain.network).settings == []
+        assert discover(ALICE, domain.network).servers == []
         assert wrong.asked == []
 
 
@@ -270,21 +270,21 @@ def test_mail_exchanger_leads_to_a_provider(domain: Domain) -> None:
     ]
     found = discover(ALICE, domain.network)
     assert places(found) == [("imap.gmail.com", 993, "tls", "alice@example.org")]
-    assert found.settings[0].sign_in == "app"
-    assert "forged" in (found.settings[0].doubt or "")
+    assert found.servers[0].sign_in == "app"
+    assert "forged" in (found.servers[0].doubt or "")
 
 
 def test_mail_exchanger_of_a_provider_without_imap_is_told(domain: Domain) -> None:
     domain.records["example.org", "MX"] = ["10 mail.protonmail.ch."]
     found = discover(ALICE, domain.network)
-    assert found.settings == []
+    assert found.servers == []
     assert found.provider is not None
     assert "Bridge" in (found.provider.hint or "")
 
 
 def test_hint_of_the_provider_comes_with_its_server(domain: Domain) -> None:
     srv(domain, "0 1 993 imap.gmail.com.")
-    (found,) = discover(ALICE, domain.network).settings
+    (found,) = discover(ALICE, domain.network).servers
     assert found.provider is not None
     assert found.provider.name == "Gmail"
 
@@ -297,7 +297,7 @@ def test_usual_name_counts_if_its_certificate_is_valid_and_it_speaks_imap(
         domain.greeter("imap.example.org:993", valid, b"220 ftp\r\n"),
         domain.greeter("mail.example.org:993", valid, b"* OK hello\r\n"),
     ):
-        (found,) = discover(ALICE, domain.network).settings
+        (found,) = discover(ALICE, domain.network).servers
     assert places([found]) == [("mail.example.org", 993, "tls", "alice@example.org")]
 
 
@@ -305,7 +305,7 @@ def test_usual_name_with_a_certificate_of_another_does_not_count(
     domain: Domain, ca: CertificateAuthority
 ) -> None:
     with domain.greeter("imap.example.org:993", ca.issue(names=["other.net"]), b"* OK hello\r\n"):
-        assert discover(ALICE, domain.network).settings == []
+        assert discover(ALICE, domain.network).servers == []
 
 
 # ---- All together
@@ -314,7 +314,7 @@ def test_usual_name_with_a_certificate_of_another_does_not_count(
 def test_same_server_is_proposed_once_by_its_best_source(domain: Domain) -> None:
     srv(domain, "0 1 993 mx.example.org.")
     domain.pages[WELL_KNOWN] = domain.pages[AUTOCONFIG] = Page(file(server()))
-    (found,) = discover(ALICE, domain.network).settings
+    (found,) = discover(ALICE, domain.network).servers
     assert found.found == "the SRV records of example.org"
 
 
@@ -322,7 +322,7 @@ def test_silent_name_server_holds_nothing_up(domain: Domain, monkeypatch: pytest
     monkeypatch.setattr(discovery, "TIMEOUT", 0.2)
     domain.silent = True
     domain.pages[WELL_KNOWN] = Page(file(server()))
-    assert [one.host for one in discover(ALICE, domain.network).settings] == ["mx.example.org"]
+    assert [one.host for one in discover(ALICE, domain.network).servers] == ["mx.example.org"]
 
 
 def test_nothing_found_is_no_error(domain: Domain) -> None:

@@ -48,6 +48,17 @@ password-command = '''
 [accounts.first]
 '''
 """
+SCATTERED = """[accounts.x]
+host = "h"
+user = "u"
+# About y:
+[accounts.y]
+host = "h"
+user = "u"
+[accounts.x.oauth]
+provider = "google"
+client-id = "id"
+"""
 
 
 @pytest.fixture
@@ -80,7 +91,7 @@ def test_what_was_there_stays_byte_for_byte(path: Path, end: str) -> None:
 
 def test_name_that_exists_is_refused_and_nothing_changes(path: Path) -> None:
     written(path, OLD)
-    with pytest.raises(UsageError, match=r"first already.*--replace"):
+    with pytest.raises(UsageError, match=r"already has an account first.*--replace"):
         add(path, "first", ENTRY, [], replace=False)
     assert path.read_bytes() == OLD.encode()
 
@@ -95,11 +106,44 @@ def test_replacing_changes_only_that_entry(path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "begin", "end"),
+    [
+        ("first", "[accounts.first]", "\n# About the second:"),
+        ("second one", '[accounts."second one"]', "\n# The last:"),
+        ("last", "[accounts.last]", ""),
+    ],
+)
+def test_replacing_keeps_the_bytes_before_and_after_the_entry(
+    path: Path, name: str, begin: str, end: str
+) -> None:
+    add(written(path, OLD), name, ENTRY, ["new"], replace=True)
+    before, _, rest = OLD.partition(begin)
+    entry = f'{begin}\n# new\nhost = "imap.example.org"\nuser = "alice"\n'
+    assert path.read_bytes().decode() == before + entry + (end and rest[rest.index(end) :])
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ('[accounts]\nx = { host = "h", user = "u" }\ny = { host = "h", user = "u" }\n', "x"),
+        (MISLEADING + OLD.partition("\n\n")[2].partition("\n\n")[2], "first"),
+        ('[accounts]\n# Mine:\nx = { host = "h", user = "u" }\n', "x"),
+    ],
+)
+def test_unusual_layouts_are_edited(path: Path, text: str, name: str) -> None:
+    before = config.load_accounts(written(path, text))
+    add(path, name, ENTRY, [], replace=True)
+    assert config.load_accounts(path) == {**before, name: ENTRY}
+    assert all(line in path.read_text() for line in text.splitlines() if line.startswith("#"))
+
+
+@pytest.mark.parametrize(
     ("text", "name"),
     [
         ('accounts = { x = { host = "h", user = "u" } }\n', "work"),
+        ('accounts = { x = { host = "h", user = "u" } }\n', "x"),
         ('accounts.dotted.host = "h"\naccounts.dotted.user = "u"\n', "dotted"),
-        (MISLEADING + OLD.partition("\n\n")[2].partition("\n\n")[2], "first"),
+        (SCATTERED, "x"),
     ],
 )
 def test_file_that_cannot_be_edited_safely_is_left_alone(path: Path, text: str, name: str) -> None:

@@ -1,9 +1,9 @@
-"""The walk of ``imapfs setup``: from an e-mail address to an account in the configuration file.
+"""The dialogue of ``imapfs setup``: from an e-mail address to an account in the configuration file.
 
-What the command line leaves open is asked at the terminal; without one, or with --yes, the answer that would
-be proposed is taken, and where there is none the walk ends with the name of the option to give. A server is
-shown and confirmed before a password goes there, each login is one that the person asked for, and nothing is
-written before the end.
+What the command line does not say is asked at the terminal. Without a terminal, or with --yes, the proposed
+answer is taken; if there is none, setup fails and names the option to give. A server is shown and confirmed
+before a password is sent there, every login is one that the person asked for, and the configuration file is
+written only at the end.
 """
 
 import getpass
@@ -17,14 +17,13 @@ from urllib.parse import quote
 
 import click
 
-from imapfs.account import config, consent, credentials, discovery
-from imapfs.account import file as accounts
-from imapfs.account import keyring as keystore
+from imapfs.account import config, consent, credentials, discovery, file, keyring
 from imapfs.account.config import Located
 from imapfs.account.credentials import CredentialSources
-from imapfs.account.discovery import Address, Network, Settings
+from imapfs.account.discovery import EmailAddress, MailServer, Network
 from imapfs.account.oauth import OAuthClient
 from imapfs.account.providers import Provider
+from imapfs.account.settings import convert
 from imapfs.errors import AuthenticationFailed, CredentialError, ImapfsError, UsageError
 from imapfs.imap.connect import tls_context
 from imapfs.imap.session import Session
@@ -34,10 +33,10 @@ from imapfs.model import DEFAULT_PORTS, AccessToken, Account, CredentialProvider
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What the command line says; None where it leaves the matter open."""
+    """What the command line says; None for what it does not say."""
 
     options: Mapping[str, object]
-    """Settings for the entry under the names that they have there, such as ``password-command``."""
+    """Settings for the entry, by key, such as ``password-command``."""
     name: str | None = None
     address: str | None = None
     host: str | None = None
@@ -45,7 +44,7 @@ class Given:
     security: Security | None = None
     user: str | None = None
     keyring: bool = False
-    """The password is, or shall be, in the keyring."""
+    """The password is in the keyring, or will be stored there."""
     prompt: bool = False
     """The password is asked for at each mount."""
     lookup: bool = True
@@ -86,21 +85,21 @@ def run(given: Given, path: Path, network: Network) -> None:
                 given = replace(given, test=False)
             case "q":
                 raise click.Abort
-    accounts.add(
+    file.add(
         path,
         name,
         _entry(located, credential),
         _comments(address, located.account, server, credential),
         replace=given.replace,
     )
-    person.say(f"{path} has the account {name} now; mount it on an empty directory: imapfs mount {name} DIR")
+    person.say(f"added the account {name} to {path}; mount it on an empty directory: imapfs mount {name} DIR")
 
 
 _AFTER_FAILURE = {
-    "p": "try another password, or the same again",
+    "p": "try another password, or the same one again",
     "s": "change the settings",
-    "w": "add the account untested",
-    "q": "stop, and add nothing",
+    "w": "add the account without a test",
+    "q": "quit without adding the account",
 }
 
 
@@ -108,12 +107,12 @@ _AFTER_FAILURE = {
 
 
 class _Person:
-    """Who answers, if there is somebody."""
+    """The person at the terminal, if there is one."""
 
     def __init__(self, *, yes: bool) -> None:
         self.present = sys.stdin.isatty() and sys.stdout.isatty()
         self.asks = self.present and not yes
-        """Whether to ask also where there is something to propose."""
+        """Whether to ask even if there is an answer to propose."""
         self._yes = yes
 
     def say(self, text: str) -> None:
@@ -128,9 +127,10 @@ class _Person:
         *,
         insist: bool = False,
     ) -> str:
-        """An answer that ``check`` does not refuse with a ValueError or an ImapfsError.
+        """Return an answer that ``check`` does not refuse with ValueError or ImapfsError.
 
-        With ``insist`` the default is proposed in any case, as it has not led anywhere yet.
+        With ``insist`` the question is asked even with --yes, since the default has not worked so far. Raises
+        UsageError that names ``option`` if nobody can be asked.
         """
 
         def refuse_or_take(text: str) -> str:
@@ -144,12 +144,12 @@ class _Person:
             return default
         if not self.present:
             otherwise = "" if default is None else f", or --yes for {default!r}"
-            raise UsageError(f"there is no terminal to ask on: give {option}{otherwise}")
+            raise UsageError(f"{question} is missing, and there is no terminal: give {option}{otherwise}")
         answer: str = click.prompt(question, default=default, value_proc=refuse_or_take)
         return answer
 
     def choose(self, question: str, choices: Mapping[str, str], default: str) -> str:
-        """The key of one of ``choices``. Only where the person is present."""
+        """Return the key of one of ``choices``. The person must be present."""
         for key, meaning in choices.items():
             self.say(f"  {key}  {meaning}")
         answer: str = click.prompt(
@@ -158,14 +158,14 @@ class _Person:
         return answer
 
     def agrees(self, question: str, *, default: bool = True) -> bool:
-        """The default where nobody is there to ask, or to be asked."""
+        """Return the answer to a yes/no question; the default if nobody is to be asked."""
         return click.confirm(question, default=default) if self.asks else default
 
     def password(self, account: Account) -> Secret:
         if not self.present:
             raise UsageError(
-                "there is no terminal to ask for the password on: give --password-command, --password-file "
-                "or --no-test"
+                "the password can only be typed at a terminal: give --password-command, --password-file or "
+                "--no-test"
             )
         while True:
             try:
@@ -176,11 +176,11 @@ class _Person:
                 return Secret(typed)
 
 
-# ---- Who, and where
+# ---- The address, the name and the server
 
 
-def _address(given: Given, person: _Person) -> Address | None:
-    """None where the command line names server and user, so that nothing depends on it."""
+def _address(given: Given, person: _Person) -> EmailAddress | None:
+    """Return the e-mail address; None if it is not needed, as the command line names server and user."""
     text = given.address
     if text is None:
         if given.host is not None and given.user is not None:
@@ -189,13 +189,13 @@ def _address(given: Given, person: _Person) -> Address | None:
     return discovery.parse_address(text)
 
 
-def _name(given: Given, address: Address | None, path: Path, person: _Person) -> str:
+def _name(given: Given, address: EmailAddress | None, path: Path, person: _Person) -> str:
     if given.name is not None:
-        accounts.check_name(path, given.name, replace=given.replace)
+        file.check_name(path, given.name, replace=given.replace)
         return given.name
 
     def check(text: str) -> None:
-        accounts.check_name(path, text, replace=given.replace)
+        file.check_name(path, text, replace=given.replace)
 
     proposed = address.domain.partition(".")[0] if address is not None else None
     if proposed is not None:
@@ -206,8 +206,8 @@ def _name(given: Given, address: Address | None, path: Path, person: _Person) ->
     return person.ask("Name of the account", "--name", proposed, check)
 
 
-def _server(given: Given, address: Address | None, network: Network, person: _Person) -> Settings:
-    """What the command line says, or else what is found and agreed to."""
+def _server(given: Given, address: EmailAddress | None, network: Network, person: _Person) -> MailServer:
+    """Return the server that the command line names, or one that is found and confirmed."""
     if given.host is None:
         assert address is not None
         found = _found(given, address, network, person)
@@ -215,116 +215,118 @@ def _server(given: Given, address: Address | None, network: Network, person: _Pe
         security = given.security or "tls"
         port = given.port or DEFAULT_PORTS[security]
         user = given.user or str(address)
-        found = discovery.with_provider(Settings(given.host, port, security, user, "the command line"))
+        found = discovery.with_provider(MailServer(given.host, port, security, user, "the command line"))
     for key, value in (("host", found.host), ("user", found.user), ("port", found.port)):
         try:
-            config.convert(key, value)
+            convert(key, value)
         except ValueError as error:
             raise UsageError(f"--{key}: {error}") from None
     return found
 
 
-def _found(given: Given, address: Address, network: Network, person: _Person) -> Settings:
+def _found(given: Given, address: EmailAddress, network: Network, person: _Person) -> MailServer:
     found = discovery.discover(address, None)
     if found.provider is None and given.lookup:
-        person.say(f"looking for the server of {address.domain} (--no-lookup asks nobody)")
+        person.say(f"searching for the server of {address.domain} (--no-lookup does without)")
         found = discovery.discover(address, network)
-    settings = [_overridden(given, one) for one in found.settings]
-    if settings:
-        return _chosen(settings, person) if person.asks else _accepted(given, settings[0])
+    servers = [_overridden(given, one) for one in found.servers]
+    if servers:
+        return _chosen(servers, person) if person.asks else _accepted(given, servers[0])
     hint = _hint(found.provider)
     if not person.present:
         raise UsageError(
             f"no server was found for {address.domain}: {f'{hint}; ' if hint else ''}give --host"
         )
-    person.say(f"no server was found for {address.domain}: {hint or 'your provider names it as IMAP server'}")
-    return _edited(Settings("", 993, "tls", given.user or str(address), "what was typed"), person)
+    person.say(f"no server was found for {address.domain}: {hint or 'ask your provider for its IMAP server'}")
+    return _edited(MailServer("", 993, "tls", given.user or str(address), "your answers"), person)
 
 
 def _hint(provider: Provider | None) -> str:
-    """What the provider of a server wants of its users and where it says so; "" for nothing."""
+    """Return what the provider asks of its users, and the page that says so; "" for nothing."""
     if provider is None or provider.hint is None:
         return ""
     return f"{provider.hint} ({provider.page})" if provider.page else provider.hint
 
 
-def _overridden(given: Given, settings: Settings) -> Settings:
-    security = given.security or settings.security
-    usual = settings.port if security == settings.security else DEFAULT_PORTS[security]
-    return replace(settings, security=security, port=given.port or usual, user=given.user or settings.user)
+def _overridden(given: Given, server: MailServer) -> MailServer:
+    security = given.security or server.security
+    port = server.port if security == server.security else DEFAULT_PORTS[security]
+    return replace(server, security=security, port=given.port or port, user=given.user or server.user)
 
 
-def _accepted(given: Given, settings: Settings) -> Settings:
-    """For where nobody is asked."""
+def _accepted(given: Given, server: MailServer) -> MailServer:
+    """Return ``server`` if it may be used without asking. Raises UsageError."""
     if not given.yes:
         raise UsageError(
-            f"{settings.host} was found (from {settings.found}), and there is no terminal to ask whether it "
-            "is right: give --yes or --host"
+            f"{server.host} was found (from {server.found}), and must be confirmed at a terminal: "
+            "give --yes or --host"
         )
-    if settings.doubt is not None:
-        raise UsageError(f"{settings.doubt}; if so, give --host {settings.host}")
-    return settings
+    if server.doubt is not None:
+        raise UsageError(f"{server.doubt}; if it is right, give --host {server.host}")
+    return server
 
 
-def _chosen(found: list[Settings], person: _Person) -> Settings:
+def _chosen(found: list[MailServer], person: _Person) -> MailServer:
     choices = {}
     for number, one in enumerate(found, 1):
         choices[str(number)] = f"{_shown(one)} (from {one.found})"
-    choices["e"] = "something else"
+    choices["e"] = "another server"
     answer = person.choose("Server", choices, "1")
-    settings = found[0 if answer == "e" else int(answer) - 1]
+    server = found[0 if answer == "e" else int(answer) - 1]
     if answer == "e":
-        return _edited(settings, person)
-    if settings.doubt is not None:
-        person.say(settings.doubt)
-        if not person.agrees(f"Is {settings.host} the right place for your password?", default=False):
-            return _edited(replace(settings, host=""), person)
-    if _hint(settings.provider):
-        person.say(_hint(settings.provider))
-    return settings
+        return _edited(server, person)
+    if server.doubt is not None:
+        person.say(server.doubt)
+        if not person.agrees(f"Is {server.host} the right place for your password?", default=False):
+            return _edited(replace(server, host=""), person)
+    if _hint(server.provider):
+        person.say(_hint(server.provider))
+    return server
 
 
-def _shown(settings: Settings) -> str:
-    how = "TLS" if settings.security == "tls" else "STARTTLS"
-    return f"{settings.host}, port {settings.port}, {how}, user {settings.user}"
+def _shown(server: MailServer) -> str:
+    how = "TLS" if server.security == "tls" else "STARTTLS"
+    return f"{server.host}, port {server.port}, {how}, user {server.user}"
 
 
-def _edited(settings: Settings, person: _Person) -> Settings:
+def _edited(server: MailServer, person: _Person) -> MailServer:
+    """Return the server that the person types, starting from ``server``."""
+
     def ask(question: str, key: str, default: str) -> str:
         def check(text: str) -> object:
-            return config.convert(key, int(text) if key == "port" and text.isdecimal() else text)
+            return convert(key, int(text) if key == "port" and text.isdecimal() else text)
 
         return person.ask(question, f"--{key}", default or None, check, insist=True)
 
-    host = ask("Server", "host", settings.host)
+    host = ask("Server", "host", server.host)
     kinds: dict[str, Security] = {"tls": "tls", "starttls": "starttls"}
-    security = kinds[ask("Encryption (tls or starttls)", "security", settings.security)]
-    usual = settings.port if security == settings.security else DEFAULT_PORTS[security]
+    security = kinds[ask("Encryption (tls or starttls)", "security", server.security)]
+    usual = server.port if security == server.security else DEFAULT_PORTS[security]
     port = int(ask("Port", "port", str(usual)))
-    user = ask("User", "user", settings.user)
-    typed = Settings(str(config.convert("host", host)), port, security, user, "what was typed")
+    user = ask("User", "user", server.user)
+    typed = MailServer(str(convert("host", host)), port, security, user, "your answers")
     return discovery.with_provider(typed)
 
 
-def _url(server: Settings) -> str:
+def _url(server: MailServer) -> str:
     scheme = "imaps" if server.security == "tls" else "imap"
     host = f"[{server.host}]" if ":" in server.host else server.host
     return f"{scheme}://{quote(server.user, safe='')}@{host}:{server.port}"
 
 
-# ---- With what
+# ---- The password or token
 
 
 @dataclass(frozen=True, slots=True)
 class _Credential:
     provider: CredentialProvider | None
-    """None where nobody has said the password, which is then not tried."""
+    """None if the password is not known here, so that no login is tried."""
     entry: Mapping[str, object] = field(default_factory=dict)
-    """The settings that say where to take it from."""
+    """The settings that say where it comes from."""
     comment: str = ""
-    """For the entry; ``{url}`` is the account's."""
+    """For the entry; ``{url}`` stands for the account's URL."""
     keep: Callable[[Account], None] = lambda _: None
-    """Puts it there, if it is not yet. Raises CredentialError."""
+    """Stores it where it comes from, if it is not there yet. Raises CredentialError."""
 
 
 def _without_source(options: Mapping[str, object]) -> dict[str, object]:
@@ -332,11 +334,11 @@ def _without_source(options: Mapping[str, object]) -> dict[str, object]:
 
 
 def _credential(
-    given: Given, path: Path, name: str, located: Located, server: Settings, person: _Person
+    given: Given, path: Path, name: str, located: Located, server: MailServer, person: _Person
 ) -> _Credential:
     account = located.account
     if any(key in given.options for key in config.SECRETS):
-        # In the entry with all other options.
+        # These options go into the entry with all others.
         return _Credential(credentials.resolve(account, located.credentials))
     if account.auth == "external":
         return _Credential(credentials.resolve(account, CredentialSources()))
@@ -346,19 +348,19 @@ def _credential(
         return _asked_each_time(given, account, person)
     if not person.present:
         raise UsageError(
-            "there is no terminal to ask on: give --password-command, --password-file, --token-command, "
-            "--keyring or --prompt"
+            "the source of the password can only be chosen at a terminal: give --password-command, "
+            "--password-file, --token-command, --keyring or --prompt"
         )
     choices = {
-        "k": "from the keyring (Secret Service), where it is put now",
-        "c": "a command prints it, such as 'pass show mail'",
+        "k": "from the keyring (Secret Service), where it will be stored",
+        "c": "from the output of a command, such as 'pass show mail'",
         "f": "from a file that only you can read",
-        "a": "asked for at each mount",
-        "o": "no password but OAuth 2.0, with your consent in a browser",
-        "t": "no password but OAuth 2.0, a command prints the access token",
+        "a": "from you, at each mount",
+        "o": "no password: OAuth 2.0, with your consent in a browser",
+        "t": "no password: OAuth 2.0, with an access token from the output of a command",
     }
     oauth = server.provider.oauth if server.provider is not None else None
-    if not keystore.works():
+    if not keyring.works():
         del choices["k"], choices["o"]
     elif oauth is None:
         del choices["o"]
@@ -385,25 +387,25 @@ def _credential(
 
 
 def _by_consent(provider: str, name: str, account: Account, person: _Person) -> _Credential:
-    """The refresh token goes into the keyring at once, as it is of use nowhere else.
+    """Ask for consent, which puts the refresh token into the keyring at once.
 
-    The entry gets the client secret, if there is one, which is none where a program runs on everybody's own
-    machine (RFC 8252 section 8.5).
+    The client secret, if there is one, goes into the entry: it is not confidential in a program that runs on
+    its users' machines (RFC 8252 section 8.5).
     """
-    person.say("imapfs has no client id of its own: register one with the provider (the README says how)")
+    person.say("imapfs has no client id of its own: register one with the provider (see the README)")
     table = {"provider": provider, "client-id": person.ask("Client id", "--token-command", None)}
     secret = person.ask("Client secret (empty for none)", "--token-command", "")
     if secret:
         table["client-secret"] = secret
-    client = cast(OAuthClient, config.convert("oauth", table))
-    here = client.device_url is None or person.agrees("Is there a browser on this machine")
+    client = cast(OAuthClient, convert("oauth", table))
+    here = client.device_url is None or person.agrees("Is there a browser on this machine?")
 
     def check(token: AccessToken) -> None:
         Session.connect(account, token, tls_context(account), config.defaults()["timeout"]).close()
 
     consent.ask(client, account, person.say, device=not here, check=check)
     sources = CredentialSources(oauth=client, name=name)
-    comment = f"To consent anew: imapfs login {name}"
+    comment = f"To renew the consent: imapfs login {name}"
     return _Credential(credentials.resolve(account, sources), {"oauth": table}, comment)
 
 
@@ -417,18 +419,18 @@ def _from_file(name: str, account: Account, person: _Person) -> _Credential:
 
 
 def _from_keyring(account: Account, person: _Person) -> _Credential:
-    comment = f"The password is in the keyring; to change it: keyring set {keystore.PASSWORDS} {{url}}"
-    found = keystore.load(keystore.PASSWORDS, account.url)
-    if found is not None and person.agrees("Use the password that the keyring has for this account"):
+    comment = f"The password is in the keyring; to change it: keyring set {keyring.PASSWORDS} {{url}}"
+    found = keyring.load(keyring.PASSWORDS, account.url)
+    if found is not None and person.agrees("Use the password that the keyring has for this account?"):
         return _Credential(found, comment=comment)
     if not person.present:
         raise CredentialError(
-            f"the keyring has no password for {account.url}: put it there with "
-            f"'keyring set {keystore.PASSWORDS} {account.url}'"
+            f"the keyring has no password for {account.url}: store it with "
+            f"'keyring set {keyring.PASSWORDS} {account.url}'"
         )
     secret = person.password(account)
     return _Credential(
-        secret, comment=comment, keep=lambda account: keystore.save(keystore.PASSWORDS, account.url, secret)
+        secret, comment=comment, keep=lambda account: keyring.save(keyring.PASSWORDS, account.url, secret)
     )
 
 
@@ -438,7 +440,7 @@ def _asked_each_time(given: Given, account: Account, person: _Person) -> _Creden
 
 
 def _try_out(located: Located, provider: CredentialProvider | None) -> str:
-    """Log in once and look around; what to say about it. Raises ImapfsError."""
+    """Log in once, list the mailboxes and return a line about it. Raises ImapfsError."""
     assert provider is not None
     account = located.account
     timeout = located.options["timeout"]
@@ -466,7 +468,7 @@ def _entry(located: Located, credential: _Credential) -> dict[str, object]:
 
 
 def _comments(
-    address: Address | None, account: Account, server: Settings, credential: _Credential
+    address: EmailAddress | None, account: Account, server: MailServer, credential: _Credential
 ) -> list[str]:
     today = date.today().isoformat()
     comments = [
