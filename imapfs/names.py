@@ -18,13 +18,13 @@ How one hierarchy component of a mailbox name is shown, where ``%XX`` stands for
     Over 255 bytes: cut, with the start of the SHA-256 of the component. The only form without an inverse.
 """
 
-import base64
 import datetime
 import hashlib
 import re
 import unicodedata
 from functools import lru_cache
 
+from imapfs.encoding import decode_utf7, encode_utf7
 from imapfs.model import NameScheme
 
 _NAME_MAX = 255
@@ -38,7 +38,6 @@ _ESCAPE = re.compile(rb"%([0-9A-F]{2})")
 # What other file systems (FAT, exFAT, NTFS) do not take or programs misread (``host:path``). As spaces they
 # become one underscore together with those around them.
 _TO_SPACE = str.maketrans(dict.fromkeys('/:*?"<>|\\_', " "))
-_NOT_DIRECT = re.compile(r"&|[^ -~]+")
 
 _SECONDS_PER_DAY = 86_400
 _EPOCH_DAY = datetime.date(1970, 1, 1).toordinal()
@@ -50,37 +49,18 @@ _PART_CHARACTERS = 1_000
 
 
 def decode_mailbox(raw: bytes) -> str | None:
-    """The text of a mailbox name, or of one hierarchy component of one.
+    """Decode a mailbox name, or one hierarchy component of it.
 
     ASCII is modified UTF-7 (RFC 3501 section 5.1.3); anything with 8-bit bytes is UTF-8 (RFC 6855 section 3).
-    None where ``raw`` is neither, or is not what `encode_mailbox` makes of the text: such a name cannot be
+    Return None where ``raw`` is neither, or is not the canonical spelling of its text: such a name cannot be
     sent back to the server from its text. Never raises.
     """
+    if raw.isascii():
+        return decode_utf7(raw)
     try:
-        if not raw.isascii():
-            return raw.decode("utf-8")
-        first, *shifted = raw.decode("ascii").split("&")
-        parts = [first]
-        for part in shifted:
-            code, _, direct = part.partition("-")
-            padded = code.replace(",", "/") + "=" * (-len(code) % 4)
-            parts += [base64.b64decode(padded).decode("utf-16-be") if code else "&", direct]
-    except ValueError:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
         return None
-    text = "".join(parts)
-    return text if encode_mailbox(text) == raw else None
-
-
-def encode_mailbox(name: str) -> bytes:
-    """``name`` in modified UTF-7 (RFC 3501 section 5.1.3). UnicodeEncodeError for a lone surrogate."""
-    return _NOT_DIRECT.sub(_shift, name).encode("ascii")
-
-
-def _shift(match: re.Match[str]) -> str:
-    if match[0] == "&":
-        return "&-"
-    code = base64.b64encode(match[0].encode("utf-16-be")).decode("ascii")
-    return f"&{code.rstrip('=').replace('/', ',')}-"
 
 
 def entry_name(component: bytes) -> bytes:
@@ -135,7 +115,7 @@ def server_component(entry: bytes) -> bytes | None:
         if entry.startswith(_MARK):
             component = _unescaped(entry.removeprefix(_MARK))
         else:
-            component = encode_mailbox(_unescaped(entry).decode("utf-8"))
+            component = encode_utf7(_unescaped(entry).decode("utf-8"))
     except UnicodeDecodeError:
         return None
     return component if decode_mailbox(component) and entry_name(component) == entry else None

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, timezone
 
+from imapfs.encoding import MAX_EPOCH
 from imapfs.errors import ProtocolError
 from imapfs.model import ModSeq, Uid
 
@@ -36,8 +37,6 @@ _DATE = re.compile(r" *(\d{1,2})-([A-Za-z]{3})-(\d{4}) (\d\d):(\d\d):(\d\d) ([+-
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _MAX = (1 << 63) - 1
 """The largest number of IMAP (RFC 9051 number64), and of SQLite."""
-_FAR = 9_000_000_000
-"""Seconds from the epoch to about the year 2255: what nanoseconds in 64 bits can hold."""
 
 
 @dataclass(slots=True)
@@ -286,17 +285,8 @@ def parse_date(raw: bytes) -> tuple[int, int]:
             local = datetime(int(m[3]), month, int(m[1]), int(m[4]), int(m[5]), second, tzinfo=UTC)
         except ValueError:
             return 0, 0
-        return max(-_FAR, min(_FAR, int(local.timestamp()) - offset * 60)), offset
+        return max(-MAX_EPOCH, min(MAX_EPOCH, int(local.timestamp()) - offset * 60)), offset
     return 0, 0
-
-
-def format_date(epoch: int, offset: int) -> bytes:
-    """A date-time for APPEND (RFC 9051 section 9), such as ``17-Jul-1996 02:44:25 -0700``."""
-    local = datetime.fromtimestamp(max(0, min(_FAR, epoch)), timezone(timedelta(minutes=offset)))
-    month = _MONTHS[local.month - 1].capitalize()
-    sign, minutes = "-" if offset < 0 else "+", abs(offset)
-    zone = f"{sign}{minutes // 60:02d}{minutes % 60:02d}"
-    return f"{local.day:2d}-{month}-{local.year:04d} {local:%H:%M:%S} {zone}".encode()
 
 
 def format_iso(epoch: int, offset: int) -> str:

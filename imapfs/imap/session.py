@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from imapfs import __version__
+from imapfs.encoding import format_internaldate
 from imapfs.errors import (
     AuthenticationFailed,
     ConnectionLost,
@@ -32,7 +33,6 @@ from imapfs.imap.grammar import (
     FetchData,
     ListEntry,
     flag_list,
-    format_date,
     number,
     parse_fetch,
     parse_list,
@@ -746,7 +746,7 @@ class Session:
             (
                 b"APPEND ",
                 astring(mailbox),
-                b' (%s) "%s" ' % (u.flags.encode(), format_date(u.date, u.zone)),
+                b' (%s) "%s" ' % (u.flags.encode(), format_internaldate(u.date, u.zone)),
                 Literal(u.data),
             )
             for u in uploads

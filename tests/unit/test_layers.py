@@ -11,7 +11,7 @@ LAYERS = ("cli", "daemon", "kernel", "fs", "sync", "store", "account", "imap", "
 """From the top: a package imports from itself and those behind it; "" are the modules outside packages."""
 DOORS = {
     "pyfuse3": {"kernel.adapter"},
-    "imapclient": {"imap.wire"},
+    "imapclient": {"encoding", "imap.wire"},
     "imaplib": {"imap.wire"},
     "sqlite3": {"store.database"},
     "dns": {"account.discovery"},
