@@ -28,11 +28,11 @@ def log_in(wire: Wire, account: Account, secret: Secret | None) -> None:
         wire.trust()
         return
     host, user = account.host, account.user
-    mechanism = sasl.choose(account, secret, wire.greeting_capabilities)
+    mechanism = sasl.choose(account, secret, wire.capabilities)
     sent = list(_forms(secret))
     completion, complaint = _offer(wire, account, secret, mechanism, sent)
     words = " ".join(dict.fromkeys(filter(None, (completion.text or completion.status, complaint))))
-    if isinstance(mechanism, sasl.ScramSha256) and "AUTH=PLAIN" in wire.greeting_capabilities:
+    if isinstance(mechanism, sasl.ScramSha256) and "AUTH=PLAIN" in wire.capabilities:
         # A server may offer it for all and have what it takes for some.
         words += " (by SCRAM-SHA-256: if the password is right, try --auth plain)"
     # Looked up in full: the remedy is of our own words.

@@ -221,7 +221,7 @@ class Session:
         wire = Wire.open(account, context, timeout)
         try:
             log_in(wire, account, secret)
-            session = cls(wire, wire.greeting_capabilities)
+            session = cls(wire, wire.capabilities)
             session._introduce()
         except BaseException:
             wire.close()

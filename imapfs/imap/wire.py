@@ -375,7 +375,7 @@ class Wire:
         """The server's first line, without what marks it as a greeting."""
         self.preauthenticated = False
         """Whether the greeting was PREAUTH: the server knows who we are, and no login is to be made."""
-        self.greeting_capabilities: frozenset[str] = frozenset()
+        self.capabilities: frozenset[str] = frozenset()
         """Upper case; before the login what is offered then, afterwards what there is afterwards."""
 
     @classmethod
@@ -412,7 +412,7 @@ class Wire:
         wire = cls(stream, account)
         kind, _, wire.greeting = client.welcome.decode("utf-8", "replace").strip()[2:].partition(" ")
         wire.preauthenticated = wire._trace.let_in = kind.upper() == "PREAUTH"
-        wire.greeting_capabilities = frozenset(name.upper() for name in client._imap.capabilities)
+        wire.capabilities = frozenset(name.upper() for name in client._imap.capabilities)
         return wire
 
     @property
@@ -444,7 +444,7 @@ class Wire:
                 f"{account.host} lets us in before there is TLS (PREAUTH), which is an attack or a mistake:"
                 " not used; write imaps:// if it has a port for TLS (usually 993)"
             )
-        if "STARTTLS" in self.greeting_capabilities and not self.preauthenticated:
+        if "STARTTLS" in self.capabilities and not self.preauthenticated:
             self.start_tls(context)
         elif not may_do_without:
             raise TlsError(
@@ -486,7 +486,7 @@ class Wire:
 
         if not announced:
             self.execute_all([(b"CAPABILITY",)], on_response=take)
-        self.greeting_capabilities = frozenset(_upper(c) for c in announced.split())
+        self.capabilities = frozenset(_upper(c) for c in announced.split())
 
     def login(self, user: Part, password: Part) -> Completion:
         """The LOGIN command (RFC 9051 section 6.2.3); with OK the capabilities are those afterwards."""
@@ -514,7 +514,7 @@ class Wire:
             if self._trace.on:
                 self._trace.sent(tag, [b"AUTHENTICATE ", mechanism.name.encode()])
             # With an initial response a round trip is saved (RFC 4959).
-            at_once = "SASL-IR" in self.greeting_capabilities
+            at_once = "SASL-IR" in self.capabilities
             self._stream.write(command + (b" " + (first or b"=") if at_once else b"") + b"\r\n")
             answer: bytes | None = None if at_once else first
             for _ in range(_CHALLENGES):
@@ -644,8 +644,8 @@ class Wire:
                 out += part
                 continue
             # LITERAL- allows non-synchronising literals up to 4096 bytes (RFC 7888 section 5).
-            plus = "LITERAL+" in self.greeting_capabilities or (
-                "LITERAL-" in self.greeting_capabilities and len(part.data) <= 4096
+            plus = "LITERAL+" in self.capabilities or (
+                "LITERAL-" in self.capabilities and len(part.data) <= 4096
             )
             out += b"{%d%s}\r\n" % (len(part.data), b"+" if plus else b"")
             if not plus:

@@ -201,7 +201,7 @@ def test_starttls_secures_the_connection(both_ports: Dovecot) -> None:
     where = by_starttls(both_ports)
     wire = Wire.open(where, tls_context(where), TIMEOUT)
     assert wire.encrypted
-    assert "AUTH=PLAIN" in wire.greeting_capabilities
+    assert "AUTH=PLAIN" in wire.capabilities
     wire.close()
     connected(where).close()
 
@@ -348,7 +348,7 @@ def test_what_was_said_before_tls_does_not_count(ca: CertificateAuthority) -> No
     with server:
         where = by_starttls(server)
         wire = Wire.open(where, tls_context(where), TIMEOUT)
-        assert wire.greeting_capabilities == {"IMAP4REV1", "AUTH=STRONG"}
+        assert wire.capabilities == {"IMAP4REV1", "AUTH=STRONG"}
         with pytest.raises(ConnectionLost) as caught:
             wire.execute(b"NOOP")
         assert "nonsense" not in str(caught.value)

@@ -53,7 +53,7 @@ def hide(monkeypatch: pytest.MonkeyPatch, *capabilities: str) -> None:
         vars(wire)["announced"] = announced - set(capabilities)
 
     announced = property(lambda wire: vars(wire)["announced"], keep)
-    monkeypatch.setattr(Wire, "greeting_capabilities", announced, raising=False)
+    monkeypatch.setattr(Wire, "capabilities", announced, raising=False)
 
 
 async def until(condition: Callable[[], object]) -> None:
