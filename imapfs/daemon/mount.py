@@ -25,7 +25,7 @@ from imapfs.fs.replace import Replacer
 from imapfs.fs.space import SpaceReporter
 from imapfs.fs.tree import MailTree
 from imapfs.fs.xattrs import ExtendedAttributes
-from imapfs.imap.backoff import State
+from imapfs.imap.backoff import Connectivity
 from imapfs.imap.pool import SessionPool
 from imapfs.kernel.adapter import Adapter
 from imapfs.kernel.inotify import Announcer
@@ -145,7 +145,7 @@ async def _serve(config: MountConfig, credentials: CredentialProvider, observer:
     pool = SessionPool(config.account, credentials, config.connections, config.timeout)
     # The end of a pause that the server asked for is not reported: it is no change of state for a person.
     pool.on_state = lambda: observer.state(
-        pool.reason if pool.state is State.OFFLINE else None, pool.needs_person
+        pool.reason if pool.state is Connectivity.OFFLINE else None, pool.needs_person
     )
     cache = Cache.open(config.cache_dir / _cache_name(config), config.names)
     failure: ImapfsError | None = None

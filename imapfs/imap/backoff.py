@@ -32,7 +32,7 @@ _GROW_MOST: Final = 960.0
 """Seconds after which there may be one connection more; doubled each time that this was too early."""
 
 
-class State(StrEnum):
+class Connectivity(StrEnum):
     """How an account is, as `imapfs status` says it."""
 
     ONLINE = "online"
@@ -56,7 +56,7 @@ class Backoff:
         self._most = limit
         self._most_at = 0.0
         self._grow = _GROW
-        self._trouble = State.ONLINE
+        self._trouble = Connectivity.ONLINE
         """What the state is when there is no pause."""
         self._since = 0.0
         self._why = ""
@@ -74,15 +74,15 @@ class Backoff:
 
     # -- what is so ----------------------------------------------------------------------------------------
 
-    def state(self, now: float) -> State:
-        return State.THROTTLED if now < self._pause_until else self._trouble
+    def state(self, now: float) -> Connectivity:
+        return Connectivity.THROTTLED if now < self._pause_until else self._trouble
 
     def why(self, now: float) -> str:
         """What the state is due to; "" while it is online."""
         match self.state(now):
-            case State.ONLINE:
+            case Connectivity.ONLINE:
                 return ""
-            case State.THROTTLED:
+            case Connectivity.THROTTLED:
                 return self._pause_why
             case _:
                 return self._why
@@ -94,16 +94,16 @@ class Backoff:
     def retry_at(self, now: float) -> float | None:
         """When something is tried next; None while it is online, infinite where nothing will be."""
         match self.state(now):
-            case State.ONLINE:
+            case Connectivity.ONLINE:
                 return None
-            case State.THROTTLED:
+            case Connectivity.THROTTLED:
                 return self._pause_until
             case _:
                 return max(now, self._retry_at)
 
     def due_in(self, now: float) -> float:
         """Seconds until a connection that was lost is to be replaced; infinite where none is."""
-        if self._trouble is State.ONLINE:
+        if self._trouble is Connectivity.ONLINE:
             return math.inf
         return max(0.0, self._retry_at - now, self._pause_until - now)
 
@@ -121,12 +121,12 @@ class Backoff:
 
     def may_wait(self, now: float) -> float:
         """Seconds for which a request should wait for a connection that is being made, 0 for not at all."""
-        return max(0.0, self._patience_until - now) if self._trouble is State.CONNECTING else 0.0
+        return max(0.0, self._patience_until - now) if self._trouble is Connectivity.CONNECTING else 0.0
 
     @property
     def is_troubled(self) -> bool:
         """Whether a connection was lost, and no other has proved since that the server is there."""
-        return self._trouble is not State.ONLINE
+        return self._trouble is not Connectivity.ONLINE
 
     @property
     def needs_person(self) -> bool:
@@ -145,8 +145,8 @@ class Backoff:
 
         Requests may wait ``patience`` seconds for it. What is less than the last loss allowed holds.
         """
-        if self._trouble is State.ONLINE:
-            self._trouble, self._since, self._why = State.CONNECTING, now, why
+        if self._trouble is Connectivity.ONLINE:
+            self._trouble, self._since, self._why = Connectivity.CONNECTING, now, why
             self._retry_at, self._patience_until = now, math.inf
         self._patience_until = min(self._patience_until, now + patience)
 
@@ -163,10 +163,10 @@ class Backoff:
         self._failed_at = now
         self._retry_at = now + wait
         self._why = why
-        if self._trouble is not State.OFFLINE:
-            if self._trouble is State.ONLINE:
+        if self._trouble is not Connectivity.OFFLINE:
+            if self._trouble is Connectivity.ONLINE:
                 self._since = now
-            self._trouble = State.OFFLINE
+            self._trouble = Connectivity.OFFLINE
 
     def give_up(self) -> None:
         """Nothing will be tried again by itself."""
@@ -174,8 +174,8 @@ class Backoff:
 
     def works(self, now: float) -> None:
         """The server has let a connection in, or answered on one."""
-        if self._trouble is not State.ONLINE:
-            self._trouble, self._since, self._why = State.ONLINE, now, ""
+        if self._trouble is not Connectivity.ONLINE:
+            self._trouble, self._since, self._why = Connectivity.ONLINE, now, ""
         self._failures = self._refusals = 0
         self._retry_at = self._hurried_at = -math.inf
 

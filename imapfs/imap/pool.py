@@ -37,7 +37,7 @@ from imapfs.errors import (
     TimedOut,
     TlsError,
 )
-from imapfs.imap.backoff import Backoff, State
+from imapfs.imap.backoff import Backoff, Connectivity
 from imapfs.imap.connect import tls_context
 from imapfs.imap.session import Session
 from imapfs.model import Account, CredentialProvider
@@ -145,13 +145,13 @@ class SessionPool:
         return _for_watchers(self._limit)
 
     @property
-    def state(self) -> State:
+    def state(self) -> Connectivity:
         return self._backoff.state(time.monotonic())
 
     @property
     def is_away(self) -> bool:
         """Whether it is known that the server will not answer soon."""
-        return self.state in {State.OFFLINE, State.THROTTLED}
+        return self.state in {Connectivity.OFFLINE, Connectivity.THROTTLED}
 
     @property
     def reason(self) -> str | None:
@@ -175,7 +175,7 @@ class SessionPool:
     def look(self) -> None:
         """Notice idle connections that the server has ended: nobody else does before they are needed."""
         self._drop_dead()
-        if self._accepted and not self._open and self.state is State.ONLINE:
+        if self._accepted and not self._open and self.state is Connectivity.ONLINE:
             self._lost("the server closed the connection", self._timeout)
 
     async def came_online(self) -> None:
@@ -184,8 +184,8 @@ class SessionPool:
 
     async def until_online(self) -> None:
         """Return once the account is online, or as long as nothing speaks against it."""
-        while (state := self.state) is not State.ONLINE:
-            with trio.move_on_after((self.retry_in or 0.0) if state is State.THROTTLED else math.inf):
+        while (state := self.state) is not Connectivity.ONLINE:
+            with trio.move_on_after((self.retry_in or 0.0) if state is Connectivity.THROTTLED else math.inf):
                 await self._online.wait()
 
     # -- what is new of the network ------------------------------------------------------------------------
@@ -313,7 +313,7 @@ class SessionPool:
     def _works(self) -> None:
         """The server has let us in, or has answered: whatever was wrong is over."""
         now, was_troubled = time.monotonic(), self._backoff.is_troubled
-        if self._backoff.state(now) is State.OFFLINE:
+        if self._backoff.state(now) is Connectivity.OFFLINE:
             log.info("online again: %s, after %.0f s", self._account.url, now - self._backoff.since(now))
         self._backoff.works(now)
         self._error = None
@@ -351,7 +351,7 @@ class SessionPool:
         now, why = time.monotonic(), str(error)
         was = self._backoff.state(now)
         self._backoff.throttled(error.wait, why, max(1, self._open), now)
-        if was is not State.THROTTLED:
+        if was is not Connectivity.THROTTLED:
             pause = (self._backoff.retry_at(now) or now) - now
             log.warning("slowing down for %.0f s, to %d connections: %s", pause, self.most, why)
         while self._watching and self._open - len(self._leaving) > self.most:
@@ -378,7 +378,7 @@ class SessionPool:
         return since
 
     @contextlib.contextmanager
-    def _counted(self, state: State) -> Iterator[None]:
+    def _counted(self, state: Connectivity) -> Iterator[None]:
         """Somebody waits, so that watchers have to go: as many as wait, if not as many are leaving.
 
         Unless it is not their sessions that are waited for.
@@ -386,7 +386,7 @@ class SessionPool:
         self._waiting += 1
         try:
             now = time.monotonic()
-            if state is State.ONLINE and self._watching and len(self._leaving) < self._waiting:
+            if state is Connectivity.ONLINE and self._watching and len(self._leaving) < self._waiting:
                 had_it_for = now - self._send_watcher_away()
                 self._calm = min(_CALM_MOST, self._calm * 2) if had_it_for < _CALM_MOST else _CALM
             self._calm_at = now + self._calm
@@ -394,9 +394,9 @@ class SessionPool:
         finally:
             self._waiting -= 1
 
-    def _spare_in(self, state: State, now: float) -> float:
+    def _spare_in(self, state: Connectivity, now: float) -> float:
         """Seconds until a watcher may look for a session; infinite for not before something happens."""
-        if state is not State.ONLINE:
+        if state is not Connectivity.ONLINE:
             return math.inf
         if self._spare >= _for_watchers(self._backoff.most(now)):
             return self._backoff.more_in(now)
@@ -445,7 +445,7 @@ class SessionPool:
             now = time.monotonic()
             state = self._backoff.state(now)
             wait = math.inf
-            if state is State.THROTTLED:
+            if state is Connectivity.THROTTLED:
                 wait = (self._backoff.retry_at(now) or now) - now
             elif spare and (hold := self._spare_in(state, now)):
                 wait = hold
@@ -455,7 +455,7 @@ class SessionPool:
                 # others the one that lies longest, as its mailbox is the least wanted.
                 same = [s for s in self._idle if s.selected == mailbox]
                 return same[-1] if same else self._idle[0]
-            elif state is State.ONLINE:
+            elif state is Connectivity.ONLINE:
                 if self._may_connect(now):
                     return None
             else:
@@ -570,7 +570,7 @@ class SessionPool:
             # Those who only listen have not noticed.
             works -= len(self._watching) + len(self._leaving)
             self._doubt_watchers()
-        if works and (answered or self._backoff.state(now) is State.ONLINE):
+        if works and (answered or self._backoff.state(now) is Connectivity.ONLINE):
             # Beside connections that work it is their number that is refused, whatever the server says.
             log.info("no further connection, going on with %d: %s", beside, error)
             self._works()
@@ -582,7 +582,7 @@ class SessionPool:
             self._works()
             self.slow_down(error)
             return
-        if self._backoff.state(now) is not State.OFFLINE:
+        if self._backoff.state(now) is not Connectivity.OFFLINE:
             log.warning("offline: %s", error)
         self._backoff.failed(str(error), now, refused=isinstance(error, AuthenticationFailed))
         if isinstance(error, AuthenticationFailed) and not self._accepted:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from imapfs.imap.backoff import Backoff, State
+from imapfs.imap.backoff import Backoff, Connectivity
 from imapfs.imap.throttle import asked_wait
 
 
@@ -46,10 +46,10 @@ def test_a_lost_connection_is_replaced_at_once() -> None:
     it.works(10.0)
     assert it.due_in(10.0) == math.inf
     it.lost("gone", 20.0, 2.0)
-    assert (it.state(20.0), it.why(20.0), it.due_in(20.0)) == (State.CONNECTING, "gone", 0.0)
+    assert (it.state(20.0), it.why(20.0), it.due_in(20.0)) == (Connectivity.CONNECTING, "gone", 0.0)
     assert [it.may_wait(now) for now in (20.0, 21.5, 22.0, 30.0)] == [2.0, 0.5, 0.0, 0.0]
     it.works(23.0)
-    assert (it.state(23.0), it.retry_at(23.0), it.since(23.0)) == (State.ONLINE, None, 23.0)
+    assert (it.state(23.0), it.retry_at(23.0), it.since(23.0)) == (Connectivity.ONLINE, None, 23.0)
 
 
 def test_attempts_are_spaced_out_to_a_minute() -> None:
@@ -107,8 +107,12 @@ def test_a_refused_password_is_hardly_tried_again() -> None:
 def test_the_named_wait_is_obeyed() -> None:
     it = backoff()
     it.throttled(90.0, "slow down", 4, 1000.0)
-    assert (it.state(1089.0), it.why(1089.0), it.retry_at(1089.0)) == (State.THROTTLED, "slow down", 1090.0)
-    assert it.state(1090.0) is State.ONLINE
+    assert (it.state(1089.0), it.why(1089.0), it.retry_at(1089.0)) == (
+        Connectivity.THROTTLED,
+        "slow down",
+        1090.0,
+    )
+    assert it.state(1090.0) is Connectivity.ONLINE
 
 
 def test_unnamed_waits_grow_while_they_follow_each_other() -> None:
