@@ -30,14 +30,14 @@ _OVERFLOW = re.compile(rb"\* OK \[NOTIFICATIONOVERFLOW\b", re.I)
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class MailboxOpened:
     """The look: what the watched mailbox holds. All that happens to it from then on is told."""
 
     state: MailboxState
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class StatusChanged:
     """What STATUS says of a mailbox; changes say only what is other than before."""
 
     mailbox: bytes
@@ -45,40 +45,40 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
-class Tree:
+class AllMailboxes:
     """All mailboxes there are."""
 
     entries: Sequence[ListEntry]
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class MailboxChanged:
     """A mailbox came into being, or with \\NonExistent went."""
 
     entry: ListEntry
 
 
 @dataclass(frozen=True, slots=True)
-class Began:
+class WatchBegan:
     """Everything from here on is told as it happens."""
 
 
 @dataclass(frozen=True, slots=True)
-class Exists:
+class CountChanged:
     """Number of messages in the watched mailbox."""
 
     count: int
 
 
 @dataclass(frozen=True, slots=True)
-class Vanished:
+class MessagesVanished:
     """UID ranges that were expunged from the watched mailbox (RFC 7162 section 3.2.10)."""
 
     ranges: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Flagged:
+class FlagsChanged:
     """Flags of a message in the watched mailbox changed; 0 for what is not said."""
 
     uid: int
@@ -86,11 +86,21 @@ class Flagged:
 
 
 @dataclass(frozen=True, slots=True)
-class Expunged:
+class MessageExpunged:
     """Something was expunged from the watched mailbox, and it is not said what."""
 
 
-Event = Opened | Status | Tree | Listed | Began | Exists | Vanished | Flagged | Expunged
+WatchEvent = (
+    MailboxOpened
+    | StatusChanged
+    | AllMailboxes
+    | MailboxChanged
+    | WatchBegan
+    | CountChanged
+    | MessagesVanished
+    | FlagsChanged
+    | MessageExpunged
+)
 
 
 class Watch:
@@ -103,7 +113,7 @@ class Watch:
     def __init__(
         self,
         mailbox: bytes | None,
-        on_events: Callable[[list[Event]], None],
+        on_events: Callable[[list[WatchEvent]], None],
         post: Callable[[Callable[[], None]], None],
         *,
         everywhere: bool = False,
@@ -112,7 +122,7 @@ class Watch:
         self._on_events = on_events
         self._post = post
         self._everywhere = everywhere
-        self._events: deque[Event] = deque()
+        self._events: deque[WatchEvent] = deque()
         self._is_over = False
         self._stopped = False
         # Python's TLS connections stand no second thread, so that the one that waits has to be woken.
@@ -143,12 +153,12 @@ class Watch:
         ConnectionLost, Throttled.
         """
         if self.mailbox is not None:
-            self._say(Opened(session.examine(self.mailbox)))
+            self._say(MailboxOpened(session.examine(self.mailbox)))
         try:
             if self._everywhere:
                 session.notify(self._take)
-                self._say(Tree(session.list_mailboxes(on_response=self._take_but_lists)))
-            self._say(Began())
+                self._say(AllMailboxes(session.list_mailboxes(on_response=self._take_but_lists)))
+            self._say(WatchBegan())
             # With NOTIFY too: otherwise Dovecot tells nothing of the selected mailbox for the first second.
             while not self._is_over and session.idle(self._take, self._wake, RENEWAL):
                 pass  # a server that ends IDLE by itself is not asked again at once
@@ -162,27 +172,27 @@ class Watch:
     def _take(self, response: Response) -> None:
         if response[0][:7].upper() == b"* LIST ":
             if (entry := parse_list(response)) is not None:
-                self._say(Listed(entry))
+                self._say(MailboxChanged(entry))
         else:
             self._take_but_lists(response)
 
     def _take_but_lists(self, response: Response) -> None:
         text = response[0]
         if m := _EXISTS.match(text):
-            self._say(Exists(int(m[1])))
+            self._say(CountChanged(int(m[1])))
         elif (data := parse_fetch(response)) is not None:
-            self._say(Flagged(data.uid or 0, data.modseq or 0))
+            self._say(FlagsChanged(data.uid or 0, data.modseq or 0))
         elif m := _VANISHED.match(text):
-            self._say(Vanished(parse_sequence_set(m[1])))
+            self._say(MessagesVanished(parse_sequence_set(m[1])))
         elif _EXPUNGE.match(text):
-            self._say(Expunged())
+            self._say(MessageExpunged())
         elif (status := parse_status(response)) is not None:
-            self._say(Status(*status))
+            self._say(StatusChanged(*status))
         elif _OVERFLOW.match(text):
             # The server tells no more (RFC 5465 section 5.8): it has to be begun anew.
             self._end()
 
-    def _say(self, event: Event) -> None:
+    def _say(self, event: WatchEvent) -> None:
         self._events.append(event)
         self._post(self._deliver)
 
