@@ -271,7 +271,7 @@ def _find_root(cache: Cache, host: str, path: str) -> Ino:
 async def _upload_when_online(pool: SessionPool, uploader: Uploader) -> None:
     """Upload what waits for the server as soon as it is back."""
     while True:
-        await pool.came_online()
+        await pool.wait_for_reconnect()
         uploader.hurry()
 
 

@@ -56,7 +56,7 @@ _CALM_MOST: Final = 16.0
 """at most, as it grows with each watcher that had one for less than that."""
 
 
-class Watcher(Protocol):
+class Preemptible(Protocol):
     """Who has a session only until somebody else needs it."""
 
     @property
@@ -93,7 +93,7 @@ class SessionPool:
         self._threads = trio.CapacityLimiter(limit)
         # An attempt that was given up may sit in a name look-up for long.
         self._connecting_threads = trio.CapacityLimiter(limit)
-        self._watching: dict[Session, tuple[Watcher, float]] = {}
+        self._watching: dict[Session, tuple[Preemptible, float]] = {}
         """Those that were not told yet to give their sessions back, and since when they have them."""
         self._leaving: set[Session] = set()
         """Sessions of watchers that were."""
@@ -135,7 +135,7 @@ class SessionPool:
         return self._limit
 
     @property
-    def most(self) -> int:
+    def current_limit(self) -> int:
         """The most connections that there may be now, by what the server has said."""
         return self._backoff.most(time.monotonic())
 
@@ -172,17 +172,17 @@ class SessionPool:
         at = self._backoff.retry_at(now)
         return None if at is None else max(0.0, at - now)
 
-    def look(self) -> None:
+    def check_idle(self) -> None:
         """Notice idle connections that the server has ended: nobody else does before they are needed."""
         self._drop_dead()
         if self._accepted and not self._open and self.state is Connectivity.ONLINE:
             self._lost("the server closed the connection", self._timeout)
 
-    async def came_online(self) -> None:
+    async def wait_for_reconnect(self) -> None:
         """Wait until the account comes online again."""
         await self._online.wait()
 
-    async def until_online(self) -> None:
+    async def wait_until_online(self) -> None:
         """Return once the account is online, or as long as nothing speaks against it."""
         while (state := self.state) is not Connectivity.ONLINE:
             with trio.move_on_after((self.retry_in or 0.0) if state is Connectivity.THROTTLED else math.inf):
@@ -237,7 +237,7 @@ class SessionPool:
                 return result
             except Throttled as error:
                 self._works()
-                self.slow_down(error)
+                self.throttle(error)
                 if not repeat:
                     raise
             except ConnectionLost as error:
@@ -250,7 +250,7 @@ class SessionPool:
             finally:
                 await self._give_back(session)
 
-    async def watch(self, watcher: Watcher, mailbox: bytes | None) -> None:
+    async def watch(self, watcher: Preemptible, mailbox: bytes | None) -> None:
         """Let ``watcher`` run in a thread with a session, as soon as there is one that nobody else needs.
 
         Waits for the account to be online, for any time. Raises what ``watcher`` raises, and ConnectionLost
@@ -263,7 +263,7 @@ class SessionPool:
             self._works()
         except Throttled as error:
             self._works()
-            self.slow_down(error)
+            self.throttle(error)
             raise
         except ConnectionLost as error:
             self._watching.pop(session, None)  # the others are in doubt, this one need not be told
@@ -327,7 +327,7 @@ class SessionPool:
         if self._closed:
             return
         if isinstance(error, ServerBusy):
-            self.slow_down(error)
+            self.throttle(error)
             return
         if session in self._dropped:
             return
@@ -346,17 +346,17 @@ class SessionPool:
         self._backoff.lost(why, time.monotonic(), patience)
         self._trouble.set()
 
-    def slow_down(self, error: Throttled | ServerBusy) -> None:
+    def throttle(self, error: Throttled | ServerBusy) -> None:
         """Do as a server asks; `run` does so by itself for what its work raises."""
         now, why = time.monotonic(), str(error)
         was = self._backoff.state(now)
         self._backoff.throttled(error.wait, why, max(1, self._open), now)
         if was is not Connectivity.THROTTLED:
             pause = (self._backoff.retry_at(now) or now) - now
-            log.warning("slowing down for %.0f s, to %d connections: %s", pause, self.most, why)
-        while self._watching and self._open - len(self._leaving) > self.most:
+            log.warning("slowing down for %.0f s, to %d connections: %s", pause, self.current_limit, why)
+        while self._watching and self._open - len(self._leaving) > self.current_limit:
             self._send_watcher_away()
-        while self._idle and self._open - len(self._leaving) > self.most:
+        while self._idle and self._open - len(self._leaving) > self.current_limit:
             self._idle[0].abort()
             self._drop_dead()
 
@@ -580,7 +580,7 @@ class SessionPool:
         self._error = error
         if isinstance(error, ServerBusy) and self._accepted:
             self._works()
-            self.slow_down(error)
+            self.throttle(error)
             return
         if self._backoff.state(now) is not Connectivity.OFFLINE:
             log.warning("offline: %s", error)
@@ -594,7 +594,7 @@ class SessionPool:
             async with self._turn:
                 self._lent.discard(session)
                 self._dropped.discard(session)
-                is_one_too_many = self._open - self._connecting > self.most
+                is_one_too_many = self._open - self._connecting > self.current_limit
                 if session.alive and not self._closed and not is_one_too_many:
                     self._idle.append(session)
                 else:

@@ -189,7 +189,7 @@ class Push:
     async def _watch_forever(self) -> None:
         pause = _Pause()
         while True:
-            await self._pool.until_online()
+            await self._pool.wait_until_online()
             try:
                 how = await self._pool.run(self._choose)
                 if how != self._how or not self._chosen.is_set():
@@ -444,7 +444,7 @@ class Push:
 
 
 class _Watcher:
-    """One watch and what it stands for: a `imapfs.imap.pool.Watcher`."""
+    """One watch and what it stands for: a `imapfs.imap.pool.Preemptible`."""
 
     def __init__(self, push: Push, key: Ino, selected: Mailbox | None) -> None:
         self.key = key

@@ -171,7 +171,7 @@ async def test_password_that_was_good_is_tried_again_at_long_intervals_only(
         told: list[bool] = []
         made.on_state = lambda: told.append(made.needs_person)
         logins.refusal = WRONG
-        made.look()
+        made.check_idle()
         await until(lambda: logins.seen == 5)
         for _ in range(300):
             with pytest.raises(AuthenticationFailed):
@@ -493,9 +493,9 @@ async def test_where_there_have_to_be_fewer_watchers_go_first(
         for _ in range(2):
             nursery.start_soon(made.run, lambda _: release.wait(DEADLINE))
         await until(lambda: len(vars(made)["_lent"]) == 4)
-        made.slow_down(Throttled("slower", "", 60.0))
+        made.throttle(Throttled("slower", "", 60.0))
         await until(lambda: ended == [None, None])
-        assert (made.open, made.most) == (2, 2)
+        assert (made.open, made.current_limit) == (2, 2)
         release.set()
 
 
@@ -523,7 +523,7 @@ async def test_a_watcher_is_no_proof_that_the_server_is_there(
     async with scripted_pool(Scripted(ca)) as made, trio.open_nursery() as nursery:
 
         async def wait() -> None:
-            await made.came_online()
+            await made.wait_for_reconnect()
             online.append(None)
 
         watcher = Deaf()
