@@ -1,19 +1,21 @@
-"""The connections of one account: how many, which one next, and what happens when there is none.
+"""The connections of one account: how many there are, which one is used next, and what happens without one.
 
-The only mutable state is in `SessionPool`, touched on the trio thread alone. Sessions work in threads. When
-an attempt to connect is due is `imapfs.imap.backoff`'s to say.
+`SessionPool` holds all mutable state, and only the trio thread touches it. Sessions work in threads.
+`imapfs.imap.backoff` decides when to try the next connection.
 
-INVARIANTS: a session is in ``_idle`` or in ``_lent``, to exactly one task; ``_open`` counts both and the
-``_connecting`` ones, and is at most ``_limit``.
+INVARIANTS: a session is either in ``_idle``, or in ``_lent`` and used by exactly one task. ``_open`` counts
+both, and the connections being made (``_connecting``); it is at most ``_limit``.
 
-Whoever needs a session and cannot have a new one waits for one that is open, as long as there is one: at the
-server's limit of connections things take longer but do not fail. While the server asks to wait, everybody
-waits. Once a connection was lost, `keep` alone makes the next one: a request waits for that if it may be a
-matter of a moment, and else fails at once, so that a network that is away costs nobody a timeout.
+A task that needs a session and cannot have a new one waits for an open one, as long as there is one: at the
+server's connection limit, requests take longer but do not fail. While the server asks clients to wait, every
+task waits. After a connection is lost, only `keep_connected` makes the next one. Requests wait for that
+attempt if it may end soon, and otherwise fail at once, so that no program waits a whole timeout for a network
+that is down.
 
-Watchers have sessions that nobody else needs, and give them back when somebody does, or when there have to
-be fewer. They never hurry anybody: while the account is not online they wait, however long that is. As they
-only listen, theirs are no proof that the server is there, and after a loss they have to find out.
+Watchers borrow sessions that no request needs. They return them when a request does, or when the number of
+connections must shrink. They never cause an attempt to connect: while the account is offline they wait,
+however long that takes. Since they only listen, their connections prove nothing about the server; after a
+loss each watcher has to check its own.
 """
 
 import contextlib
@@ -41,6 +43,7 @@ from imapfs.imap.backoff import Backoff, Connectivity
 from imapfs.imap.connect import tls_context
 from imapfs.imap.session import Session
 from imapfs.model import Account, CredentialProvider
+from imapfs.waiting import Flag, Signal
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +74,7 @@ class Preemptible(Protocol):
 
 
 class SessionPool:
-    """Up to ``limit`` connections to ``account``, made when needed and kept; `keep` has to run.
+    """Up to ``limit`` connections to ``account``, made when needed and kept; `keep_connected` has to run.
 
     ``timeout`` in seconds bounds each wait for the server. A password that was never accepted is tried once
     only; one that was is tried again, at long intervals, as servers also refuse a login when they are busy.
@@ -111,12 +114,16 @@ class SessionPool:
         """What the last attempt to connect failed of."""
         self._accepted = False
         """Whether the password was accepted once."""
-        self._trouble = trio.Event()
-        """Set when `keep` has something to do."""
-        self._online = trio.Event()
-        """Set, and made anew, each time that the account comes online again."""
-        self.on_state: Callable[[], None] = lambda: None
-        """Called when the account has gone on- or offline, or `needs_person` has changed."""
+        self._work_for_keep = Flag()
+        self._online = Signal()
+        """Sent each time that the account comes back online."""
+        self.state_changed = Flag()
+        """Set when the account goes online or offline, or `needs_person` may have changed.
+
+        One task may wait for it, and read `state`, `reason` and `needs_person` then. The task always sees the
+        latest state, and misses one only if the next follows before the task runs. The end of a pause
+        requested by the server sets nothing.
+        """
 
     # -- how it is -----------------------------------------------------------------------------------------
 
@@ -202,7 +209,7 @@ class SessionPool:
 
     def _hurry(self) -> None:
         self._backoff.changed(time.monotonic())
-        self._trouble.set()
+        self._work_for_keep.set()
 
     def _drop(self, which: Callable[[Session], bool], why: str) -> None:
         dropped = [session for session in (*self._idle, *self._lent) if which(session)]
@@ -318,9 +325,8 @@ class SessionPool:
         self._backoff.works(now)
         self._error = None
         if was_troubled:
-            self._online.set()
-            self._online = trio.Event()
-            self.on_state()
+            self._online.send()
+            self.state_changed.set()
 
     def _ended(self, session: Session, error: ConnectionLost) -> None:
         """A session has ended in the middle of its work."""
@@ -344,7 +350,7 @@ class SessionPool:
 
     def _lost(self, why: str, patience: float) -> None:
         self._backoff.lost(why, time.monotonic(), patience)
-        self._trouble.set()
+        self._work_for_keep.set()
 
     def throttle(self, error: Throttled | ServerBusy) -> None:
         """Do as a server asks; `run` does so by itself for what its work raises."""
@@ -460,7 +466,7 @@ class SessionPool:
                     return None
             else:
                 self._backoff.wanted(now)
-                self._trouble.set()
+                self._work_for_keep.set()
                 wait = self._backoff.may_wait(now)
                 if not wait:
                     self._raise_offline()
@@ -489,12 +495,11 @@ class SessionPool:
         why = self._error if isinstance(self._error, TlsError | CredentialUnavailable) else ConnectionLost
         raise Offline(f"offline: {self.reason}", why.errno)
 
-    async def keep(self) -> NoReturn:
+    async def keep_connected(self) -> NoReturn:
         """Connect again whenever the connection is lost; wakes for nothing else."""
         while True:
-            self._trouble = trio.Event()
             with trio.move_on_after(self._due_in()):
-                await self._trouble.wait()
+                await self._work_for_keep.wait()
             if self._due_in():
                 continue
             self._open += 1
@@ -506,7 +511,7 @@ class SessionPool:
             await self._give_back(session)
 
     def _due_in(self) -> float:
-        """Seconds until `keep` has to connect; infinite for not before something happens."""
+        """Seconds until `keep_connected` has to connect; infinite for not before something happens."""
         if self._closed or self._connecting or self._open >= self._limit:
             return math.inf
         return self._backoff.due_in(time.monotonic())
@@ -525,7 +530,7 @@ class SessionPool:
                     self._connecting -= 1
                     if isinstance(error, (AuthenticationFailed, ConnectionLost)) and not self._closed:
                         self._failed(error)
-                    self._trouble.set()
+                    self._work_for_keep.set()
                     self._turn.notify_all()
             if session is not None:
                 session.abort()
@@ -587,7 +592,7 @@ class SessionPool:
         self._backoff.failed(str(error), now, refused=isinstance(error, AuthenticationFailed))
         if isinstance(error, AuthenticationFailed) and not self._accepted:
             self._backoff.give_up()
-        self.on_state()
+        self.state_changed.set()
 
     async def _give_back(self, session: Session) -> None:
         with trio.CancelScope(shield=True):
@@ -601,7 +606,7 @@ class SessionPool:
                     session.abort()
                     session.close()
                     self._open -= 1
-                    self._trouble.set()  # `keep` may have waited for its place
+                    self._work_for_keep.set()  # `keep_connected` may have waited for its place
                 self._turn.notify_all()
 
     async def close(self) -> None:

@@ -168,11 +168,20 @@ async def test_password_that_was_good_is_tried_again_at_long_intervals_only(
     logins = Logins()
     async with scripted_pool(Scripted(ca, script=logins)) as made:
         await made.run(lambda session: session.abort())
-        told: list[bool] = []
-        made.on_state = lambda: told.append(made.needs_person)
+        reported: list[bool] = []
+
+        async def report() -> None:
+            while True:
+                await made.state_changed.wait()
+                reported.append(made.needs_person)
+
         logins.refusal = WRONG
-        made.check_idle()
-        await until(lambda: logins.seen == 5)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(report)
+            made.check_idle()
+            await until(lambda: made.needs_person)
+            await until(lambda: logins.seen == 5)
+            nursery.cancel_scope.cancel()
         for _ in range(300):
             with pytest.raises(AuthenticationFailed):
                 await made.run(_nothing)
@@ -180,7 +189,7 @@ async def test_password_that_was_good_is_tried_again_at_long_intervals_only(
         assert made.state == "offline"
         assert made.retry_in is not None
         assert 3500 < made.retry_in <= 3600
-        assert (told[0], told[-1]) == (False, True)
+        assert (reported[0], reported[-1]) == (False, True)
 
 
 @pytest.mark.trio
@@ -618,7 +627,7 @@ async def test_without_credentials_it_is_tried_later(
         credentials = Broken(error)
         made = SessionPool(address(server), credentials, 2, 5.0)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(made.keep)
+            nursery.start_soon(made.keep_connected)
             with pytest.raises(ConnectionLost):
                 await made.run(_nothing)
             assert made.state == "offline"
