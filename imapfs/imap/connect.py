@@ -11,8 +11,7 @@ import ssl
 import stat
 from typing import Final
 
-from imapfs.errors import CertificateRejected, ConnectionLost, ServerBusy, TimedOut, TlsError
-from imapfs.imap.throttle import asked_wait
+from imapfs.errors import CertificateRejected, ConnectionLost, TimedOut, TlsError
 from imapfs.model import Account
 
 _DEAD_AFTER: Final = 10
@@ -213,12 +212,7 @@ def explain(error: Exception, account: Account, timeout: float) -> ConnectionLos
         case OSError():
             return ConnectionLost(f"cannot reach {where}: {error.strerror or error}")
         case _:
-            # imaplib: the greeting was BYE, or no IMAP greeting at all.
-            said = " ".join(str(error).split())[:200]
-            wait = asked_wait("", said)
-            if wait is not None:
-                return ServerBusy(f"{where} lets nobody in now: {said}", wait)
-            return ConnectionLost(f"{where} did not greet as an IMAP server: {said or 'it hung up'}")
+            return ConnectionLost(f"cannot connect to {where}: {error}")
 
 
 def words(reason: str) -> str:

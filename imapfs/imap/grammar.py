@@ -14,9 +14,12 @@ from imapfs.errors import ProtocolError
 from imapfs.model import ModSeq, Uid
 
 Response = list[bytes]
+"""Text, literal, text, literal, ..., text: always an odd number of parts. A streamed literal is b""."""
 Value = bytes | None | list["Value"]
 """A parsed value: atom, string, number as bytes; NIL as None; a parenthesised list."""
 
+_STATUS = re.compile(rb"(OK|NO|BAD|BYE|PREAUTH)(?: \[([A-Za-z0-9-]+)([^\]\r\n]*)\])?[ ]?([^\r\n]*)", re.I)
+_EXISTS = re.compile(rb"\* (\d{1,10}) EXISTS *\r?\n", re.I)
 _FETCH = re.compile(rb"\* \d+ FETCH \(", re.I)
 _FETCH_ITEM = re.compile(
     rb" *(?:"
@@ -53,6 +56,39 @@ class FetchData:
     """Which BODY section `body` belongs to; None where the response had none."""
     body: bytes | None = None
     """None also for NIL, which is how a server says that the message is gone. b"" where it was streamed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A status response (RFC 9051 section 7.1), mostly the tagged one that completes a command."""
+
+    status: str
+    """OK, NO, BAD, BYE or PREAUTH."""
+    code: str
+    """The response code in upper case, or ""."""
+    argument: bytes
+    """What follows the code in the brackets."""
+    text: str
+
+    @classmethod
+    def parse(cls, line: bytes) -> "Completion | None":
+        """Parse a response without its tag; None if it is another kind."""
+        m = _STATUS.match(line)
+        if not m:
+            return None
+        status, code, argument, text = m.groups()
+        return cls(
+            status.decode().upper(),
+            (code or b"").decode().upper(),
+            (argument or b"").strip(),
+            text.decode("utf-8", "replace").strip(),
+        )
+
+
+def parse_exists(line: bytes) -> int | None:
+    """Return the number of messages in an EXISTS response (RFC 9051 section 7.4.1); None for another kind."""
+    m = _EXISTS.match(line)
+    return int(m[1]) if m else None
 
 
 def number(raw: bytes) -> int:

@@ -16,14 +16,21 @@ from dataclasses import dataclass
 from typing import Final
 
 from imapfs.errors import NotSupported, Refused, Throttled
-from imapfs.imap.grammar import ListEntry, Response, parse_fetch, parse_list, parse_sequence_set, parse_status
+from imapfs.imap.grammar import (
+    ListEntry,
+    Response,
+    parse_exists,
+    parse_fetch,
+    parse_list,
+    parse_sequence_set,
+    parse_status,
+)
 from imapfs.imap.session import MailboxState, Session
 
 RENEWAL: Final = 540.0
 """Seconds after which IDLE is given anew. RFC 2177 allows 29 minutes, but address translators forget a silent
 connection after 5 to 15; TCP's own probes keep it alive where they get through."""
 
-_EXISTS = re.compile(rb"\* (\d{1,10}) EXISTS\b", re.I)
 _EXPUNGE = re.compile(rb"\* \d+ EXPUNGE\b", re.I)
 _VANISHED = re.compile(rb"\* VANISHED ([\d:,]+)", re.I)
 _OVERFLOW = re.compile(rb"\* OK \[NOTIFICATIONOVERFLOW\b", re.I)
@@ -178,8 +185,8 @@ class Watch:
 
     def _take_but_lists(self, response: Response) -> None:
         text = response[0]
-        if m := _EXISTS.match(text):
-            self._say(CountChanged(int(m[1])))
+        if (count := parse_exists(text)) is not None:
+            self._say(CountChanged(count))
         elif (data := parse_fetch(response)) is not None:
             self._say(FlagsChanged(data.uid or 0, data.modseq or 0))
         elif m := _VANISHED.match(text):

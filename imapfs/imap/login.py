@@ -10,8 +10,9 @@ from typing import Final
 
 from imapfs.errors import AuthenticationFailed, ConnectionLost, ProtocolError, ServerBusy
 from imapfs.imap import refusals, sasl
+from imapfs.imap.grammar import Completion
 from imapfs.imap.throttle import asked_wait
-from imapfs.imap.wire import Completion, Wire, astring
+from imapfs.imap.wire import Wire, astring
 from imapfs.log import shown
 from imapfs.model import AccessToken, Account, Secret
 
@@ -25,7 +26,7 @@ def log_in(wire: Wire, account: Account, secret: Secret | None) -> None:
     already. Raises AuthenticationFailed, ConnectionLost; the wire is of no further use then.
     """
     if wire.preauthenticated:
-        wire.trust()
+        wire.lift_login_limits()
         return
     host, user = account.host, account.user
     mechanism = sasl.choose(account, secret, wire.capabilities)
@@ -54,7 +55,7 @@ def log_in(wire: Wire, account: Account, secret: Secret | None) -> None:
         mechanism.finish()
     if isinstance(secret, AccessToken):
         secret.accepted = True
-    wire.trust()
+    wire.lift_login_limits()
 
 
 def _offer(

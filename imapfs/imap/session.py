@@ -9,7 +9,6 @@ taken by UID only, and FETCH data that names no UID is dropped. Messages are exp
 import contextlib
 import io
 import logging
-import re
 import ssl
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -30,10 +29,13 @@ from imapfs.errors import (
     Throttled,
 )
 from imapfs.imap.grammar import (
+    Completion,
     FetchData,
     ListEntry,
+    Response,
     flag_list,
     number,
+    parse_exists,
     parse_fetch,
     parse_list,
     parse_sequence_set,
@@ -42,20 +44,15 @@ from imapfs.imap.grammar import (
     values,
 )
 from imapfs.imap.login import log_in
-from imapfs.imap.wire import Buffer, Command, Completion, Literal, Response, Sink, Wire, astring
+from imapfs.imap.stream import Buffer
+from imapfs.imap.wire import Command, Literal, OnResponse, Sink, Wire, astring
 from imapfs.model import Account, CredentialProvider, ModSeq, Secret, UidValidity
 
 log = logging.getLogger(__name__)
 
 _HEADERS: Final = b" BODY.PEEK[HEADER.FIELDS (FROM SUBJECT DATE MESSAGE-ID)]"
 
-_EXISTS: Final = re.compile(rb"\* (\d{1,10}) EXISTS *\r?\n", re.I)
-
-
 OnMessage = Callable[[FetchData], None]
-OnResponse = Callable[[Response], None]
-
-
 OnStatus = Callable[[bytes, dict[str, int]], None]
 """Given the name of a mailbox and what STATUS says of it."""
 
@@ -87,8 +84,8 @@ class MailboxState:
     def take(self, response: Response) -> None:
         """Note what one untagged response says about the mailbox."""
         text = response[0]
-        if m := _EXISTS.match(text):
-            self.exists = int(m[1])
+        if (exists := parse_exists(text)) is not None:
+            self.exists = exists
         elif text[:19].upper() == b"* VANISHED (EARLIER":
             self.vanished += parse_sequence_set(text.split()[-1])
         elif text[:6].upper() == b"* OK [":

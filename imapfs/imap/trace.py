@@ -38,7 +38,7 @@ class Trace:
         """A tagged response."""
         self._show("S", line if self.let_in else tag + b" " + status.encode())
 
-    def heard(self, response: Sequence[bytes], sizes: Sequence[int]) -> None:
+    def received(self, response: Sequence[bytes], sizes: Sequence[int]) -> None:
         """An untagged response, text and literals in turn, and the sizes of the literals."""
         if not self.let_in:
             self._show("S", b" ".join(response[0].split()[:2]))
