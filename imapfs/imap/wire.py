@@ -178,22 +178,19 @@ class Wire:
                     " if that is its port for TLS (usually 993), write imaps://"
                 ) from None
             raise connect.explain(ended.error, account, self._stream.timeout) from None
-        greeting = Completion.parse(line[2:])
-        if not _GREETING.match(line) or greeting is None:
-            words = _shortened(line)
-            wait = asked_wait("", words)
-            if wait is not None:
-                raise ServerBusy(f"{where} accepts no connections now: {words}", wait)
+        greeting = Completion.parse(line[2:]) if _GREETING.match(line) else None
+        if greeting is not None and greeting.status != "BYE":
+            self.greeting = line.decode("utf-8", "replace").strip()[2:].partition(" ")[2]
+            self.preauthenticated = self._trace.let_in = greeting.status == "PREAUTH"
+            return greeting
+        code = greeting.code if greeting is not None else ""
+        words = _shortened(line[6:] if greeting is not None else line)
+        wait = asked_wait(code, words)
+        if wait is not None:
+            raise ServerBusy(f"{where} accepts no connections now: {words}", wait)
+        if greeting is None:
             raise self._not_imap(words or "its first line is empty")
-        if greeting.status == "BYE":
-            words = _shortened(line[6:])
-            wait = asked_wait(greeting.code, greeting.text)
-            if wait is not None:
-                raise ServerBusy(f"{where} accepts no connections now: {words}", wait)
-            raise ConnectionLost(f"{where} closed the connection: {words or 'it gave no reason'}")
-        self.greeting = line.decode("utf-8", "replace").strip()[2:].partition(" ")[2]
-        self.preauthenticated = self._trace.let_in = greeting.status == "PREAUTH"
-        return greeting
+        raise ConnectionLost(f"{where} closed the connection: {words or 'it gave no reason'}")
 
     def _not_imap(self, words: str) -> ConnectionLost:
         account = self._account
