@@ -498,12 +498,12 @@ class Wire:
         verb = b" ".join(first.split()[:2]) if isinstance(first, bytes) else b"command"
         code = f" [{completion.code}]" if completion.code else ""
         words = completion.text or completion.status
-        said = f"{self._account.host} refused {verb.decode('ascii', 'replace')}:{code} {words}"
+        problem = f"{self._account.host} refused {verb.decode('ascii', 'replace')}:{code} {words}"
         remedy = refusals.explain_later(words)
         wait = asked_wait(completion.code, completion.text)
         if wait is not None:
-            raise Throttled(said, completion.code, wait, remedy=remedy)
-        raise Refused(said, completion.code, remedy=remedy)
+            raise Throttled(problem, completion.code, wait, remedy=remedy)
+        raise Refused(problem, completion.code, remedy=remedy)
 
     def _raise_lost(self, error: OSError | EOFError) -> NoReturn:
         """Raise the error that says what ended the connection."""
@@ -512,12 +512,12 @@ class Wire:
         if isinstance(error, TimeoutError) and error.errno is None:
             raise TimedOut(f"{host} did not answer within {self._stream.timeout:g} s") from None
         if self._bye:
-            said = f"{host} closed the connection: {self._bye}"
+            problem = f"{host} closed the connection: {self._bye}"
             bye = Completion.parse(b"BYE " + self._bye.encode())
             wait = asked_wait(bye.code, bye.text) if bye else None
             if wait is not None:
-                raise ServerBusy(said, wait) from None
-            raise ConnectionLost(said) from None
+                raise ServerBusy(problem, wait) from None
+            raise ConnectionLost(problem) from None
         if isinstance(error, ssl.SSLError) and error.reason:
             raise ConnectionLost(f"TLS to {host} broke: {connect.words(error.reason)}") from None
         detail = getattr(error, "strerror", None) or "it closed the connection without a reason"
