@@ -53,9 +53,9 @@ _GRACE: Final = 2.0
 """Seconds that requests wait for another connection after the network or the server fell silent."""
 _LATE: Final = 1.0
 """Seconds beyond the timeout after which an attempt to connect that has not failed by itself is given up."""
-_CALM: Final = 2.0
+_COOLDOWN: Final = 2.0
 """Seconds without a want of connections after which a watcher may have one again: at first, and"""
-_CALM_MOST: Final = 16.0
+_MAX_COOLDOWN: Final = 16.0
 """at most, as it grows with each watcher that had one for less than that."""
 
 
@@ -104,8 +104,8 @@ class SessionPool:
         """How many watchers have a session, or are getting one."""
         self._waiting = 0
         """Requests that wait for a session."""
-        self._calm = _CALM
-        self._calm_at = -math.inf
+        self._cooldown = _COOLDOWN
+        self._watchers_wait_until = -math.inf
         """When watchers may have sessions again."""
         self._closed = False
         self._backoff = Backoff(limit)
@@ -144,7 +144,7 @@ class SessionPool:
     @property
     def current_limit(self) -> int:
         """The most connections that there may be now, by what the server has said."""
-        return self._backoff.most(time.monotonic())
+        return self._backoff.allowed(time.monotonic())
 
     @property
     def watch_limit(self) -> int:
@@ -163,7 +163,7 @@ class SessionPool:
     @property
     def reason(self) -> str | None:
         """Why the account is not online; None while it is."""
-        return self._backoff.why(time.monotonic()) or None
+        return self._backoff.reason(time.monotonic()) or None
 
     @property
     def since(self) -> datetime:
@@ -208,7 +208,7 @@ class SessionPool:
         self._hurry()
 
     def _hurry(self) -> None:
-        self._backoff.changed(time.monotonic())
+        self._backoff.network_changed(time.monotonic())
         self._work_for_keep.set()
 
     def _drop(self, which: Callable[[Session], bool], why: str) -> None:
@@ -240,10 +240,10 @@ class SessionPool:
             session, kept = await self._take(mailbox)
             try:
                 result = await self._in_thread(work, session)
-                self._works()
+                self._succeeded()
                 return result
             except Throttled as error:
-                self._works()
+                self._succeeded()
                 self.throttle(error)
                 if not repeat:
                     raise
@@ -267,9 +267,9 @@ class SessionPool:
         self._watching[session] = watcher, time.monotonic()
         try:
             await self._in_thread(watcher.run, session)
-            self._works()
+            self._succeeded()
         except Throttled as error:
-            self._works()
+            self._succeeded()
             self.throttle(error)
             raise
         except ConnectionLost as error:
@@ -317,14 +317,14 @@ class SessionPool:
             raise failure[0]
         return outcome[0]
 
-    def _works(self) -> None:
+    def _succeeded(self) -> None:
         """The server has let us in, or has answered: whatever was wrong is over."""
-        now, was_troubled = time.monotonic(), self._backoff.is_troubled
+        now, was_online = time.monotonic(), self._backoff.is_online
         if self._backoff.state(now) is Connectivity.OFFLINE:
             log.info("online again: %s, after %.0f s", self._account.url, now - self._backoff.since(now))
-        self._backoff.works(now)
+        self._backoff.succeeded(now)
         self._error = None
-        if was_troubled:
+        if not was_online:
             self._online.send()
             self.state_changed.set()
 
@@ -394,8 +394,10 @@ class SessionPool:
             now = time.monotonic()
             if state is Connectivity.ONLINE and self._watching and len(self._leaving) < self._waiting:
                 had_it_for = now - self._send_watcher_away()
-                self._calm = min(_CALM_MOST, self._calm * 2) if had_it_for < _CALM_MOST else _CALM
-            self._calm_at = now + self._calm
+                self._cooldown = (
+                    min(_MAX_COOLDOWN, self._cooldown * 2) if had_it_for < _MAX_COOLDOWN else _COOLDOWN
+                )
+            self._watchers_wait_until = now + self._cooldown
             yield
         finally:
             self._waiting -= 1
@@ -404,11 +406,11 @@ class SessionPool:
         """Seconds until a watcher may look for a session; infinite for not before something happens."""
         if state is not Connectivity.ONLINE:
             return math.inf
-        if self._spare >= _for_watchers(self._backoff.most(now)):
-            return self._backoff.more_in(now)
+        if self._spare >= _for_watchers(self._backoff.allowed(now)):
+            return self._backoff.grows_in(now)
         if not self._open:
             return 0.0
-        return math.inf if self._waiting else max(0.0, self._calm_at - now)
+        return math.inf if self._waiting else max(0.0, self._watchers_wait_until - now)
 
     # -- sessions ------------------------------------------------------------------------------------------
 
@@ -467,7 +469,7 @@ class SessionPool:
             else:
                 self._backoff.wanted(now)
                 self._work_for_keep.set()
-                wait = self._backoff.may_wait(now)
+                wait = self._backoff.patience(now)
                 if not wait:
                     self._raise_offline()
             # Until a session is given back, or something else may be done.
@@ -476,10 +478,10 @@ class SessionPool:
                 await self._turn.wait()
 
     def _may_connect(self, now: float) -> bool:
-        if self._open >= self._backoff.most(now):
+        if self._open >= self._backoff.allowed(now):
             return False
         # Where it is doubtful whether the server lets anybody in, one attempt at a time is enough.
-        return not self._connecting or (self._accepted and self._backoff.is_certain)
+        return not self._connecting or (self._accepted and self._backoff.expects_success)
 
     def _drop_dead(self) -> None:
         for session in [s for s in self._idle if not s.alive or s.has_hung_up()]:
@@ -539,7 +541,7 @@ class SessionPool:
         self._lent.add(session)
         self._connecting -= 1
         self._accepted = True
-        self._works()
+        self._succeeded()
         return session
 
     async def _connect_in_thread(self) -> Session:
@@ -578,13 +580,13 @@ class SessionPool:
         if works and (answered or self._backoff.state(now) is Connectivity.ONLINE):
             # Beside connections that work it is their number that is refused, whatever the server says.
             log.info("no further connection, going on with %d: %s", beside, error)
-            self._works()
+            self._succeeded()
             # Of those that are being made some may still be let in.
-            self._backoff.crowded(beside + self._connecting, now)
+            self._backoff.limit_reached(beside + self._connecting, now)
             return
         self._error = error
         if isinstance(error, ServerBusy) and self._accepted:
-            self._works()
+            self._succeeded()
             self.throttle(error)
             return
         if self._backoff.state(now) is not Connectivity.OFFLINE:

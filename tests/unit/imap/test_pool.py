@@ -37,7 +37,7 @@ ExpectedLog = Callable[[str], None]
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the pool wait less between attempts."""
-    for name in ("_FIRST", "_MOST", "_WANTED", "_PAUSE_FIRST"):
+    for name in ("_FIRST_RETRY", "_MAX_RETRY", "_MAX_RETRY_WANTED", "_FIRST_PAUSE"):
         monkeypatch.setattr(backoff, name, 0.01)
     monkeypatch.setattr(backoff, "_REFUSED", (0.01, 0.01, 0.01, 3600.0))
 
@@ -360,7 +360,7 @@ async def test_the_least_watcher_yields_to_a_request(ca: CertificateAuthority) -
 async def test_watchers_wait_until_nobody_else_needs_a_session(
     ca: CertificateAuthority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "_CALM", 0.05)
+    monkeypatch.setattr(pool_module, "_COOLDOWN", 0.05)
     release = threading.Event()
     done: list[str] = []
 
@@ -390,7 +390,7 @@ async def test_watchers_wait_until_nobody_else_needs_a_session(
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let watchers have sessions without waiting for calm."""
-    monkeypatch.setattr(pool_module, "_CALM", 0.0)
+    monkeypatch.setattr(pool_module, "_COOLDOWN", 0.0)
 
 
 class Listening(Patient):
