@@ -298,7 +298,7 @@ async def test_after_a_silence_requests_do_not_try_by_themselves(
     def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
         return server.hang() if silent else None
 
-    monkeypatch.setattr(pool_module, "_GRACE", 0.01)
+    monkeypatch.setattr(pool_module, "_SILENCE_GRACE", 0.01)
     server = Scripted(ca, script=script)
     with server, trio.fail_after(DEADLINE):
         async with pool(server, 4, timeout=0.5) as made:
