@@ -181,7 +181,7 @@ class Wire:
         greeting = Completion.parse(line[2:]) if _GREETING.match(line) else None
         if greeting is not None and greeting.status != "BYE":
             self.greeting = line.decode("utf-8", "replace").strip()[2:].partition(" ")[2]
-            self.preauthenticated = self._trace.let_in = greeting.status == "PREAUTH"
+            self.preauthenticated = self._trace.logged_in = greeting.status == "PREAUTH"
             return greeting
         code = greeting.code if greeting is not None else ""
         words = _shortened(line[6:] if greeting is not None else line)
@@ -324,7 +324,7 @@ class Wire:
 
     def _after_login(self, completion: Completion, collector: "_CapabilityCollector") -> None:
         if completion.status == "OK":
-            self._trace.let_in = True
+            self._trace.logged_in = True
             in_code = completion.argument if completion.code == "CAPABILITY" else b""
             self._learn_capabilities(in_code or collector.announced)
 
