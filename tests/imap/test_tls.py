@@ -125,7 +125,7 @@ def test_server_that_wants_a_certificate_says_so(
         where = address(server)
         error = refusal(where)
         assert isinstance(error, TlsError)
-        assert "it may want a certificate of yours, --client-cert" in str(error)
+        assert "it may require a client certificate, --client-cert" in str(error)
         certificate, key = ca.issue(client="alice")
         connected(dataclasses.replace(where, client_cert=certificate, client_key=key)).close()
         certificate, key = strangers.issue(client="alice")
@@ -140,9 +140,9 @@ def test_server_that_wants_a_certificate_says_so(
         ("missing.pem", None, "No such file"),
         ("empty.pem", None, "must be in PEM form"),
         ("alice.pem", None, "must be in PEM form"),
-        ("alice.pem", "bob.key", "not that of the certificate"),
+        ("alice.pem", "bob.key", "does not belong to the certificate"),
         ("alice.pem", "locked.key", "has a passphrase"),
-        ("alice.pem", "alice.key", r"everybody's to access \(mode 0604\): chmod 600"),
+        ("alice.pem", "alice.key", r"accessible to all users \(mode 0604\): chmod 600"),
     ],
 )
 def test_unusable_client_certificate_is_explained(
@@ -173,7 +173,7 @@ def test_unusable_client_certificate_is_explained(
 
 @pytest.mark.parametrize("host", [f"{'a' * 64}.example", "a..example", f"{'ä' * 60}.example"])
 def test_name_that_no_host_can_have_is_told(host: str) -> None:
-    assert "cannot be a host's: check its spelling" in str(refusal(Account(host, "alice")))
+    assert "is not a valid host name: check its spelling" in str(refusal(Account(host, "alice")))
 
 
 # -- STARTTLS
