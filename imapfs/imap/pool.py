@@ -577,19 +577,19 @@ class SessionPool:
     def _connect_failed(self, error: AuthenticationFailed | ConnectionLost) -> None:
         """Record a failed attempt to connect."""
         now = time.monotonic()
-        beside = len(self._idle) + len(self._lent)
+        others = len(self._idle) + len(self._lent)
         answered = isinstance(error, (AuthenticationFailed, ServerBusy))
-        works = beside
+        works = others
         if isinstance(error, ConnectionLost) and error.silent:
             # Watchers only listen, and would not have noticed.
             works -= len(self._watching) + len(self._recalled)
             self._verify_watchers()
         if works and (answered or self._backoff.state(now) is Connectivity.ONLINE):
             # Others work, so it is their number that the server refuses, whatever its words are.
-            log.info("no further connection, continuing with %d: %s", beside, error)
+            log.info("no further connection, continuing with %d: %s", others, error)
             self._succeeded()
             # The server may still accept some of those being made.
-            self._backoff.limit_reached(beside + self._connecting, now)
+            self._backoff.limit_reached(others + self._connecting, now)
             return
         self._error = error
         if isinstance(error, ServerBusy) and self._accepted:

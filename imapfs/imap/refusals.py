@@ -162,9 +162,9 @@ def explain(host: str, code: str, words: str, *, of_token: bool = False) -> Refu
     ``of_token``: the login used an OAuth token, not a password.
     """
     host = host.rstrip(".")
-    said = f"[{code}] {words}" if code else words
+    response = f"[{code}] {words}" if code else words
     for of_host, of_words, refusal in _WORDS:
-        if of_host.search(host) and of_words.search(said):
+        if of_host.search(host) and of_words.search(response):
             return refusal
     if of_token:
         return Refusal(False, _FOR_TOKENS)

@@ -572,7 +572,7 @@ class _CapabilityCollector:
 
 
 def _shortened(line: bytes) -> str:
-    """Return what a server said, for an error message."""
+    """Return a server's line in short and printable, for an error message."""
     return one_line(" ".join(line.decode("utf-8", "replace").split()))[:200]
 
 

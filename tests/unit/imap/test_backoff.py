@@ -63,6 +63,15 @@ def test_attempts_are_spaced_out_to_a_minute() -> None:
     assert it.retry_at(now) == now
 
 
+def test_after_a_success_attempts_come_quickly_again() -> None:
+    it = backoff()
+    for now in range(0, 700, 100):
+        it.failed("no route", float(now))
+    it.succeeded(700.0)
+    it.failed("no route", 701.0)
+    assert it.due_in(701.0) == 1.0
+
+
 def test_jitter_only_shortens() -> None:
     for _ in range(100):
         it = Backoff(1)

@@ -161,6 +161,30 @@ async def test_refusal_beside_connections_that_work_does_not_last(ca: Certificat
 
 
 @pytest.mark.trio
+async def test_each_change_of_state_is_reported(
+    ca: CertificateAuthority, impatient: None, expected_log: ExpectedLog
+) -> None:
+    expected_log("offline: localhost:[0-9]+ closed the connection: full")
+    server = Scripted(ca)
+    async with scripted_pool(server) as made, trio.open_nursery() as nursery:
+        reported: list[str] = []
+
+        async def report() -> None:
+            while True:
+                await made.state_changed.wait()
+                reported.append(made.state)
+
+        nursery.start_soon(report)
+        await made.run(lambda session: session.abort())
+        server.greeting = b"* BYE full"
+        made.check_idle()
+        await until(lambda: "offline" in reported)
+        server.greeting = None
+        await until(lambda: reported[-1] == "online")
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
 async def test_password_that_was_good_is_tried_again_at_long_intervals_only(
     ca: CertificateAuthority, impatient: None, expected_log: ExpectedLog
 ) -> None:
