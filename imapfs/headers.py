@@ -1,7 +1,7 @@
-"""The few header fields that names and attributes are made of, read from mail as it is in the wild.
+"""Parses the few header fields that names and attributes need, from real-world mail.
 
-Nothing here raises, and all work is linear in the size of the block: header fields are chosen by strangers.
-The standard library's header parsers give neither guarantee.
+Nothing here raises, and all work is linear in the size of the header, because strangers choose its content.
+The standard library's header parsers guarantee neither.
 """
 
 import binascii
@@ -10,17 +10,20 @@ from encodings.aliases import aliases
 from functools import lru_cache
 from typing import NamedTuple
 
-_FIELD_CHARACTERS = 2_000
-# A character of an encoded word takes some 16 bytes where each word holds one, so this fills a field.
-_FIELD_BYTES = 32_768
-_CACHED_BYTES = 512
+_MAX_CHARACTERS = 2_000
+"""Maximum length of a decoded field."""
+_MAX_BYTES = 32_768
+"""Bytes of a raw field that are read: enough for `_MAX_CHARACTERS`, even if each encoded word holds one
+character, which takes about 16 bytes."""
+_MAX_CACHED = 512
+"""Maximum length of a raw From field that is cached, in bytes."""
 
 _FOLD = re.compile(rb"(?:[ \t]?\n[ \t]+)+")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029][\x00-\x20\x7f-\x9f\u2028\u2029]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _WORD_START = re.compile(rb"=\?([^?\s]{1,64})\?([BbQq])\?")
 _QUOTED_PAIR = re.compile(rb"\\(.)", re.DOTALL)
-# Every alternative matches wherever its first byte does, or is bounded by the next "?": no backtracking.
+# No backtracking: every alternative matches wherever its first byte does, or is bounded by the next "?".
 _MAILBOX_TOKEN = re.compile(
     rb"""(?P<word>=\?[^?\s]{1,64}\?[BbQq]\?[^?]*\?=)
        | "(?P<quoted>(?:[^"\\]|\\.)*)"?
@@ -30,8 +33,8 @@ _MAILBOX_TOKEN = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 
-# A closed set, not codecs.lookup() of what the mail says: that would import a module for each name, remember
-# each failure for ever, and offer codecs that are no charsets (hex, zip) or are slow by design (idna).
+# A closed set instead of codecs.lookup() for names from mail: that would import a module for each name, cache
+# each failure forever, and offer codecs that are not charsets (hex, zip) or are slow by design (idna).
 _CODECS = {
     name: codec
     for name, codec in ({codec: codec for codec in aliases.values()} | aliases).items()
@@ -45,7 +48,7 @@ _CODECS = {
     "x_gbk": "gbk",
     "x_sjis": "cp932",
 }
-# Mail labelled with the first is in truth written in the second, which contains it.
+# Mail labelled with the first charset is usually written in the second, a superset.
 _SUPERSETS = {
     "euc_kr": "cp949",
     "gb2312": "gb18030",
@@ -57,23 +60,24 @@ _SUPERSETS = {
 
 
 class Headers(NamedTuple):
-    """Decoded fields, each without control characters and of at most 2,000 characters; "" where missing."""
+    """Decoded fields without control characters, of at most 2,000 characters each; "" for a missing field."""
 
     subject: str
     sender: str
-    """Display name of the first mailbox in From, else its address."""
+    """Display name of the first mailbox in From, or else its address."""
     from_: str
     """The whole From field."""
     message_id: str
-    """As it stands, with its angle brackets."""
+    """Unchanged, with its angle brackets."""
 
 
 def parse_headers(block: bytes) -> Headers:
-    """Read a header block (RFC 5322), such as the literal of ``BODY[HEADER.FIELDS (...)]``; never raises.
+    """Parse a header block (RFC 5322), such as the literal of ``BODY[HEADER.FIELDS (...)]``. Never raises.
 
-    Of a field that occurs twice the first counts. Lines end with CRLF or LF; a bare CR ends a line only where
-    nothing else does, and is whitespace otherwise. Encoded words (RFC 2047) are decoded wherever they occur.
-    Bytes that are not ASCII are UTF-8, else windows-1252 with U+FFFD for what that leaves undefined.
+    If a field occurs twice, the first counts. Lines end with CRLF or LF. A bare CR ends a line only if the
+    block has no other line ends; otherwise it is whitespace. Encoded words (RFC 2047) are decoded wherever
+    they occur. Bytes that are not ASCII are read as UTF-8, or else as windows-1252 with U+FFFD for undefined
+    bytes.
     """
     lines = block
     if b"\r" in lines:
@@ -102,7 +106,7 @@ def parse_headers(block: bytes) -> Headers:
     name_and_field = ("", "")
     if sender is not None:
         sender = _bounded(sender)
-        name_and_field = _cached_from(sender) if len(sender) <= _CACHED_BYTES else _decode_from(sender)
+        name_and_field = _cached_from(sender) if len(sender) <= _MAX_CACHED else _decode_from(sender)
     return Headers(
         _clean(_decode_words(_bounded(subject))) if subject is not None else "",
         *name_and_field,
@@ -111,11 +115,11 @@ def parse_headers(block: bytes) -> Headers:
 
 
 def _bounded(value: bytes) -> bytes:
-    if len(value) <= _FIELD_BYTES:
+    if len(value) <= _MAX_BYTES:
         return value
-    end = _FIELD_BYTES
-    # Half a character would turn a UTF-8 field into windows-1252; no character has more than four bytes.
-    while end > _FIELD_BYTES - 4 and value[end] & 0xC0 == 0x80:
+    end = _MAX_BYTES
+    # A cut character would turn a UTF-8 field into windows-1252. No character has more than four bytes.
+    while end > _MAX_BYTES - 4 and value[end] & 0xC0 == 0x80:
         end -= 1
     return value[:end]
 
@@ -123,7 +127,7 @@ def _bounded(value: bytes) -> bytes:
 def _clean(text: str) -> str:
     if not text.isprintable():
         text = _SURROGATE.sub("\ufffd", _CONTROL.sub(" ", text))
-    return text.strip()[:_FIELD_CHARACTERS]
+    return text.strip()[:_MAX_CHARACTERS]
 
 
 def _decode_8bit(value: bytes) -> str:
@@ -134,7 +138,8 @@ def _decode_8bit(value: bytes) -> str:
 
 
 def _decode_words(value: bytes) -> str:
-    """Text with encoded words (RFC 2047 section 6.2), lenient about what surrounds and fills them."""
+    """Decode text with encoded words (RFC 2047 section 6.2), leniently about their surroundings and
+    content."""
     if b"=?" not in value:
         return _decode_8bit(value)
     parts: list[str] = []
@@ -152,7 +157,7 @@ def _decode_words(value: bytes) -> str:
         between = value[done:start]
         word_charset = opening[1].lower()
         adjacent = done > 0 and not between.strip()
-        # Senders split words at any byte, also inside a character: only the joined bytes can be decoded.
+        # Some senders split words inside a character, so adjacent words are joined before decoding.
         if not (adjacent and word_charset == charset):
             parts.append(_decode_charset(data, charset))
             charset, data = word_charset, b""
@@ -170,14 +175,14 @@ def _decode_base64(payload: bytes) -> bytes:
     try:
         return binascii.a2b_base64(payload)
     except binascii.Error:
-        # Mostly missing padding; a lone last digit holds only six bits and cannot be part of a byte.
+        # Usually the padding is missing. A lone last digit holds only six bits, and so no byte.
         digits = re.sub(rb"[^A-Za-z0-9+/]", b"", payload)
         digits = digits[: len(digits) - (len(digits) % 4 == 1)]
         return binascii.a2b_base64(digits + b"=" * (-len(digits) % 4))
 
 
 def _decode_charset(data: bytes, charset: bytes) -> str:
-    # RFC 2231 section 5 allows a language after an asterisk.
+    # A language may follow after an asterisk (RFC 2231 section 5).
     name = charset.partition(b"*")[0].decode("ascii", "replace").replace("-", "_")
     codec = _CODECS.get(name)
     if codec is None:
@@ -186,7 +191,7 @@ def _decode_charset(data: bytes, charset: bytes) -> str:
 
 
 def _decode_from(value: bytes) -> tuple[str, str]:
-    """(Display name of the first mailbox, else its address; the whole field)."""
+    """Return the display name of the first mailbox, or else its address, and the whole field."""
     name, comment, address = _first_mailbox(value)
     for candidate in (name, comment, address):
         if sender := " ".join(_clean(_decode_words(candidate)).split()):
@@ -198,10 +203,10 @@ _cached_from = lru_cache(maxsize=2048)(_decode_from)
 
 
 def _first_mailbox(value: bytes) -> tuple[bytes, bytes, bytes]:
-    """(display name, comment, address) of the first mailbox (RFC 5322 section 3.4), still encoded.
+    """Return display name, comment and address of the first mailbox (RFC 5322 section 3.4), still encoded.
 
-    Only what contains an address is a mailbox: names with a bare comma, ``Doe, Jane <jane@example.com>``, are
-    common. A comment is what old mail has in place of a name: ``jane@example.com (Jane Doe)``.
+    A mailbox ends only after an address, because names with a bare comma are common: ``Doe, Jane
+    <jane@example.com>``. Old mail has a comment instead of a name: ``jane@example.com (Jane Doe)``.
     """
     phrase: list[bytes] = []
     comment: list[bytes] = []
@@ -221,7 +226,7 @@ def _first_mailbox(value: bytes) -> tuple[bytes, bytes, bytes]:
         elif kind == "address":
             address = token["address"] if address is None else address
         elif kind == "special" and piece == b":" and not bare_address:
-            # The display name of a group ends here (RFC 6854); its first member is what is wanted.
+            # The display name of a group ends here (RFC 6854); its first member follows.
             phrase.clear()
         elif kind == "special" and piece != b":" and (bare_address or address is not None):
             break

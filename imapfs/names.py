@@ -1,93 +1,76 @@
-"""Names: server mailbox names to directory entries and back, and the file names of messages.
+"""Names: mailbox names on the server to directory entries and back, and the file names of messages.
 
 Pure and deterministic: no locale, no time zone, no I/O. Directory entries are ``bytes`` in UTF-8, at most
-255 of them (NAME_MAX), and never hold ``/`` or NUL.
+255 bytes long (NAME_MAX), and never contain ``/`` or NUL.
 
-How one hierarchy component of a mailbox name is shown, where ``%XX`` stands for one byte:
+A hierarchy component of a mailbox name is shown in one of these forms, where ``%XX`` stands for one byte:
 
 ``Entwürfe``
-    The component is canonical modified UTF-7: its text. Escaped are ``/``, control characters, all of ``.``
-    and ``..``, the last dot of ``*.eml`` (a mailbox never takes the name of a message), and a ``%`` that
-    would otherwise read as an escape.
+    A component in canonical modified UTF-7 is shown as its text. Escaped are ``/``, control characters, the
+    dots of ``.`` and ``..``, the last dot of ``*.eml`` (a mailbox never takes the name of a message), and a
+    ``%`` that would otherwise read as an escape.
 ``%~Entwürfe``
-    The component's own bytes are that text: raw UTF-8 (RFC 6855), or raw control bytes. Servers exist that
-    hold both spellings of one name, so the two must differ. ``%~`` alone is the empty component.
+    The bytes of the component are this text: raw UTF-8 (RFC 6855), or raw control bytes. Some servers hold
+    mailboxes in both spellings, so the two must differ. ``%~`` alone is the empty component.
 ``R%26D``
-    Malformed: its bytes, with every ``&`` and 8-bit byte escaped.
+    A malformed component is shown as its bytes, with every ``&`` and 8-bit byte escaped.
 ``Start of a long name%~0123456789abcdef``
-    Over 255 bytes: cut, with the start of the SHA-256 of the component. The only form without an inverse.
+    An entry of more than 255 bytes is cut, and ends with the start of the component's SHA-256. Only this form
+    has no inverse.
 """
 
-import base64
 import datetime
 import hashlib
 import re
 import unicodedata
 from functools import lru_cache
 
+from imapfs.encoding import decode_utf7, encode_utf7
 from imapfs.model import NameScheme
 
 _NAME_MAX = 255
-_MARK = b"%~"
+_MARKER = b"%~"
 _HASH_DIGITS = 16
 
-# C1 controls are escaped as well as C0: terminals obey U+009B as they do ESC [.
+# C1 control characters are escaped like C0 ones: terminals obey U+009B as they do ESC [.
 _IN_TEXT = re.compile(rb"[/\x00-\x1f\x7f]|\xc2[\x80-\x9f]|%(?=~|[0-9A-Fa-f]{2})")
 _IN_MALFORMED = re.compile(rb"[/&\x00-\x1f\x7f-\xff]|%(?=~|[0-9A-Fa-f]{2})")
 _ESCAPE = re.compile(rb"%([0-9A-F]{2})")
-# What other file systems (FAT, exFAT, NTFS) do not take or programs misread (``host:path``). As spaces they
-# become one underscore together with those around them.
+# Characters that other file systems (FAT, exFAT, NTFS) do not allow, or that programs misread
+# (``host:path``). They become spaces, so that each run of them is one underscore in the end.
 _TO_SPACE = str.maketrans(dict.fromkeys('/:*?"<>|\\_', " "))
-_NOT_DIRECT = re.compile(r"&|[^ -~]+")
 
 _SECONDS_PER_DAY = 86_400
 _EPOCH_DAY = datetime.date(1970, 1, 1).toordinal()
 _FIRST_DAY = datetime.date.min.toordinal() - _EPOCH_DAY
 _LAST_DAY = datetime.date.max.toordinal() - _EPOCH_DAY
-_SENDER_BYTES = 60
-# More than fits into a name. Ordering of combining marks, in normalisation, is quadratic in their number.
-_PART_CHARACTERS = 1_000
+_MAX_SENDER = 60
+"""Maximum length of the sender in a file name, in bytes."""
+_MAX_PART = 1_000
+"""Characters of a field that are considered: more than fit into a name. Normalisation takes quadratic time
+for long runs of combining marks."""
 
 
 def decode_mailbox(raw: bytes) -> str | None:
-    """The text of a mailbox name, or of one hierarchy component of one.
+    """Decode a mailbox name, or one hierarchy component of it.
 
     ASCII is modified UTF-7 (RFC 3501 section 5.1.3); anything with 8-bit bytes is UTF-8 (RFC 6855 section 3).
-    None where ``raw`` is neither, or is not what `encode_mailbox` makes of the text: such a name cannot be
+    Return None where ``raw`` is neither, or is not the canonical spelling of its text: such a name cannot be
     sent back to the server from its text. Never raises.
     """
+    if raw.isascii():
+        return decode_utf7(raw)
     try:
-        if not raw.isascii():
-            return raw.decode("utf-8")
-        first, *shifted = raw.decode("ascii").split("&")
-        parts = [first]
-        for part in shifted:
-            code, _, direct = part.partition("-")
-            padded = code.replace(",", "/") + "=" * (-len(code) % 4)
-            parts += [base64.b64decode(padded).decode("utf-16-be") if code else "&", direct]
-    except ValueError:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
         return None
-    text = "".join(parts)
-    return text if encode_mailbox(text) == raw else None
-
-
-def encode_mailbox(name: str) -> bytes:
-    """``name`` in modified UTF-7 (RFC 3501 section 5.1.3). UnicodeEncodeError for a lone surrogate."""
-    return _NOT_DIRECT.sub(_shift, name).encode("ascii")
-
-
-def _shift(match: re.Match[str]) -> str:
-    if match[0] == "&":
-        return "&-"
-    code = base64.b64encode(match[0].encode("utf-16-be")).decode("ascii")
-    return f"&{code.rstrip('=').replace('/', ',')}-"
 
 
 def entry_name(component: bytes) -> bytes:
-    """The directory entry that shows one raw hierarchy component of a mailbox name.
+    """Return the directory entry for one raw hierarchy component of a mailbox name.
 
-    Distinct components have distinct entries (beyond 255 bytes: unless 64 bits of SHA-256 collide). Never
-    ``.``, ``..`` or ``*.eml``. Never raises.
+    Distinct components have distinct entries (beyond 255 bytes: unless 64 bits of SHA-256 collide). The entry
+    is never ``.``, ``..`` or ``*.eml``. Never raises.
     """
     text = decode_mailbox(component)
     if text is None and (b"&" in component or not component.isascii()):
@@ -95,11 +78,11 @@ def entry_name(component: bytes) -> bytes:
     elif text and component.isascii():
         entry = _escaped(_IN_TEXT, text.encode("utf-8"))
     else:
-        entry = _MARK + _escaped(_IN_TEXT, component)
+        entry = _MARKER + _escaped(_IN_TEXT, component)
     if len(entry) <= _NAME_MAX:
         return entry
-    start = entry[: _NAME_MAX - len(_MARK) - _HASH_DIGITS].decode("utf-8", "ignore").encode("utf-8")
-    return start + _MARK + hashlib.sha256(component).hexdigest()[:_HASH_DIGITS].encode("ascii")
+    start = entry[: _NAME_MAX - len(_MARKER) - _HASH_DIGITS].decode("utf-8", "ignore").encode("utf-8")
+    return start + _MARKER + hashlib.sha256(component).hexdigest()[:_HASH_DIGITS].encode("ascii")
 
 
 def is_inbox(server_name: bytes | None) -> bool:
@@ -125,17 +108,17 @@ def renamed(server_name: bytes, old: bytes, new: bytes, delimiter: bytes) -> byt
 
 
 def server_component(entry: bytes) -> bytes | None:
-    """The raw component that ``entry`` is the `entry_name` of: the inverse, for names that a user chooses.
+    """Return the raw component whose `entry_name` is ``entry``: the inverse, for names that a user chooses.
 
-    None where there is none to create: not UTF-8, ends in ``.eml``, too long, an escape that `entry_name`
-    would not write, or the entry of an empty, malformed or cut component. The result may contain the
-    server's hierarchy delimiter (``a%2Fb``), which only the caller knows. Never raises.
+    Return None if no mailbox can have that entry: it is not UTF-8, ends in ``.eml``, is too long, has an
+    escape that `entry_name` would not write, or stands for an empty, malformed or cut component. The result
+    may contain the server's hierarchy delimiter (``a%2Fb``), which only the caller knows. Never raises.
     """
     try:
-        if entry.startswith(_MARK):
-            component = _unescaped(entry.removeprefix(_MARK))
+        if entry.startswith(_MARKER):
+            component = _unescaped(entry.removeprefix(_MARKER))
         else:
-            component = encode_mailbox(_unescaped(entry).decode("utf-8"))
+            component = encode_utf7(_unescaped(entry).decode("utf-8"))
     except UnicodeDecodeError:
         return None
     return component if decode_mailbox(component) and entry_name(component) == entry else None
@@ -155,13 +138,15 @@ def _unescaped(shown: bytes) -> bytes:
 
 
 def message_name(scheme: NameScheme, date: int, sender: str, subject: str, uid: int) -> bytes:
-    """The file name of a message: ``1234.eml``, or ``2026-11-20_Alice_Example_Quarterly_report.1234.eml``.
+    """Return the file name of a message: ``1234.eml``, or ``2026-11-20_Alice_Example_Report.1234.eml``.
 
-    ``date`` is in seconds since the epoch, shown as the day in UTC; any integer will do, and what lies
-    outside the years 1 to 9999 counts as the nearest day inside. Empty parts are left out. At most 255 bytes,
-    printable, in normalisation form C, with one ``_`` for each run of whitespace and of characters that
-    cannot be in file names elsewhere; unique in a mailbox because ``uid`` is. Never raises. What is printable
-    is for Python's Unicode tables to say: a character newer than they are is left out.
+    ``date`` is in seconds since the epoch, and appears as the day in UTC. Any integer is valid; a date
+    outside the years 1 to 9999 becomes the nearest day inside. Empty parts are left out.
+
+    The name is at most 255 bytes long, printable, in normalisation form C, and has one ``_`` for each run of
+    whitespace and of characters that other file systems do not allow. Characters newer than Python's Unicode
+    tables count as not printable, and are left out. The name is unique in a mailbox because ``uid`` is. Never
+    raises.
     """
     if scheme == "uid":
         return b"%d.eml" % uid
@@ -184,11 +169,11 @@ def _day(day: int) -> str:
 
 @lru_cache(maxsize=1024)
 def _sender_part(sender: str) -> str:
-    return _clipped(_part(sender), _SENDER_BYTES).rstrip("_")
+    return _clipped(_part(sender), _MAX_SENDER).rstrip("_")
 
 
 def _part(text: str) -> str:
-    text = text[:_PART_CHARACTERS]
+    text = text[:_MAX_PART]
     if not text.isprintable():
         text = "".join(c if c.isprintable() else " " for c in text if c.isprintable() or c.isspace())
     if not text.isascii():
@@ -197,12 +182,13 @@ def _part(text: str) -> str:
 
 
 def _clipped(text: str, limit: int) -> str:
-    """``text`` cut to at most ``limit`` bytes of UTF-8, between characters and before no combining mark."""
+    """Cut ``text`` to at most ``limit`` bytes of UTF-8, between characters and never before a combining
+    mark."""
     encoded = text.encode("utf-8")
     if len(encoded) <= limit:
         return text
-    most = len(encoded[:limit].decode("utf-8", "ignore"))
-    end = most
+    longest = len(encoded[:limit].decode("utf-8", "ignore"))
+    end = longest
     while end and unicodedata.category(text[end]).startswith("M"):
         end -= 1
-    return text[: end or most]
+    return text[: end or longest]

@@ -25,7 +25,7 @@ from imapfs.fs.replace import Replacer
 from imapfs.fs.space import SpaceReporter
 from imapfs.fs.tree import MailTree
 from imapfs.fs.xattrs import ExtendedAttributes
-from imapfs.imap.backoff import State
+from imapfs.imap.backoff import Connectivity
 from imapfs.imap.pool import SessionPool
 from imapfs.kernel.adapter import Adapter
 from imapfs.kernel.inotify import Announcer
@@ -143,10 +143,6 @@ def serve(config: MountConfig, credentials: CredentialProvider, observer: Observ
 
 async def _serve(config: MountConfig, credentials: CredentialProvider, observer: Observer) -> None:
     pool = SessionPool(config.account, credentials, config.connections, config.timeout)
-    # The end of a pause that the server asked for is not reported: it is no change of state for a person.
-    pool.on_state = lambda: observer.state(
-        pool.reason if pool.state is State.OFFLINE else None, pool.needs_person
-    )
     cache = Cache.open(config.cache_dir / _cache_name(config), config.names)
     failure: ImapfsError | None = None
     try:
@@ -157,7 +153,8 @@ async def _serve(config: MountConfig, credentials: CredentialProvider, observer:
                     trio.CancelScope() as life,
                 ):
                     background.start_soon(_end_on_signal, signals, life)
-                    background.start_soon(pool.keep)
+                    background.start_soon(pool.keep_connected)
+                    background.start_soon(_report_state, pool, observer)
                     background.start_soon(network.watch, pool.network_changed, pool.resumed)
                     await _run(build_model(config, pool, cache, background), background, observer)
             except ImapfsError as error:
@@ -170,6 +167,13 @@ async def _serve(config: MountConfig, credentials: CredentialProvider, observer:
         cache.close()
     if failure is not None:
         raise failure
+
+
+async def _report_state(pool: SessionPool, observer: Observer) -> None:
+    """Report each change of the account's state. A pause that the server asks for counts as online."""
+    while True:
+        await pool.state_changed.wait()
+        observer.state(pool.reason if pool.state is Connectivity.OFFLINE else None, pool.needs_person)
 
 
 async def _end_on_signal(signals: AsyncIterable[int], life: trio.CancelScope) -> None:
@@ -271,7 +275,7 @@ def _find_root(cache: Cache, host: str, path: str) -> Ino:
 async def _upload_when_online(pool: SessionPool, uploader: Uploader) -> None:
     """Upload what waits for the server as soon as it is back."""
     while True:
-        await pool.came_online()
+        await pool.wait_for_reconnect()
         uploader.hurry()
 
 

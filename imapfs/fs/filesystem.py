@@ -37,7 +37,7 @@ from imapfs.fs.refresh import Refresher
 from imapfs.fs.replace import Replacement, Replacer
 from imapfs.fs.space import Space, SpaceReporter
 from imapfs.fs.tree import MESSAGE_SUFFIX, Entry, MailTree, is_message_name
-from imapfs.imap.backoff import State
+from imapfs.imap.backoff import Connectivity
 from imapfs.imap.pool import SessionPool
 from imapfs.model import ROOT, Ino
 from imapfs.names import is_inbox, server_component
@@ -110,7 +110,7 @@ class Filesystem:
     @property
     def late_errno(self) -> int:
         """The errno of a request that has taken too long."""
-        return errno.EBUSY if self._pool.state is State.THROTTLED else errno.ETIMEDOUT
+        return errno.EBUSY if self._pool.state is Connectivity.THROTTLED else errno.ETIMEDOUT
 
     # -- looking -------------------------------------------------------------------------------------------
 

@@ -1,1 +1,1 @@
-"""IMAP as imapfs needs it: connections, typed commands, a pool. Everything above sees only these names."""
+"""IMAP: connections, typed commands, watching, and a pool of sessions."""

@@ -1,7 +1,7 @@
-"""From an account to a socket that its server, and nobody else, is at the other end of.
+"""Connecting: TCP, TLS, and proof that the peer is the account's server.
 
-Each step can be had alone: `open_tcp`, then `secure`. What goes wrong in one is an error of ours, one line
-with cause and remedy; `explain` makes it.
+The steps are `open_tcp` and `secure`, which can be used separately. `explain` turns a failure into an error
+with cause and remedy on one line.
 """
 
 import hashlib
@@ -11,18 +11,17 @@ import ssl
 import stat
 from typing import Final
 
-from imapfs.errors import CertificateRejected, ConnectionLost, ServerBusy, TimedOut, TlsError
-from imapfs.imap.throttle import asked_wait
+from imapfs.errors import CertificateRejected, ConnectionLost, TimedOut, TlsError
 from imapfs.model import Account
 
-_DEAD_AFTER: Final = 10
-"""Seconds without an acknowledgement after which what was sent counts as lost: a network that forgot the
-connection says nothing, and the program that asked should not wait for the whole timeout to learn it."""
-_IDLE_PROBE: Final = 60
-"""Seconds after which an idle connection is probed, so that address translators do not forget it."""
+_UNACKNOWLEDGED: Final = 10
+"""Seconds without an acknowledgement after which the kernel gives up on a connection. If the network has
+forgotten it there is no answer at all, and a program should not have to wait for the whole timeout."""
+_KEEPALIVE: Final = 60
+"""Seconds after which an idle connection is probed, so that NAT devices do not forget it."""
 
 
-_ABOUT_CERTIFICATES: Final = frozenset(
+_CERTIFICATE_ALERTS: Final = frozenset(
     {
         "SSLV3_ALERT_BAD_CERTIFICATE",
         "SSLV3_ALERT_CERTIFICATE_EXPIRED",
@@ -33,17 +32,17 @@ _ABOUT_CERTIFICATES: Final = frozenset(
         "TLSV1_ALERT_UNKNOWN_CA",
     }
 )
-"""OpenSSL's names of the alerts with which a server refuses ours (RFC 8446 section 6.2)."""
+"""OpenSSL's names of the alerts by which a server refuses a client certificate (RFC 8446 section 6.2)."""
 NOT_TLS: Final = frozenset(
     {"WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"}
 )
-"""OpenSSL's reasons when what answers does not speak TLS."""
+"""OpenSSL's reasons if the peer does not speak TLS."""
 
 
 def tls_context(account: Account) -> ssl.SSLContext:
-    """TLS 1.2 or newer; the server is verified by `secure`, in full or against the account's fingerprint.
+    """Return a context for TLS 1.2 or newer, with which `secure` verifies the server.
 
-    Raises TlsError where a file that the account names is not usable.
+    Raises TlsError if a file that the account names cannot be used.
     """
     try:
         context = ssl.create_default_context(cafile=str(account.ca_file) if account.ca_file else None)
@@ -52,7 +51,7 @@ def tls_context(account: Account) -> ssl.SSLContext:
         raise TlsError(f"cannot use the CA file {account.ca_file}: {reason}") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if account.tls_fingerprint is not None:
-        # The one certificate is the trust anchor: who issued it, for which name and until when is no matter.
+        # `secure` compares the certificate itself; its issuer, names and dates do not matter.
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     if account.client_cert is not None:
@@ -64,7 +63,7 @@ def _load_client_certificate(context: ssl.SSLContext, account: Account) -> None:
     encrypted = False
 
     def no_passphrase() -> str:
-        # Without this OpenSSL would ask at the terminal, and wait there.
+        # Without this callback OpenSSL would prompt on the terminal.
         nonlocal encrypted
         encrypted = True
         return ""
@@ -76,9 +75,9 @@ def _load_client_certificate(context: ssl.SSLContext, account: Account) -> None:
         context.load_cert_chain(certificate, key, no_passphrase)
     except ssl.SSLError as error:
         if encrypted:
-            why = "the key has a passphrase: write it without one, readable by you only ('openssl pkey')"
+            why = "the key has a passphrase: store it without one, readable only by you ('openssl pkey')"
         elif error.reason == "KEY_VALUES_MISMATCH":
-            why = "the key is not that of the certificate: check --client-cert and --client-key"
+            why = "the key does not belong to the certificate: check --client-cert and --client-key"
         else:
             why = "certificate and key must be in PEM form: check --client-cert and --client-key"
         raise TlsError(f"cannot use the client certificate {certificate} with key {key}: {why}") from None
@@ -86,32 +85,32 @@ def _load_client_certificate(context: ssl.SSLContext, account: Account) -> None:
         reason = f"{error.strerror}: check --client-cert and --client-key"
         raise TlsError(f"cannot use the client certificate {certificate} with key {key}: {reason}") from None
     mode = stat.S_IMODE(key.stat().st_mode)
-    # A group may be meant, as ssl-cert of Debian is.
+    # Group access may be intended, as with Debian's group ssl-cert.
     if mode & 0o007:
         raise TlsError(
-            f"the client key {key} is everybody's to access (mode {mode:04o}): chmod 600 it, and replace it"
+            f"the client key {key} is accessible to all users (mode {mode:04o}): chmod 600 it, and replace it"
         )
 
 
 def open_tcp(account: Account, timeout: float) -> socket.socket:
-    """A TCP connection; each address of the host is tried for ``timeout`` seconds. Raises ConnectionLost."""
+    """Connect by TCP, trying each address of the host for ``timeout`` seconds. Raises ConnectionLost."""
     try:
         sock = socket.create_connection((account.host, account.port), timeout)
     except (OSError, UnicodeError) as error:
-        # The latter for a host that IDNA cannot encode, such as one with a label of more than 63 characters.
+        # UnicodeError if IDNA cannot encode the host, for example a label of more than 63 characters.
         raise explain(error, account, timeout) from None
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE_PROBE)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _DEAD_AFTER)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _DEAD_AFTER * 1000)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _UNACKNOWLEDGED)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED * 1000)
     return sock
 
 
 def secure(sock: socket.socket, account: Account, context: ssl.SSLContext, timeout: float) -> ssl.SSLSocket:
-    """The TLS handshake, on ``account``'s `tls_context`: returns with the server verified.
+    """Run the TLS handshake and verify the server. ``context`` is the account's `tls_context`.
 
-    Takes ``sock`` over, and closes it on failure. Raises TlsError, ConnectionLost.
+    Takes over ``sock``, and closes it on failure. Raises TlsError, ConnectionLost.
     """
     try:
         sock.settimeout(timeout)
@@ -124,23 +123,23 @@ def secure(sock: socket.socket, account: Account, context: ssl.SSLContext, timeo
         secured.close()
         raise CertificateRejected(
             f"the certificate of {account.host} is not the pinned one",
-            remedy="if it was renewed, and only then, give its new fingerprint to --tls-fingerprint"
+            remedy="only if it was renewed, give its new fingerprint to --tls-fingerprint"
             " ('imapfs check' shows it)",
         )
     return secured
 
 
 def fingerprint(secured: ssl.SSLSocket) -> str:
-    """SHA-256 of the certificate that the server showed, in DER, as `Account.tls_fingerprint` has it."""
+    """Return the SHA-256 of the server's certificate in DER, in the form of `Account.tls_fingerprint`."""
     certificate = secured.getpeercert(binary_form=True)
-    assert certificate is not None, "a client always asks for one"
+    assert certificate is not None, "a client always gets one"
     return hashlib.sha256(certificate).hexdigest()
 
 
 def is_this_machine(account: Account, sock: socket.socket) -> bool:
-    """Whether what is sent never leaves this machine: by the host's name and by where it led to.
+    """Return whether the connection never leaves this machine, by the host's name and by its address.
 
-    A name that merely resolves to a loopback address is somebody else's word for it.
+    A name that only resolves to a loopback address does not count, because that depends on a name server.
     """
     try:
         named = account.host == "localhost" or ipaddress.ip_address(account.host).is_loopback
@@ -150,7 +149,7 @@ def is_this_machine(account: Account, sock: socket.socket) -> bool:
 
 
 def explain(error: Exception, account: Account, timeout: float) -> ConnectionLost:
-    """What a failure before the login means, in one line."""
+    """Return the error for a failure before the login: cause and remedy on one line."""
     host = account.host
     where = f"{host}:{account.port}"
     usual = (
@@ -182,22 +181,22 @@ def explain(error: Exception, account: Account, timeout: float) -> ConnectionLos
             )
         case ssl.SSLError(reason="UNSUPPORTED_PROTOCOL" | "TLSV1_ALERT_PROTOCOL_VERSION"):
             return TlsError(
-                f"{where} offers only TLS older than 1.2, which is not safe",
-                remedy="its owner must update it",
+                f"{where} offers only TLS older than 1.2, which are not safe",
+                remedy="its administrator must update it",
             )
         case ssl.SSLError(reason="TLSV13_ALERT_CERTIFICATE_REQUIRED" | "SSLV3_ALERT_HANDSHAKE_FAILURE") if (
             account.client_cert is None
         ):
             return TlsError(
                 f"{where} refuses the TLS handshake",
-                remedy="it may want a certificate of yours, --client-cert",
+                remedy="it may require a client certificate, --client-cert",
             )
-        case ssl.SSLError(reason=reason) if account.client_cert is not None and reason in _ABOUT_CERTIFICATES:
+        case ssl.SSLError(reason=reason) if account.client_cert is not None and reason in _CERTIFICATE_ALERTS:
             return TlsError(
                 f"{where} does not accept the client certificate {account.client_cert}: {words(reason)}"
             )
         case ssl.SSLEOFError() | ssl.SSLZeroReturnError():
-            return ConnectionLost(f"{where} hung up before there was a TLS connection: it may be too busy")
+            return ConnectionLost(f"{where} hung up during the TLS handshake: it may be too busy")
         case ssl.SSLError(reason=reason) if "ALERT" in (reason or ""):
             return ConnectionLost(f"{where} refuses a TLS connection: {words(reason)}")
         case ssl.SSLError():
@@ -207,20 +206,15 @@ def explain(error: Exception, account: Account, timeout: float) -> ConnectionLos
                 f"the name {host} cannot be resolved", remedy="check its spelling and your network"
             )
         case UnicodeError():
-            return ConnectionLost(f"the name {host} cannot be a host's", remedy="check its spelling")
+            return ConnectionLost(f"{host} is not a valid host name", remedy="check its spelling")
         case ConnectionRefusedError():
             return ConnectionLost(f"{where} refuses connections", remedy=f"check the port ({usual})")
         case OSError():
             return ConnectionLost(f"cannot reach {where}: {error.strerror or error}")
         case _:
-            # imaplib: the greeting was BYE, or no IMAP greeting at all.
-            said = " ".join(str(error).split())[:200]
-            wait = asked_wait("", said)
-            if wait is not None:
-                return ServerBusy(f"{where} lets nobody in now: {said}", wait)
-            return ConnectionLost(f"{where} did not greet as an IMAP server: {said or 'it hung up'}")
+            return ConnectionLost(f"cannot connect to {where}: {error}")
 
 
 def words(reason: str) -> str:
-    """OpenSSL's name of an error, more readable."""
+    """Return OpenSSL's name of an error in readable form."""
     return reason.replace("_", " ").lower()

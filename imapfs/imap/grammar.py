@@ -1,7 +1,7 @@
-"""The grammar of the few untagged responses that imapfs asks for (RFC 9051 section 9): pure functions.
+"""Parsers for the responses that imapfs asks for (RFC 9051 section 9): pure functions.
 
-A response is the list of parts described in `imapfs.imap.wire`. FETCH data is read by one regular expression
-an item, in whatever order the server sends them; items that were not asked for are skipped.
+One regular expression reads each item of FETCH data, in whatever order the server sends them. Items that were
+not asked for are skipped. Parsing is linear in the size of the response.
 """
 
 import re
@@ -9,13 +9,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, timezone
 
+from imapfs.encoding import MAX_EPOCH
 from imapfs.errors import ProtocolError
 from imapfs.model import ModSeq, Uid
 
 Response = list[bytes]
+"""Text, literal, text, literal, ..., text: always an odd number of parts. A streamed literal is b""."""
 Value = bytes | None | list["Value"]
-"""A parsed value: atom, string, number as bytes; NIL as None; a parenthesised list."""
+"""A parsed value: an atom, string or number as bytes, NIL as None, or a parenthesised list."""
 
+_STATUS = re.compile(rb"(OK|NO|BAD|BYE|PREAUTH)(?: \[([A-Za-z0-9-]+)([^\]\r\n]*)\])?[ ]?([^\r\n]*)", re.I)
+_EXISTS = re.compile(rb"\* (\d{1,10}) EXISTS *\r?\n", re.I)
 _FETCH = re.compile(rb"\* \d+ FETCH \(", re.I)
 _FETCH_ITEM = re.compile(
     rb" *(?:"
@@ -34,15 +38,13 @@ _TOKEN = re.compile(
 _UNQUOTE = re.compile(rb"\\(.)", re.S)
 _DATE = re.compile(r" *(\d{1,2})-([A-Za-z]{3})-(\d{4}) (\d\d):(\d\d):(\d\d) ([+-])(\d\d)(\d\d)\Z")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_MAX = (1 << 63) - 1
-"""The largest number of IMAP (RFC 9051 number64), and of SQLite."""
-_FAR = 9_000_000_000
-"""Seconds from the epoch to about the year 2255: what nanoseconds in 64 bits can hold."""
+_MAX_NUMBER = (1 << 63) - 1
+"""Largest number in IMAP (RFC 9051 number64), and in SQLite."""
 
 
 @dataclass(slots=True)
 class FetchData:
-    """The items of one FETCH response; None for what it did not hold."""
+    """The items of one FETCH response; None for an item that it lacks."""
 
     uid: Uid | None = None
     flags: str | None = None
@@ -51,21 +53,54 @@ class FetchData:
     size: int | None = None
     modseq: ModSeq | None = None
     section: bytes | None = None
-    """Which BODY section `body` belongs to; None where the response had none."""
+    """The BODY section that `body` holds; None where the response has no BODY."""
     body: bytes | None = None
-    """None also for NIL, which is how a server says that the message is gone. b"" where it was streamed."""
+    """None also for NIL, with which a server reports that the message is gone. b"" where it was streamed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A status response (RFC 9051 section 7.1), mostly the tagged one that completes a command."""
+
+    status: str
+    """OK, NO, BAD, BYE or PREAUTH."""
+    code: str
+    """The response code in upper case, or ""."""
+    argument: bytes
+    """What follows the code in the brackets."""
+    text: str
+
+    @classmethod
+    def parse(cls, line: bytes) -> "Completion | None":
+        """Parse a response without its tag; None if it is another kind."""
+        m = _STATUS.match(line)
+        if not m:
+            return None
+        status, code, argument, text = m.groups()
+        return cls(
+            status.decode().upper(),
+            (code or b"").decode().upper(),
+            (argument or b"").strip(),
+            text.decode("utf-8", "replace").strip(),
+        )
+
+
+def parse_exists(line: bytes) -> int | None:
+    """Return the number of messages in an EXISTS response (RFC 9051 section 7.4.1); None for another kind."""
+    m = _EXISTS.match(line)
+    return int(m[1]) if m else None
 
 
 def number(raw: bytes) -> int:
-    """A number of at most 63 bits. Raises ProtocolError, also for what is none."""
-    # Python itself takes quadratic time for digits without end, and refuses them at some length.
-    if len(raw) > 19 or not raw.isdigit() or (value := int(raw)) > _MAX:
-        raise ProtocolError(f"not a number of IMAP: {raw[:80]!r}")
+    """Parse a number of at most 63 bits. Raises ProtocolError for anything else."""
+    # Python's int() takes quadratic time for long digit strings, and refuses them from some length on.
+    if len(raw) > 19 or not raw.isdigit() or (value := int(raw)) > _MAX_NUMBER:
+        raise ProtocolError(f"not an IMAP number: {raw[:80]!r}")
     return value
 
 
 def flag_list(raw: bytes) -> str:
-    """Flags as they are kept: ``\\Recent`` means nothing beyond one session (RFC 9051 removed it)."""
+    """Return the flags to store: all but ``\\Recent``, which only has a meaning within one session."""
     text = raw.decode("utf-8", "replace")
     if "\\recent" in text.lower():
         return " ".join(flag for flag in text.split() if flag.lower() != "\\recent")
@@ -73,10 +108,7 @@ def flag_list(raw: bytes) -> str:
 
 
 def parse_fetch(response: Response) -> FetchData | None:
-    """The data of a FETCH response; None if it is another kind of response.
-
-    Raises ProtocolError for a FETCH response that is not well-formed.
-    """
+    """Return the data of a FETCH response; None for another kind. Raises ProtocolError if it is malformed."""
     text = response[0]
     m = _FETCH.match(text)
     if not m:
@@ -119,7 +151,7 @@ def parse_fetch(response: Response) -> FetchData | None:
 
 
 def _skip_item(response: Response, part: int, at: int) -> tuple[int, int]:
-    """Pass over one item that was not asked for: its name and its value."""
+    """Skip an item that was not asked for, name and value; return the part and the position after it."""
     start = (part, at)
     depth, seen = 0, 0
     while seen < 2:
@@ -144,7 +176,7 @@ def _skip_item(response: Response, part: int, at: int) -> tuple[int, int]:
 
 
 def values(response: Response, skip: int) -> list[Value]:
-    """The values of ``response`` after its first ``skip`` bytes. Raises ProtocolError."""
+    """Parse ``response`` after its first ``skip`` bytes. Raises ProtocolError."""
     top: list[Value] = []
     stack: list[list[Value]] = [top]
     for index, text in enumerate(response):
@@ -181,19 +213,20 @@ class ListEntry:
     """One mailbox of a LIST response (RFC 9051 section 7.3.1)."""
 
     name: bytes
-    """As the server spells it, still encoded."""
+    """As the server sends it, still encoded."""
     delimiter: bytes
-    """One byte, or b"" where the name has no hierarchy."""
+    """One byte, or b"" where mailbox names have no hierarchy."""
     attributes: frozenset[str] = field(default_factory=frozenset)
-    """Lower case, with the backslash."""
+    """In lower case, with the backslash."""
 
     @property
     def selectable(self) -> bool:
+        """Whether the mailbox can be selected."""
         return not self.attributes & {"\\noselect", "\\nonexistent"}
 
     @property
     def special_use(self) -> str:
-        """The RFC 6154 attribute as it is registered (``\\Trash``), or ""."""
+        """The RFC 6154 attribute as registered, such as ``\\Trash``, or ""."""
         for use in ("All", "Archive", "Drafts", "Flagged", "Junk", "Sent", "Trash"):
             if f"\\{use.lower()}" in self.attributes:
                 return f"\\{use}"
@@ -201,7 +234,7 @@ class ListEntry:
 
 
 def parse_list(response: Response) -> ListEntry | None:
-    """One LIST response; None if it is another kind. Raises ProtocolError if malformed."""
+    """Parse a LIST response; None for another kind. Raises ProtocolError if it is malformed."""
     if response[0][:7].upper() != b"* LIST ":
         return None
     match values(response, 7):
@@ -215,7 +248,8 @@ def parse_list(response: Response) -> ListEntry | None:
 
 
 def parse_status(response: Response) -> tuple[bytes, dict[str, int]] | None:
-    """Mailbox name and numbers of a STATUS response (RFC 9051 section 7.3.4); None if it is another kind."""
+    """Return mailbox name and numbers of a STATUS response (RFC 9051 section 7.3.4); None for another
+    kind."""
     if response[0][:9].upper() != b"* STATUS ":
         return None
     match values(response, 9):
@@ -229,7 +263,7 @@ def parse_status(response: Response) -> tuple[bytes, dict[str, int]] | None:
 
 
 def parse_sequence_set(raw: bytes) -> list[tuple[int, int]]:
-    """UID ranges, both ends included, lower end first (RFC 9051 sequence-set without ``*``)."""
+    """Return UID ranges, both ends included, lower end first (RFC 9051 sequence-set without ``*``)."""
     ranges = []
     try:
         for piece in raw.split(b","):
@@ -242,9 +276,10 @@ def parse_sequence_set(raw: bytes) -> list[tuple[int, int]]:
 
 
 def sequence_sets(uids: Iterable[int], limit: int = 4000) -> Iterator[bytes]:
-    """UIDs as sequence sets of at most about ``limit`` bytes each.
+    """Yield ``uids`` as sequence sets of about ``limit`` bytes at most.
 
-    Servers answer BAD to command lines over a few kilobytes to 64 KiB, so a long set is sent in pieces.
+    Servers answer BAD to long command lines; where a line becomes too long, between a few KiB and 64 KiB,
+    depends on the server.
     """
     pieces: list[bytes] = []
     length = 0
@@ -273,9 +308,9 @@ def _runs(uids: Iterable[int]) -> Iterator[tuple[int, int]]:
 
 
 def parse_date(raw: bytes) -> tuple[int, int]:
-    """INTERNALDATE as (seconds since the epoch, minutes east of UTC).
+    """Return an INTERNALDATE as (seconds since the epoch, minutes east of UTC).
 
-    What is no date becomes the epoch: an odd date must not cost a person the message.
+    Anything else becomes the epoch: a malformed date must not hide the message.
     """
     m = _DATE.match(raw.decode("ascii", "replace"))
     if m and m[2].lower() in _MONTHS:
@@ -286,21 +321,12 @@ def parse_date(raw: bytes) -> tuple[int, int]:
             local = datetime(int(m[3]), month, int(m[1]), int(m[4]), int(m[5]), second, tzinfo=UTC)
         except ValueError:
             return 0, 0
-        return max(-_FAR, min(_FAR, int(local.timestamp()) - offset * 60)), offset
+        return max(-MAX_EPOCH, min(MAX_EPOCH, int(local.timestamp()) - offset * 60)), offset
     return 0, 0
 
 
-def format_date(epoch: int, offset: int) -> bytes:
-    """A date-time for APPEND (RFC 9051 section 9), such as ``17-Jul-1996 02:44:25 -0700``."""
-    local = datetime.fromtimestamp(max(0, min(_FAR, epoch)), timezone(timedelta(minutes=offset)))
-    month = _MONTHS[local.month - 1].capitalize()
-    sign, minutes = "-" if offset < 0 else "+", abs(offset)
-    zone = f"{sign}{minutes // 60:02d}{minutes % 60:02d}"
-    return f"{local.day:2d}-{month}-{local.year:04d} {local:%H:%M:%S} {zone}".encode()
-
-
 def format_iso(epoch: int, offset: int) -> str:
-    """ISO 8601 with the zone that the server gave."""
+    """Return the time in ISO 8601, in the time zone ``offset`` minutes east of UTC."""
     try:
         return datetime.fromtimestamp(epoch, timezone(timedelta(minutes=offset))).isoformat()
     except (ValueError, OverflowError, OSError):

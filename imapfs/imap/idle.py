@@ -1,11 +1,11 @@
-"""What a server says without being asked, one connection at a time: IDLE (RFC 2177), with NOTIFY (RFC 5465).
+"""Watching mailboxes on one connection: IDLE (RFC 2177), with NOTIFY (RFC 5465) where the server has it.
 
-A `Watch` runs in a thread, which waits in the kernel until the server says something; nothing wakes it but
-that, the renewal, and `Watch.stop`. What is said becomes an event for the trio thread. Events tell that
-something changed, and hardly ever what: a synchronisation finds that out.
+A `Watch` runs in a thread, which waits in the kernel. It wakes when the server sends something, when IDLE
+must be renewed, and for `Watch.stop`. Responses become events for the trio thread. An event says that
+something changed, but seldom what; a synchronisation finds that out.
 
-Push begins with a look at what there is, on the same connection, so that there is no gap in which a change
-would be missed: whatever happens after the look is told.
+A watch begins with the present state, read on the same connection: the server reports every later change, so
+that none is missed in between.
 """
 
 import os
@@ -16,94 +16,111 @@ from dataclasses import dataclass
 from typing import Final
 
 from imapfs.errors import NotSupported, Refused, Throttled
-from imapfs.imap.grammar import ListEntry, Response, parse_fetch, parse_list, parse_sequence_set, parse_status
+from imapfs.imap.grammar import (
+    ListEntry,
+    Response,
+    parse_exists,
+    parse_fetch,
+    parse_list,
+    parse_sequence_set,
+    parse_status,
+)
 from imapfs.imap.session import MailboxState, Session
 
 RENEWAL: Final = 540.0
-"""Seconds after which IDLE is given anew. RFC 2177 allows 29 minutes, but address translators forget a silent
-connection after 5 to 15; TCP's own probes keep it alive where they get through."""
+"""Seconds after which IDLE is renewed. RFC 2177 allows 29 minutes, but NAT devices forget an idle connection
+after 5 to 15. TCP keepalive helps where its probes get through."""
 
-_EXISTS = re.compile(rb"\* (\d{1,10}) EXISTS\b", re.I)
 _EXPUNGE = re.compile(rb"\* \d+ EXPUNGE\b", re.I)
 _VANISHED = re.compile(rb"\* VANISHED ([\d:,]+)", re.I)
 _OVERFLOW = re.compile(rb"\* OK \[NOTIFICATIONOVERFLOW\b", re.I)
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """The look: what the watched mailbox holds. All that happens to it from then on is told."""
+class MailboxOpened:
+    """State of the watched mailbox at the start. The server reports all later changes."""
 
     state: MailboxState
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
-    """What STATUS says of a mailbox; changes say only what is other than before."""
+class StatusChanged:
+    """Items of a STATUS response. A response about a change contains only the items that changed."""
 
     mailbox: bytes
     numbers: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Tree:
-    """All mailboxes there are."""
+class AllMailboxes:
+    """All mailboxes at the start."""
 
     entries: Sequence[ListEntry]
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
-    """A mailbox came into being, or with \\NonExistent went."""
+class MailboxChanged:
+    """A mailbox was created or changed, or with \\NonExistent deleted."""
 
     entry: ListEntry
 
 
 @dataclass(frozen=True, slots=True)
-class Began:
-    """Everything from here on is told as it happens."""
+class WatchBegan:
+    """The state at the start is complete; later events are changes as they happen."""
 
 
 @dataclass(frozen=True, slots=True)
-class Exists:
+class CountChanged:
     """Number of messages in the watched mailbox."""
 
     count: int
 
 
 @dataclass(frozen=True, slots=True)
-class Vanished:
-    """UID ranges that were expunged from the watched mailbox (RFC 7162 section 3.2.10)."""
+class MessagesVanished:
+    """UID ranges expunged from the watched mailbox (RFC 7162 section 3.2.10)."""
 
     ranges: Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Flagged:
-    """Flags of a message in the watched mailbox changed; 0 for what is not said."""
+class FlagsChanged:
+    """Flags of a message in the watched mailbox changed; 0 for a number that the server left out."""
 
     uid: int
     modseq: int
 
 
 @dataclass(frozen=True, slots=True)
-class Expunged:
-    """Something was expunged from the watched mailbox, and it is not said what."""
+class MessageExpunged:
+    """A message was expunged from the watched mailbox; which one is unknown, as there is no UID."""
 
 
-Event = Opened | Status | Tree | Listed | Began | Exists | Vanished | Flagged | Expunged
+WatchEvent = (
+    MailboxOpened
+    | StatusChanged
+    | AllMailboxes
+    | MailboxChanged
+    | WatchBegan
+    | CountChanged
+    | MessagesVanished
+    | FlagsChanged
+    | MessageExpunged
+)
 
 
 class Watch:
-    """Waits in IDLE for news of ``mailbox``; with ``everywhere`` of all mailboxes, by NOTIFY.
+    """Watches ``mailbox`` by IDLE, and with ``everywhere`` all mailboxes by NOTIFY.
 
-    Made, stopped and closed on the trio thread. ``on_events`` is called there too, through ``post``, which is
+    Create, stop and close it on the trio thread. ``on_events`` is called there, through ``post``, which is
     trio's ``run_sync_soon``.
     """
 
     def __init__(
         self,
         mailbox: bytes | None,
-        on_events: Callable[[list[Event]], None],
+        on_events: Callable[[list[WatchEvent]], None],
         post: Callable[[Callable[[], None]], None],
         *,
         everywhere: bool = False,
@@ -112,15 +129,15 @@ class Watch:
         self._on_events = on_events
         self._post = post
         self._everywhere = everywhere
-        self._events: deque[Event] = deque()
+        self._events: deque[WatchEvent] = deque()
         self._is_over = False
         self._stopped = False
-        # Python's TLS connections stand no second thread, so that the one that waits has to be woken.
+        # No second thread may use a TLS connection in Python, so `stop` wakes the one that waits.
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     @property
     def stopped(self) -> bool:
-        """Whether it was made to end by `stop`."""
+        """Whether `stop` was called."""
         return self._stopped
 
     def stop(self) -> None:
@@ -133,25 +150,26 @@ class Watch:
         os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
-        """To be called once `run` has returned, or will not be called."""
+        """Release the descriptor, once `run` has returned or will not be called."""
         os.close(self._wake)
 
     def run(self, session: Session) -> None:
-        """In a thread: wait for news until stopped, or until the server ends it.
+        """Wait for changes, in a thread, until stopped or until the server ends IDLE.
 
-        Raises MailboxGone and Refused for the mailbox, NotSupported if the server does not do what it offers,
-        ConnectionLost, Throttled.
+        Raises MailboxGone and Refused for the mailbox, NotSupported if the server refuses IDLE or NOTIFY
+        although it offers them, ConnectionLost, Throttled.
         """
         if self.mailbox is not None:
-            self._say(Opened(session.examine(self.mailbox)))
+            self._add(MailboxOpened(session.examine(self.mailbox)))
         try:
             if self._everywhere:
                 session.notify(self._take)
-                self._say(Tree(session.list_mailboxes(on_response=self._take_but_lists)))
-            self._say(Began())
-            # With NOTIFY too: otherwise Dovecot tells nothing of the selected mailbox for the first second.
+                self._add(AllMailboxes(session.list_mailboxes(on_response=self._take_other)))
+            self._add(WatchBegan())
+            # With NOTIFY too: otherwise Dovecot reports no change of the selected mailbox for the first
+            # second.
             while not self._is_over and session.idle(self._take, self._wake, RENEWAL):
-                pass  # a server that ends IDLE by itself is not asked again at once
+                pass  # if the server ends IDLE itself, the loop ends as well
         except Throttled:
             raise
         except Refused as error:
@@ -162,27 +180,27 @@ class Watch:
     def _take(self, response: Response) -> None:
         if response[0][:7].upper() == b"* LIST ":
             if (entry := parse_list(response)) is not None:
-                self._say(Listed(entry))
+                self._add(MailboxChanged(entry))
         else:
-            self._take_but_lists(response)
+            self._take_other(response)
 
-    def _take_but_lists(self, response: Response) -> None:
+    def _take_other(self, response: Response) -> None:
         text = response[0]
-        if m := _EXISTS.match(text):
-            self._say(Exists(int(m[1])))
+        if (count := parse_exists(text)) is not None:
+            self._add(CountChanged(count))
         elif (data := parse_fetch(response)) is not None:
-            self._say(Flagged(data.uid or 0, data.modseq or 0))
+            self._add(FlagsChanged(data.uid or 0, data.modseq or 0))
         elif m := _VANISHED.match(text):
-            self._say(Vanished(parse_sequence_set(m[1])))
+            self._add(MessagesVanished(parse_sequence_set(m[1])))
         elif _EXPUNGE.match(text):
-            self._say(Expunged())
+            self._add(MessageExpunged())
         elif (status := parse_status(response)) is not None:
-            self._say(Status(*status))
+            self._add(StatusChanged(*status))
         elif _OVERFLOW.match(text):
-            # The server tells no more (RFC 5465 section 5.8): it has to be begun anew.
+            # The server sends no more notifications (RFC 5465 section 5.8), so the watch must start over.
             self._end()
 
-    def _say(self, event: Event) -> None:
+    def _add(self, event: WatchEvent) -> None:
         self._events.append(event)
         self._post(self._deliver)
 

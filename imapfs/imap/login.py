@@ -1,6 +1,6 @@
-"""Proving who we are, on a connection that is open and safe; and telling a refusal from a server's bad day.
+"""Logging in on a protected connection, and telling a refusal from a temporary failure.
 
-Nothing that was sent here is ever repeated in an error: a server may echo it.
+Errors never repeat what was sent here, even if the server's words do.
 """
 
 import base64
@@ -10,8 +10,9 @@ from typing import Final
 
 from imapfs.errors import AuthenticationFailed, ConnectionLost, ProtocolError, ServerBusy
 from imapfs.imap import refusals, sasl
+from imapfs.imap.grammar import Completion
 from imapfs.imap.throttle import asked_wait
-from imapfs.imap.wire import Completion, Wire, astring
+from imapfs.imap.wire import Wire, astring
 from imapfs.log import shown
 from imapfs.model import AccessToken, Account, Secret
 
@@ -19,23 +20,23 @@ _HIDDEN: Final = "(its answer repeats the password and is not shown)"
 
 
 def log_in(wire: Wire, account: Account, secret: Secret | None) -> None:
-    """Authenticate by the strongest way that both sides have, and learn the capabilities that there are then.
+    """Log in by the strongest method that client and server share; ``wire`` then knows the new capabilities.
 
-    ``secret`` None is for the client certificate alone. A connection that greeted with PREAUTH is logged in
-    already. Raises AuthenticationFailed, ConnectionLost; the wire is of no further use then.
+    Without ``secret`` the TLS client certificate alone is used. After a PREAUTH greeting there is nothing to
+    do. Raises AuthenticationFailed or ConnectionLost, after which the wire is useless.
     """
     if wire.preauthenticated:
-        wire.trust()
+        wire.lift_login_limits()
         return
     host, user = account.host, account.user
-    mechanism = sasl.choose(account, secret, wire.greeting_capabilities)
+    mechanism = sasl.choose(account, secret, wire.capabilities)
     sent = list(_forms(secret))
-    completion, complaint = _offer(wire, account, secret, mechanism, sent)
+    completion, complaint = _authenticate(wire, account, secret, mechanism, sent)
     words = " ".join(dict.fromkeys(filter(None, (completion.text or completion.status, complaint))))
-    if isinstance(mechanism, sasl.ScramSha256) and "AUTH=PLAIN" in wire.greeting_capabilities:
-        # A server may offer it for all and have what it takes for some.
+    if isinstance(mechanism, sasl.ScramSha256) and "AUTH=PLAIN" in wire.capabilities:
+        # A server may offer SCRAM to all users, but have the data for it only for some.
         words += " (by SCRAM-SHA-256: if the password is right, try --auth plain)"
-    # Looked up in full: the remedy is of our own words.
+    # All words are used to find the remedy, which is our own text; what is shown is filtered below.
     refusal = refusals.explain(host, completion.code, words, of_token=isinstance(secret, AccessToken))
     if completion.code:
         words = f"[{completion.code}] {words}"
@@ -43,25 +44,27 @@ def log_in(wire: Wire, account: Account, secret: Secret | None) -> None:
     if completion.status != "OK":
         if refusal.transient:
             wait = asked_wait(completion.code, completion.text) or 0.0
-            raise ServerBusy(f"{host} does not let {user} in now: {words}", wait, remedy=refusal.remedy)
+            raise ServerBusy(
+                f"{host} accepts no login of {user} at present: {words}", wait, remedy=refusal.remedy
+            )
         if completion.status == "BAD":
-            # The credentials were not looked at.
+            # The server has not judged the credentials.
             raise ConnectionLost(f"{host} does not understand the login of {user}: {words}")
         raise AuthenticationFailed(
-            f"{host} refused the {_what(secret)} of {user}: {words}", remedy=refusal.remedy
+            f"{host} refused the {_kind(secret)} of {user}: {words}", remedy=refusal.remedy
         )
     if mechanism is not None:
         mechanism.finish()
     if isinstance(secret, AccessToken):
         secret.accepted = True
-    wire.trust()
+    wire.lift_login_limits()
 
 
-def _offer(
+def _authenticate(
     wire: Wire, account: Account, secret: Secret | None, mechanism: sasl.Mechanism | None, sent: list[bytes]
 ) -> tuple[Completion, str]:
-    """The answer to the login, and what the server said before of it; ``sent`` gets what may not be shown."""
-    with _nothing_shown(account.host, sent):
+    """Return the completion, and the server's complaint before it; add to ``sent`` what must not be shown."""
+    with _errors_without_secrets(account.host, sent):
         if mechanism is not None:
             return wire.authenticate(mechanism, sent), mechanism.complaint()
         assert secret is not None
@@ -69,12 +72,12 @@ def _offer(
 
 
 @contextlib.contextmanager
-def _nothing_shown(host: str, sent: list[bytes]) -> Iterator[None]:
+def _errors_without_secrets(host: str, sent: list[bytes]) -> Iterator[None]:
     try:
         yield
     except ProtocolError:
-        # What it sent is not shown: it may be a part of the command, with the password.
-        raise ProtocolError(f"{host} answered the login with what is not IMAP") from None
+        # The server's line is not shown: it may repeat part of the command, with the password.
+        raise ProtocolError(f"{host} answered the login with something that is not IMAP") from None
     except ConnectionLost as error:
         words = str(error)
         if _shown(words, sent) != words:
@@ -82,14 +85,14 @@ def _nothing_shown(host: str, sent: list[bytes]) -> Iterator[None]:
         raise
 
 
-def _what(secret: Secret | None) -> str:
+def _kind(secret: Secret | None) -> str:
     if secret is None:
         return "client certificate"
     return "access token" if isinstance(secret, AccessToken) else "password"
 
 
 def _forms(secret: Secret | None) -> Iterable[bytes]:
-    """The forms in which a server may repeat a secret."""
+    """Yield the forms in which a server may repeat a secret."""
     if secret is not None:
         text = secret.reveal()
         yield text.encode()

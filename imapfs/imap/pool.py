@@ -1,19 +1,24 @@
-"""The connections of one account: how many, which one next, and what happens when there is none.
+"""The connections of one account: how many there are, which one is used next, and what happens without one.
 
-The only mutable state is in `SessionPool`, touched on the trio thread alone. Sessions work in threads. When
-an attempt to connect is due is `imapfs.imap.backoff`'s to say.
+`SessionPool` holds all mutable state, and only the trio thread touches it. Sessions work in threads.
+`imapfs.imap.backoff` decides when to try the next connection.
 
-INVARIANTS: a session is in ``_idle`` or in ``_lent``, to exactly one task; ``_open`` counts both and the
-``_connecting`` ones, and is at most ``_limit``.
+INVARIANTS: a session is either in ``_idle``, or in ``_lent`` and used by exactly one task. ``_open`` counts
+both, and the connections being made (``_connecting``); it is at most ``_limit``.
 
-Whoever needs a session and cannot have a new one waits for one that is open, as long as there is one: at the
-server's limit of connections things take longer but do not fail. While the server asks to wait, everybody
-waits. Once a connection was lost, `keep` alone makes the next one: a request waits for that if it may be a
-matter of a moment, and else fails at once, so that a network that is away costs nobody a timeout.
+A task that needs a session and cannot have a new one waits for an open one, as long as there is one: at the
+server's connection limit, requests take longer but do not fail. While the server asks clients to wait, every
+task waits. After a connection is lost, only `keep_connected` makes the next one. Requests wait for that
+attempt if it may end soon, and otherwise fail at once, so that no program waits a whole timeout for a network
+that is down.
 
-Watchers have sessions that nobody else needs, and give them back when somebody does, or when there have to
-be fewer. They never hurry anybody: while the account is not online they wait, however long that is. As they
-only listen, theirs are no proof that the server is there, and after a loss they have to find out.
+Watchers borrow sessions that no request needs. They return them when a request does, or when the number of
+connections must shrink. They never cause an attempt to connect: while the account is offline they wait,
+however long that takes. Since they only listen, their connections prove nothing about the server; after a
+loss each watcher has to check its own.
+
+The class is long because its methods share the counts of these invariants: each changes them in one step on
+the trio thread, and a second object would only hide which step that is.
 """
 
 import contextlib
@@ -37,44 +42,46 @@ from imapfs.errors import (
     TimedOut,
     TlsError,
 )
-from imapfs.imap.backoff import Backoff, State
+from imapfs.imap.backoff import Backoff, Connectivity
 from imapfs.imap.connect import tls_context
 from imapfs.imap.session import Session
 from imapfs.model import Account, CredentialProvider
+from imapfs.waiting import Flag, Signal
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_GRACE: Final = 2.0
-"""Seconds that requests wait for another connection after the network or the server fell silent."""
-_LATE: Final = 1.0
-"""Seconds beyond the timeout after which an attempt to connect that has not failed by itself is given up."""
-_CALM: Final = 2.0
-"""Seconds without a want of connections after which a watcher may have one again: at first, and"""
-_CALM_MOST: Final = 16.0
-"""at most, as it grows with each watcher that had one for less than that."""
+_SILENCE_GRACE: Final = 2.0
+"""Seconds that requests wait for a new connection after the network or the server fell silent."""
+_CONNECT_MARGIN: Final = 1.0
+"""Seconds beyond the timeout after which an attempt to connect is abandoned."""
+_COOLDOWN: Final = 2.0
+"""Seconds without a waiting request after which a watcher may borrow a session again. It doubles each time
+that a watcher had its session for less than `_MAX_COOLDOWN`."""
+_MAX_COOLDOWN: Final = 16.0
 
 
-class Watcher(Protocol):
-    """Who has a session only until somebody else needs it."""
+class Preemptible(Protocol):
+    """A watcher: it borrows a session until a request needs it."""
 
     @property
     def rank(self) -> tuple[bool, bool, float]:
-        """The one with the lowest is the first to give its session back."""
+        """Importance: the watcher with the lowest rank is the first to return its session."""
 
     def run(self, session: Session) -> None:
-        """In a thread: use the session, until told to stop; has heard from the server when it returns."""
+        """Use the session in a thread until stopped. A normal return means that the server has answered."""
 
     def stop(self) -> None:
-        """On the trio thread: make `run` return soon."""
+        """Make `run` return soon. Called on the trio thread."""
 
 
 class SessionPool:
-    """Up to ``limit`` connections to ``account``, made when needed and kept; `keep` has to run.
+    """Up to ``limit`` connections to ``account``, made on demand and kept open.
 
-    ``timeout`` in seconds bounds each wait for the server. A password that was never accepted is tried once
-    only; one that was is tried again, at long intervals, as servers also refuse a login when they are busy.
+    `keep_connected` must run in a task of its own. ``timeout`` bounds each wait for the server, in seconds. A
+    password that was never accepted is tried only once. One that was accepted before is tried again at long
+    intervals, because some servers refuse logins when they are busy.
     """
 
     def __init__(self, account: Account, credentials: CredentialProvider, limit: int, timeout: float) -> None:
@@ -84,79 +91,87 @@ class SessionPool:
         self._context: ssl.SSLContext = tls_context(account)
         self._idle: list[Session] = []
         self._lent: set[Session] = set()
-        self._dropped: set[Session] = set()
-        """Lent sessions that were ended from here, or are in doubt: what they were at may be tried again."""
+        self._doubtful: set[Session] = set()
+        """Lent sessions that the pool has ended or distrusts: if they fail, that is no news, and their work
+        may be repeated."""
         self._open = 0
         self._connecting = 0
         self._limit = limit
         self._turn = trio.Condition()
         self._threads = trio.CapacityLimiter(limit)
-        # An attempt that was given up may sit in a name look-up for long.
+        # An abandoned attempt may hang in a name lookup for a long time.
         self._connecting_threads = trio.CapacityLimiter(limit)
-        self._watching: dict[Session, tuple[Watcher, float]] = {}
-        """Those that were not told yet to give their sessions back, and since when they have them."""
-        self._leaving: set[Session] = set()
-        """Sessions of watchers that were."""
-        self._spare = 0
-        """How many watchers have a session, or are getting one."""
+        self._watching: dict[Session, tuple[Preemptible, float]] = {}
+        """Watchers by session, and when each borrowed it; without those in ``_recalled``."""
+        self._recalled: set[Session] = set()
+        """Sessions whose watchers were asked to return them."""
+        self._watchers = 0
+        """How many watchers have a session, or are about to get one."""
         self._waiting = 0
-        """Requests that wait for a session."""
-        self._calm = _CALM
-        self._calm_at = -math.inf
-        """When watchers may have sessions again."""
+        """How many requests wait for a session."""
+        self._cooldown = _COOLDOWN
+        self._watchers_wait_until = -math.inf
+        """When watchers may borrow sessions again."""
         self._closed = False
         self._backoff = Backoff(limit)
         self._started = time.monotonic()
         self._error: ConnectionLost | AuthenticationFailed | None = None
-        """What the last attempt to connect failed of."""
+        """Why the last attempt to connect failed."""
         self._accepted = False
-        """Whether the password was accepted once."""
-        self._trouble = trio.Event()
-        """Set when `keep` has something to do."""
-        self._online = trio.Event()
-        """Set, and made anew, each time that the account comes online again."""
-        self.on_state: Callable[[], None] = lambda: None
-        """Called when the account has gone on- or offline, or `needs_person` has changed."""
+        """Whether the password has ever been accepted."""
+        self._connect_needed = Flag()
+        """Wakes `keep_connected`, which then checks what is due."""
+        self._online = Signal()
+        """Sent each time that the account comes back online."""
+        self.state_changed = Flag()
+        """Set when the account goes online or offline, or `needs_person` may have changed.
 
-    # -- how it is -----------------------------------------------------------------------------------------
+        One task may wait for it, and read `state`, `reason` and `needs_person` then. The task always sees the
+        latest state, and misses one only if the next follows before the task runs. The end of a pause
+        requested by the server sets nothing.
+        """
+
+    # -- state --------------------------------------------------------------------------------------------
 
     @property
     def needs_person(self) -> bool:
-        """Whether the login is refused, and that will hardly change before somebody sets it right."""
+        """Whether logins are refused, and will hardly succeed until a person acts."""
         return self._backoff.needs_person
 
     @property
     def open(self) -> int:
+        """Number of connections that are open or being made."""
         return self._open
 
     @property
     def limit(self) -> int:
-        """The most connections that there may ever be."""
+        """Configured maximum number of connections."""
         return self._limit
 
     @property
-    def most(self) -> int:
-        """The most connections that there may be now, by what the server has said."""
-        return self._backoff.most(time.monotonic())
+    def current_limit(self) -> int:
+        """Maximum number of connections at present, which a server that is busy lowers."""
+        return self._backoff.allowed(time.monotonic())
 
     @property
     def watch_limit(self) -> int:
-        """Most sessions that watchers may ever have, so that they are rarely in anybody's way."""
+        """Maximum number of sessions that watchers may borrow, so that they rarely delay a request."""
         return _for_watchers(self._limit)
 
     @property
-    def state(self) -> State:
+    def state(self) -> Connectivity:
+        """State of the account."""
         return self._backoff.state(time.monotonic())
 
     @property
     def is_away(self) -> bool:
-        """Whether it is known that the server will not answer soon."""
-        return self.state in {State.OFFLINE, State.THROTTLED}
+        """Whether the server is known not to answer soon."""
+        return self.state in {Connectivity.OFFLINE, Connectivity.THROTTLED}
 
     @property
     def reason(self) -> str | None:
         """Why the account is not online; None while it is."""
-        return self._backoff.why(time.monotonic()) or None
+        return self._backoff.reason(time.monotonic()) or None
 
     @property
     def since(self) -> datetime:
@@ -167,52 +182,52 @@ class SessionPool:
 
     @property
     def retry_in(self) -> float | None:
-        """Seconds until something is tried next; None while online, infinite where nothing will be."""
+        """Seconds until the next attempt; None while online, infinity for never."""
         now = time.monotonic()
         at = self._backoff.retry_at(now)
         return None if at is None else max(0.0, at - now)
 
-    def look(self) -> None:
-        """Notice idle connections that the server has ended: nobody else does before they are needed."""
+    def check_idle(self) -> None:
+        """Notice idle connections that the server has ended; otherwise nothing does until one is needed."""
         self._drop_dead()
-        if self._accepted and not self._open and self.state is State.ONLINE:
+        if self._accepted and not self._open and self.state is Connectivity.ONLINE:
             self._lost("the server closed the connection", self._timeout)
 
-    async def came_online(self) -> None:
-        """Wait until the account comes online again."""
+    async def wait_for_reconnect(self) -> None:
+        """Wait until the account comes back online."""
         await self._online.wait()
 
-    async def until_online(self) -> None:
-        """Return once the account is online, or as long as nothing speaks against it."""
-        while (state := self.state) is not State.ONLINE:
-            with trio.move_on_after((self.retry_in or 0.0) if state is State.THROTTLED else math.inf):
+    async def wait_until_online(self) -> None:
+        """Wait until the account is online; return at once if nothing has failed."""
+        while (state := self.state) is not Connectivity.ONLINE:
+            with trio.move_on_after((self.retry_in or 0.0) if state is Connectivity.THROTTLED else math.inf):
                 await self._online.wait()
 
-    # -- what is new of the network ------------------------------------------------------------------------
+    # -- events of this machine ----------------------------------------------------------------------------
 
     def network_changed(self) -> None:
-        """Addresses or routes of this machine are others now."""
+        """Addresses or routes of this machine have changed."""
         self._drop(lambda session: session.is_stranded(), "the network changed")
-        self._hurry()
+        self._retry_soon()
 
     def resumed(self) -> None:
-        """The machine was asleep: whatever is at the other end may have forgotten the connections."""
-        self._drop(lambda _: True, "the machine was asleep")
-        self._hurry()
+        """The machine was suspended, so the server may have forgotten the connections."""
+        self._drop(lambda _: True, "the machine was suspended")
+        self._retry_soon()
 
-    def _hurry(self) -> None:
-        self._backoff.changed(time.monotonic())
-        self._trouble.set()
+    def _retry_soon(self) -> None:
+        self._backoff.network_changed(time.monotonic())
+        self._connect_needed.set()
 
     def _drop(self, which: Callable[[Session], bool], why: str) -> None:
-        dropped = [session for session in (*self._idle, *self._lent) if which(session)]
-        self._dropped.update(session for session in dropped if session in self._lent)
-        for session in dropped:
+        ended = [session for session in (*self._idle, *self._lent) if which(session)]
+        self._doubtful.update(session for session in ended if session in self._lent)
+        for session in ended:
             session.abort()
         self._drop_dead()
-        if dropped:
-            log.info("%d connections dropped: %s", len(dropped), why)
-            self._doubt_watchers()
+        if ended:
+            log.info("%d connections dropped: %s", len(ended), why)
+            self._verify_watchers()
             self._lost(why, self._timeout)
 
     # -- work ----------------------------------------------------------------------------------------------
@@ -222,59 +237,59 @@ class SessionPool:
     ) -> T:
         """Run ``work`` in a thread with a session, if possible one that has ``mailbox`` selected.
 
-        With ``repeat``, ``work`` is tried once more with a new connection if a kept one turns out to be
-        dead, and again whenever the server asks to wait; without, that is for the caller, as its command may
-        have been carried out. A caller that is cancelled ends the connection, as it may stand still.
+        With ``repeat``, ``work`` runs once more on a new connection if a kept one turns out to be dead, and
+        again whenever the server asks to wait. Without it the caller decides, because its command may have
+        been carried out. If the caller is cancelled, the connection ends, because it may hang.
 
         Raises what ``work`` raises, and ConnectionLost (TlsError among them) or AuthenticationFailed.
         """
-        again = repeat
+        may_repeat = repeat
         while True:
             session, kept = await self._take(mailbox)
             try:
                 result = await self._in_thread(work, session)
-                self._works()
+                self._succeeded()
                 return result
             except Throttled as error:
-                self._works()
-                self.slow_down(error)
+                self._succeeded()
+                self.throttle(error)
                 if not repeat:
                     raise
             except ConnectionLost as error:
-                blameless = kept or session in self._dropped or isinstance(error, ServerBusy)
-                self._ended(session, error)
-                if not (blameless and again) or self._closed or isinstance(error, TimedOut):
+                expected = kept or session in self._doubtful or isinstance(error, ServerBusy)
+                self._session_lost(session, error)
+                if not (expected and may_repeat) or self._closed or isinstance(error, TimedOut):
                     raise
-                again = False
-                log.info("connection lost, trying again with a new one: %s", error)
+                may_repeat = False
+                log.info("connection lost, trying again on a new one: %s", error)
             finally:
-                await self._give_back(session)
+                await self._return(session)
 
-    async def watch(self, watcher: Watcher, mailbox: bytes | None) -> None:
-        """Let ``watcher`` run in a thread with a session, as soon as there is one that nobody else needs.
+    async def watch(self, watcher: Preemptible, mailbox: bytes | None) -> None:
+        """Run ``watcher`` in a thread with a session, as soon as no request needs it.
 
-        Waits for the account to be online, for any time. Raises what ``watcher`` raises, and ConnectionLost
-        when its connection ends; nothing is repeated.
+        Waits for the account to be online, however long that takes. Raises what ``watcher`` raises, and
+        ConnectionLost when its connection ends; nothing is repeated.
         """
-        session, _ = await self._take(mailbox, spare=True)
+        session, _ = await self._take(mailbox, for_watcher=True)
         self._watching[session] = watcher, time.monotonic()
         try:
             await self._in_thread(watcher.run, session)
-            self._works()
+            self._succeeded()
         except Throttled as error:
-            self._works()
-            self.slow_down(error)
+            self._succeeded()
+            self.throttle(error)
             raise
         except ConnectionLost as error:
-            self._watching.pop(session, None)  # the others are in doubt, this one need not be told
-            self._ended(session, error)
+            self._watching.pop(session, None)  # it has ended, so there is nothing to verify
+            self._session_lost(session, error)
             if not self._closed:
                 raise
         finally:
             self._watching.pop(session, None)
-            self._leaving.discard(session)
-            self._spare -= 1
-            await self._give_back(session)
+            self._recalled.discard(session)
+            self._watchers -= 1
+            await self._return(session)
 
     async def _in_thread(self, work: Callable[[Session], T], session: Session) -> T:
         if trio.current_effective_deadline() == math.inf:
@@ -285,7 +300,7 @@ class SessionPool:
             try:
                 await trio.sleep_forever()
             except trio.Cancelled:
-                # Not passed on: whoever is cancelled will see it, after the thread has ended.
+                # Not raised here: the caller sees the cancellation after the thread has ended.
                 if not ended:
                     session.abort()
 
@@ -304,117 +319,117 @@ class SessionPool:
                 try:
                     await trio.lowlevel.checkpoint_if_cancelled()
                 except trio.Cancelled:
-                    # It stood still for as long as anybody was willing to wait.
-                    self._ended(session, TimedOut(f"{self._account.host} did not answer in time"))
+                    # The connection hung for as long as the caller was willing to wait.
+                    self._session_lost(session, TimedOut(f"{self._account.host} did not answer in time"))
                     raise
             raise failure[0]
         return outcome[0]
 
-    def _works(self) -> None:
-        """The server has let us in, or has answered: whatever was wrong is over."""
-        now, was_troubled = time.monotonic(), self._backoff.is_troubled
-        if self._backoff.state(now) is State.OFFLINE:
+    def _succeeded(self) -> None:
+        """The server accepted a connection or answered on one: the trouble, if any, is over."""
+        now, was_online = time.monotonic(), self._backoff.is_online
+        if self._backoff.state(now) is Connectivity.OFFLINE:
             log.info("online again: %s, after %.0f s", self._account.url, now - self._backoff.since(now))
-        self._backoff.works(now)
+        self._backoff.succeeded(now)
         self._error = None
-        if was_troubled:
-            self._online.set()
-            self._online = trio.Event()
-            self.on_state()
+        if not was_online:
+            self._online.send()
+            self.state_changed.set()
 
-    def _ended(self, session: Session, error: ConnectionLost) -> None:
-        """A session has ended in the middle of its work."""
+    def _session_lost(self, session: Session, error: ConnectionLost) -> None:
+        """A session ended in the middle of its work."""
         if self._closed:
             return
         if isinstance(error, ServerBusy):
-            self.slow_down(error)
+            self.throttle(error)
             return
-        if session in self._dropped:
+        if session in self._doubtful:
             return
-        # Those that nobody is at work with were made in the same past and have most likely died of the same
-        # cause.
+        # Connections that no request uses are as old, and have most likely ended for the same reason.
         for other in (*self._idle, *(self._watching if error.silent else ())):
             other.abort()
         self._drop_dead()
-        self._doubt_watchers()
+        self._verify_watchers()
         if error.silent:
-            self._lost(str(error), _GRACE)
-        elif self._lent - self._leaving - self._watching.keys() <= {session}:
+            self._lost(str(error), _SILENCE_GRACE)
+        elif self._lent - self._recalled - self._watching.keys() <= {session}:
             self._lost(str(error), self._timeout)
 
     def _lost(self, why: str, patience: float) -> None:
         self._backoff.lost(why, time.monotonic(), patience)
-        self._trouble.set()
+        self._connect_needed.set()
 
-    def slow_down(self, error: Throttled | ServerBusy) -> None:
-        """Do as a server asks; `run` does so by itself for what its work raises."""
+    def throttle(self, error: Throttled | ServerBusy) -> None:
+        """Slow down as the server asks. `run` and `watch` call this for the errors of their work."""
         now, why = time.monotonic(), str(error)
         was = self._backoff.state(now)
         self._backoff.throttled(error.wait, why, max(1, self._open), now)
-        if was is not State.THROTTLED:
+        if was is not Connectivity.THROTTLED:
             pause = (self._backoff.retry_at(now) or now) - now
-            log.warning("slowing down for %.0f s, to %d connections: %s", pause, self.most, why)
-        while self._watching and self._open - len(self._leaving) > self.most:
-            self._send_watcher_away()
-        while self._idle and self._open - len(self._leaving) > self.most:
+            log.warning("slowing down for %.0f s, to %d connections: %s", pause, self.current_limit, why)
+        while self._watching and self._open - len(self._recalled) > self.current_limit:
+            self._recall_watcher()
+        while self._idle and self._open - len(self._recalled) > self.current_limit:
             self._idle[0].abort()
             self._drop_dead()
 
     # -- watchers ------------------------------------------------------------------------------------------
 
-    def _doubt_watchers(self) -> None:
-        """Have watchers find out whether their connections live, of which they would not notice for long."""
+    def _verify_watchers(self) -> None:
+        """Make watchers check their connections: they only listen, and would notice a loss late."""
         for watcher, _ in self._watching.values():
             watcher.stop()
-        # If not, it is no news: those that were made meanwhile may be well.
-        self._dropped.update(self._watching)
+        # If they fail, that is no news: connections made meanwhile may work.
+        self._doubtful.update(self._watching)
 
-    def _send_watcher_away(self) -> float:
-        """Have the session of the least of them given back; since when it had it."""
+    def _recall_watcher(self) -> float:
+        """Ask the watcher with the lowest rank to return its session; return when it borrowed it."""
         session = min(self._watching, key=lambda s: self._watching[s][0].rank)
         watcher, since = self._watching.pop(session)
-        self._leaving.add(session)
+        self._recalled.add(session)
         watcher.stop()
         return since
 
     @contextlib.contextmanager
-    def _counted(self, state: State) -> Iterator[None]:
-        """Somebody waits, so that watchers have to go: as many as wait, if not as many are leaving.
+    def _count_as_waiting(self, state: Connectivity) -> Iterator[None]:
+        """Count a waiting request, and recall a watcher for it unless enough sessions are being returned.
 
-        Unless it is not their sessions that are waited for.
+        Only while online: otherwise the request does not wait for a watcher's session.
         """
         self._waiting += 1
         try:
             now = time.monotonic()
-            if state is State.ONLINE and self._watching and len(self._leaving) < self._waiting:
-                had_it_for = now - self._send_watcher_away()
-                self._calm = min(_CALM_MOST, self._calm * 2) if had_it_for < _CALM_MOST else _CALM
-            self._calm_at = now + self._calm
+            if state is Connectivity.ONLINE and self._watching and len(self._recalled) < self._waiting:
+                had_it_for = now - self._recall_watcher()
+                self._cooldown = (
+                    min(_MAX_COOLDOWN, self._cooldown * 2) if had_it_for < _MAX_COOLDOWN else _COOLDOWN
+                )
+            self._watchers_wait_until = now + self._cooldown
             yield
         finally:
             self._waiting -= 1
 
-    def _spare_in(self, state: State, now: float) -> float:
-        """Seconds until a watcher may look for a session; infinite for not before something happens."""
-        if state is not State.ONLINE:
+    def _watcher_may_start_in(self, state: Connectivity, now: float) -> float:
+        """Return the seconds until a watcher may take a session; infinity until something changes."""
+        if state is not Connectivity.ONLINE:
             return math.inf
-        if self._spare >= _for_watchers(self._backoff.most(now)):
-            return self._backoff.more_in(now)
+        if self._watchers >= _for_watchers(self._backoff.allowed(now)):
+            return self._backoff.grows_in(now)
         if not self._open:
             return 0.0
-        return math.inf if self._waiting else max(0.0, self._calm_at - now)
+        return math.inf if self._waiting else max(0.0, self._watchers_wait_until - now)
 
     # -- sessions ------------------------------------------------------------------------------------------
 
-    async def _take(self, mailbox: bytes | None, *, spare: bool = False) -> tuple[Session, bool]:
-        """A session and whether it is one that was kept (and may have died meanwhile).
+    async def _take(self, mailbox: bytes | None, *, for_watcher: bool = False) -> tuple[Session, bool]:
+        """Return a session, and whether it was kept open before, so that it may have ended meanwhile.
 
-        ``spare``: one that nobody else needs, for a watcher.
+        ``for_watcher``: one that no request needs.
         """
         while True:
             async with self._turn:
-                session = await self._wait_for_one(mailbox, spare)
-                self._spare += spare
+                session = await self._wait_for_session(mailbox, for_watcher)
+                self._watchers += for_watcher
                 if session is not None:
                     self._idle.remove(session)
                     self._lent.add(session)
@@ -427,17 +442,17 @@ class SessionPool:
                 connected = True
                 with trio.CancelScope(shield=True):
                     async with self._turn:
-                        self._turn.notify_all()  # for those who did not dare
+                        self._turn.notify_all()  # for tasks that waited for the outcome
                 return session, False
             except (AuthenticationFailed, ConnectionLost) as error:
-                may_wait = self._open or spare or (self._accepted and isinstance(error, ServerBusy))
+                may_wait = self._open or for_watcher or (self._accepted and isinstance(error, ServerBusy))
                 if not may_wait:
                     raise
             finally:
-                self._spare -= spare and not connected
+                self._watchers -= for_watcher and not connected
 
-    async def _wait_for_one(self, mailbox: bytes | None, spare: bool) -> Session | None:
-        """An idle session to be used, or None when it is time to make one."""
+    async def _wait_for_session(self, mailbox: bytes | None, for_watcher: bool) -> Session | None:
+        """Wait for an idle session and return it, or None when it is time to connect."""
         while True:
             if self._closed:
                 raise ConnectionLost("the mount is ending")
@@ -445,35 +460,35 @@ class SessionPool:
             now = time.monotonic()
             state = self._backoff.state(now)
             wait = math.inf
-            if state is State.THROTTLED:
+            if state is Connectivity.THROTTLED:
                 wait = (self._backoff.retry_at(now) or now) - now
-            elif spare and (hold := self._spare_in(state, now)):
+            elif for_watcher and (hold := self._watcher_may_start_in(state, now)):
                 wait = hold
             elif self._idle:
-                # To select another mailbox costs one round trip, to connect five. Of those that have it
-                # selected the last used, so that what lies longest can be closed by the server; of the
-                # others the one that lies longest, as its mailbox is the least wanted.
+                # Selecting another mailbox takes one round trip, connecting takes about five. If several have
+                # the mailbox selected, the last used one: the server may close the others. Otherwise the one
+                # idle for longest, whose mailbox is least wanted.
                 same = [s for s in self._idle if s.selected == mailbox]
                 return same[-1] if same else self._idle[0]
-            elif state is State.ONLINE:
+            elif state is Connectivity.ONLINE:
                 if self._may_connect(now):
                     return None
             else:
                 self._backoff.wanted(now)
-                self._trouble.set()
-                wait = self._backoff.may_wait(now)
+                self._connect_needed.set()
+                wait = self._backoff.patience(now)
                 if not wait:
                     self._raise_offline()
-            # Until a session is given back, or something else may be done.
-            waiting = contextlib.nullcontext() if spare else self._counted(state)
+            # Until a session is returned, or something else may be done.
+            waiting = contextlib.nullcontext() if for_watcher else self._count_as_waiting(state)
             with waiting, trio.move_on_after(wait):
                 await self._turn.wait()
 
     def _may_connect(self, now: float) -> bool:
-        if self._open >= self._backoff.most(now):
+        if self._open >= self._backoff.allowed(now):
             return False
-        # Where it is doubtful whether the server lets anybody in, one attempt at a time is enough.
-        return not self._connecting or (self._accepted and self._backoff.is_certain)
+        # While it is unclear whether the server accepts connections, one attempt at a time.
+        return not self._connecting or (self._accepted and self._backoff.expects_success)
 
     def _drop_dead(self) -> None:
         for session in [s for s in self._idle if not s.alive or s.has_hung_up()]:
@@ -484,17 +499,16 @@ class SessionPool:
 
     def _raise_offline(self) -> NoReturn:
         if isinstance(self._error, AuthenticationFailed):
-            # The same object for everybody: without this its traceback would grow each time.
+            # The same object is raised many times; its traceback would grow each time.
             raise self._error.with_traceback(None)
         why = self._error if isinstance(self._error, TlsError | CredentialUnavailable) else ConnectionLost
         raise Offline(f"offline: {self.reason}", why.errno)
 
-    async def keep(self) -> NoReturn:
-        """Connect again whenever the connection is lost; wakes for nothing else."""
+    async def keep_connected(self) -> NoReturn:
+        """Connect again whenever a connection was lost; wakes only when an attempt is due."""
         while True:
-            self._trouble = trio.Event()
             with trio.move_on_after(self._due_in()):
-                await self._trouble.wait()
+                await self._connect_needed.wait()
             if self._due_in():
                 continue
             self._open += 1
@@ -503,16 +517,16 @@ class SessionPool:
                 session = await self._connect()
             except (AuthenticationFailed, ConnectionLost):
                 continue
-            await self._give_back(session)
+            await self._return(session)
 
     def _due_in(self) -> float:
-        """Seconds until `keep` has to connect; infinite for not before something happens."""
+        """Return the seconds until `keep_connected` must connect; infinity until something changes."""
         if self._closed or self._connecting or self._open >= self._limit:
             return math.inf
         return self._backoff.due_in(time.monotonic())
 
     async def _connect(self) -> Session:
-        """A new session, lent; whoever calls has counted it as open and connecting."""
+        """Return a new session, lent to the caller, who has counted it as open and connecting."""
         session: Session | None = None
         try:
             session = await self._connect_in_thread()
@@ -524,8 +538,8 @@ class SessionPool:
                     self._open -= 1
                     self._connecting -= 1
                     if isinstance(error, (AuthenticationFailed, ConnectionLost)) and not self._closed:
-                        self._failed(error)
-                    self._trouble.set()
+                        self._connect_failed(error)
+                    self._connect_needed.set()
                     self._turn.notify_all()
             if session is not None:
                 session.abort()
@@ -534,11 +548,11 @@ class SessionPool:
         self._lent.add(session)
         self._connecting -= 1
         self._accepted = True
-        self._works()
+        self._succeeded()
         return session
 
     async def _connect_in_thread(self) -> Session:
-        """Connect; can be cancelled, as a name look-up or a handshake may take its whole timeout."""
+        """Connect. Can be cancelled at once, although a name lookup or a handshake may block its thread."""
         abandoned = False
 
         def connect() -> Session:
@@ -548,64 +562,64 @@ class SessionPool:
             return session
 
         try:
-            with trio.fail_after(self._timeout + _LATE):
+            with trio.fail_after(self._timeout + _CONNECT_MARGIN):
                 return await trio.to_thread.run_sync(
                     connect, limiter=self._connecting_threads, abandon_on_cancel=True
                 )
         except trio.TooSlowError:
             abandoned = True
             where = f"{self._account.host}:{self._account.port}"
-            raise TimedOut(f"{where} did not let us in within {self._timeout:g} s") from None
+            raise TimedOut(f"{where} did not complete the login within {self._timeout:g} s") from None
         except trio.Cancelled:
             abandoned = True
             raise
 
-    def _failed(self, error: AuthenticationFailed | ConnectionLost) -> None:
-        """Note a failed attempt to connect."""
+    def _connect_failed(self, error: AuthenticationFailed | ConnectionLost) -> None:
+        """Record a failed attempt to connect."""
         now = time.monotonic()
-        beside = len(self._idle) + len(self._lent)
+        others = len(self._idle) + len(self._lent)
         answered = isinstance(error, (AuthenticationFailed, ServerBusy))
-        works = beside
+        works = others
         if isinstance(error, ConnectionLost) and error.silent:
-            # Those who only listen have not noticed.
-            works -= len(self._watching) + len(self._leaving)
-            self._doubt_watchers()
-        if works and (answered or self._backoff.state(now) is State.ONLINE):
-            # Beside connections that work it is their number that is refused, whatever the server says.
-            log.info("no further connection, going on with %d: %s", beside, error)
-            self._works()
-            # Of those that are being made some may still be let in.
-            self._backoff.crowded(beside + self._connecting, now)
+            # Watchers only listen, and would not have noticed.
+            works -= len(self._watching) + len(self._recalled)
+            self._verify_watchers()
+        if works and (answered or self._backoff.state(now) is Connectivity.ONLINE):
+            # Others work, so it is their number that the server refuses, whatever its words are.
+            log.info("no further connection, continuing with %d: %s", others, error)
+            self._succeeded()
+            # The server may still accept some of those being made.
+            self._backoff.limit_reached(others + self._connecting, now)
             return
         self._error = error
         if isinstance(error, ServerBusy) and self._accepted:
-            self._works()
-            self.slow_down(error)
+            self._succeeded()
+            self.throttle(error)
             return
-        if self._backoff.state(now) is not State.OFFLINE:
+        if self._backoff.state(now) is not Connectivity.OFFLINE:
             log.warning("offline: %s", error)
         self._backoff.failed(str(error), now, refused=isinstance(error, AuthenticationFailed))
         if isinstance(error, AuthenticationFailed) and not self._accepted:
             self._backoff.give_up()
-        self.on_state()
+        self.state_changed.set()
 
-    async def _give_back(self, session: Session) -> None:
+    async def _return(self, session: Session) -> None:
         with trio.CancelScope(shield=True):
             async with self._turn:
                 self._lent.discard(session)
-                self._dropped.discard(session)
-                is_one_too_many = self._open - self._connecting > self.most
+                self._doubtful.discard(session)
+                is_one_too_many = self._open - self._connecting > self.current_limit
                 if session.alive and not self._closed and not is_one_too_many:
                     self._idle.append(session)
                 else:
                     session.abort()
                     session.close()
                     self._open -= 1
-                    self._trouble.set()  # `keep` may have waited for its place
+                    self._connect_needed.set()  # `keep_connected` may have waited for its place
                 self._turn.notify_all()
 
     async def close(self) -> None:
-        """End all connections: idle ones with LOGOUT within a second, those at work at once."""
+        """End all connections: idle ones by LOGOUT within a second, those in use at once."""
         self._closed = True
         for session in self._lent:
             session.abort()
@@ -623,7 +637,7 @@ class SessionPool:
 
 
 def _for_watchers(limit: int) -> int:
-    """How many of so many sessions watchers may have."""
+    """Return how many of ``limit`` sessions watchers may borrow."""
     return max(1, limit - 2)
 
 

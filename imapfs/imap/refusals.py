@@ -1,8 +1,8 @@
-"""What servers say when they refuse a login, and what a person can do about it: one table, pure.
+"""What a refused login means, and what a person can do about it: one table, pure.
 
-A server says NO, perhaps with a response code (RFC 5530), and words of its own. The codes are few and many
-servers leave them out, so that the words of the large providers are known here as well; where the words say
-nothing, the provider's host often does, because some take no ordinary password at all.
+A server sends NO, perhaps with a response code (RFC 5530), and text. There are few codes, and many servers
+send none, so the table also knows the texts of large providers. Where the text explains nothing, the
+provider's host name often does, because some providers accept no ordinary password.
 """
 
 import re
@@ -10,10 +10,10 @@ from typing import Final, NamedTuple
 
 
 class Refusal(NamedTuple):
-    """What a refused login means."""
+    """The meaning of a refused login."""
 
     transient: bool
-    """Whether the credentials were not judged, so that the same ones may be accepted later."""
+    """Whether the server has not judged the credentials, so that it may accept the same ones later."""
     remedy: str
     """What to do, as the end of a sentence."""
 
@@ -26,9 +26,9 @@ _FASTMAIL: Final = r"(?:^|\.)(?:fastmail\.com|messagingengine\.com)$"
 _GMX: Final = r"(?:^|\.)(?:gmx\.(?:net|com|de|at|ch)|web\.de)$"
 
 _BY_WORDS: Final = (
-    # (pattern of the host or "", pattern of "[CODE] words", transient, remedy); the first that fits counts.
-    # Wrongly transient means that a wrong password is sent again and again, until the account is locked:
-    # that is only for what no server says of a wrong password.
+    # (pattern of the host or "", pattern of "[CODE] words", transient, remedy); the first match counts. If an
+    # entry is wrongly transient, a wrong password is sent again and again until the account is locked. So
+    # only what no server says about a wrong password is transient.
     (
         "",
         r"too many (?:\w+ )?(?:login|log-in|authentication|auth)\w* (?:attempts|failures|errors)"
@@ -36,7 +36,7 @@ _BY_WORDS: Final = (
         r"|account (?:\w+ ){0,2}(?:locked|blocked|suspended|disabled)|user is disabled|login blocked"
         r"|temporarily (?:locked|blocked|suspended|disabled)",
         False,
-        "the account is locked: sign in at the provider's web site to unlock it, and wait before another try",
+        "the account is locked: sign in at the provider's website to unlock it, and wait before another try",
     ),
     (
         "",
@@ -49,20 +49,20 @@ _BY_WORDS: Final = (
         "",
         r"bandwidth limit|\[(?:OVERQUOTA|THROTTLED)\]",
         True,
-        "the provider's limit a day is used up: wait up to 24 hours, and lower --fetch-ahead",
+        "the provider's daily limit is used up: wait up to 24 hours, and lower --fetch-ahead",
     ),
     (
         _GOOGLE,
         r"application-specific password|app password",
         False,
-        "make an app password at https://myaccount.google.com/apppasswords (which needs 2-step verification),"
+        "create an app password at https://myaccount.google.com/apppasswords (needs 2-step verification),"
         " or use OAuth",
     ),
     (
         "",
         r"app(?:lication)?[- ](?:specific )?password|authorization code",
         False,
-        "make an app password in the security settings of the account, and use it here",
+        "create an app password in the security settings of the account, and use it here",
     ),
     (
         "",
@@ -88,14 +88,14 @@ _BY_WORDS: Final = (
         "",
         r"basic auth\w* (?:is )?(?:disabled|blocked|not)",
         False,
-        "the server takes no passwords: use OAuth ('imapfs login', see the README)",
+        "the server accepts no passwords: use OAuth ('imapfs login', see the README)",
     ),
     ("", r"\[EXPIRED\]|password (?:has |is )?expired", False, "set a new password at the provider"),
     (
         "",
         r"\[AUTHORIZATIONFAILED\]",
         False,
-        "the password is right but does not open this user's mail: check the user name",
+        "the password is right, but not for this user's mail: check the user name",
     ),
     ("", r"\[CONTACTADMIN\]", False, "ask the administrator of the server"),
     (
@@ -110,41 +110,41 @@ _BY_WORDS: Final = (
         r"|\btry again (?:soon|in|after)\b|\bthrottl|\brate.?limit"
         r"|\bserver (?:is )?(?:too )?(?:busy|unavailable)\b",
         True,
-        "try again in some minutes",
+        "try again in a few minutes",
     ),
 )
 _BY_HOST: Final = (
-    # (pattern of the host, remedy), where the words do not tell it apart from a wrong password.
+    # (pattern of the host, remedy), if the words could also mean a wrong password.
     (
         _GOOGLE,
-        "Google takes no ordinary password: make an app password at"
-        " https://myaccount.google.com/apppasswords (which needs 2-step verification), or use OAuth",
+        "Google accepts no ordinary password: create an app password at"
+        " https://myaccount.google.com/apppasswords (needs 2-step verification), or use OAuth",
     ),
-    (_MICROSOFT, "Microsoft takes no password for IMAP: use OAuth ('imapfs login', see the README)"),
+    (_MICROSOFT, "Microsoft accepts no password for IMAP: use OAuth ('imapfs login', see the README)"),
     (
         _YAHOO,
-        "Yahoo and AOL take no ordinary password: make an app password in the account's security settings",
+        "Yahoo and AOL accept no ordinary password: create an app password in the account's security"
+        " settings",
     ),
     (
         _APPLE,
-        "iCloud takes no ordinary password: make an app-specific one at https://account.apple.com; the user"
-        " is the part of the address before the @",
+        "iCloud accepts no ordinary password: create an app-specific one at https://account.apple.com; the"
+        " user is the part of the address before the @",
     ),
     (
         _FASTMAIL,
-        "Fastmail takes no ordinary password: make an app password for IMAP in its privacy and security"
+        "Fastmail accepts no ordinary password: create an app password for IMAP in its privacy and security"
         " settings; the user is the whole address",
     ),
     (_GMX, "switch IMAP on in the settings of the web mail; then check user and password"),
     (
         "",
-        "check the password and the user name, which often is the whole address; some providers want an app"
-        " password",
+        "check the password and the user name, which often is the whole address; some providers require an"
+        " app password",
     ),
 )
 _FOR_TOKENS: Final = (
-    "sign in anew with 'imapfs login' as this very user, or mend the token command;"
-    " the token must be for IMAP"
+    "sign in again with 'imapfs login' as this user, or correct the token command; the token must be for IMAP"
 )
 
 _WORDS: Final = tuple(
@@ -153,18 +153,18 @@ _WORDS: Final = tuple(
 )
 _HOSTS: Final = tuple((re.compile(host, re.I), Refusal(False, remedy)) for host, remedy in _BY_HOST)
 _NOT_CONNECTED: Final = "user is authenticated but not connected"
-"""Microsoft's words, to any command, for a login that opens no mailbox."""
+"""Microsoft's response to any command after a login that opens no mailbox."""
 
 
 def explain(host: str, code: str, words: str, *, of_token: bool = False) -> Refusal:
-    """What it means that ``host`` refused a login with this response code (or "") and these words.
+    """Return what it means that ``host`` refused a login with response code ``code`` (or "") and ``words``.
 
-    ``of_token`` says that the login was by an OAuth token, not by a password.
+    ``of_token``: the login used an OAuth token, not a password.
     """
     host = host.rstrip(".")
-    said = f"[{code}] {words}" if code else words
+    response = f"[{code}] {words}" if code else words
     for of_host, of_words, refusal in _WORDS:
-        if of_host.search(host) and of_words.search(said):
+        if of_host.search(host) and of_words.search(response):
             return refusal
     if of_token:
         return Refusal(False, _FOR_TOKENS)
@@ -172,7 +172,8 @@ def explain(host: str, code: str, words: str, *, of_token: bool = False) -> Refu
 
 
 def explain_later(words: str) -> str:
-    """What to do where these words refuse another command after the login was accepted; "" for nothing."""
+    """Return what to do if ``words`` refuse a command after an accepted login; "" if the table knows
+    nothing."""
     if _NOT_CONNECTED not in words.lower():
         return ""
     return (

@@ -1,6 +1,6 @@
-"""SASL mechanisms (RFC 4422), the client's side; pure: text in, text out, nothing sent or logged.
+"""SASL mechanisms (RFC 4422), the client's side. Pure: nothing is sent or logged here.
 
-`choose` decides which one, and is the only place that does.
+`choose` alone decides which mechanism is used.
 """
 
 import base64
@@ -18,26 +18,29 @@ from imapfs.errors import AuthenticationFailed, NoMechanism
 from imapfs.model import AccessToken, Account, AuthMethod, Secret
 
 MAX_ITERATIONS: Final = 2_000_000
-"""Most rounds of PBKDF2 that a server may ask for, about a second's work: nothing interrupts it."""
+"""Maximum number of PBKDF2 iterations that a server may demand: about a second's work, which nothing
+interrupts."""
 
 
 class Mechanism(Protocol):
-    """One exchange: `initial` first, then a response to each challenge until the server says how it ended."""
+    """One exchange: `initial` first, then a response to each challenge until the server ends it."""
 
     name: str
-    """As after ``AUTH=``."""
+    """The name that follows ``AUTH=`` in a capability."""
 
     def initial(self) -> bytes:
-        """The first message; every mechanism here is one in which the client speaks first."""
+        """Return the first message. The client speaks first in every mechanism here."""
 
     def respond(self, challenge: bytes) -> bytes | None:
-        """The answer to a challenge; None to cancel. Raises AuthenticationFailed for an impostor."""
+        """Return the response to a challenge, or None to cancel. Raises AuthenticationFailed for an
+        impostor."""
 
     def complaint(self) -> str:
-        """What the server said of its refusal within the exchange, or ""."""
+        """Return the reason for a refusal that the server gave within the exchange, or ""."""
 
     def finish(self) -> None:
-        """Called upon success. Raises AuthenticationFailed where the server has not proven itself."""
+        """Complete a successful login. Raises AuthenticationFailed if the server has not proven its
+        identity."""
 
 
 class _Simple:
@@ -50,28 +53,28 @@ class _Simple:
     def initial(self) -> bytes:
         return self._message
 
-    def respond(self, challenge: bytes) -> bytes | None:  # noqa: ARG002 - whatever it wants, there is no more
+    def respond(self, challenge: bytes) -> bytes | None:  # noqa: ARG002 - there is no second message
         return None
 
     def complaint(self) -> str:
         return ""
 
     def finish(self) -> None:
-        """Nothing is proven by the server."""
+        """Accept: in this mechanism the server proves nothing."""
 
 
 def plain(user: str, password: Secret) -> Mechanism:
-    """RFC 4616. It is the server that prepares name and password, so they go as they are."""
+    """PLAIN (RFC 4616). The server prepares name and password, so they are sent as they are."""
     return _Simple("PLAIN", f"\0{user}\0{password.reveal()}".encode())
 
 
 def external(user: str) -> Mechanism:
-    """RFC 4422 appendix A: as ``user``, by the certificate that TLS has shown."""
+    """EXTERNAL (RFC 4422 appendix A): log in as ``user`` by the TLS client certificate."""
     return _Simple("EXTERNAL", user.encode())
 
 
 class _Bearer(_Simple):
-    """A mechanism of one message with an access token; why it was refused comes as a challenge, in JSON."""
+    """A mechanism of one message with an access token. The reason for a refusal is a challenge, in JSON."""
 
     def __init__(self, name: str, message: bytes, dummy: bytes) -> None:
         super().__init__(name, message)
@@ -87,12 +90,12 @@ class _Bearer(_Simple):
 
 
 def xoauth2(user: str, token: Secret) -> Mechanism:
-    """Google's and Microsoft's own mechanism, from before there was RFC 7628."""
+    """XOAUTH2, Google's and Microsoft's mechanism from before RFC 7628."""
     return _Bearer("XOAUTH2", f"user={user}\1auth=Bearer {token.reveal()}\1\1".encode(), b"")
 
 
 def oauthbearer(account: Account, token: Secret) -> Mechanism:
-    """RFC 7628 section 3.1."""
+    """OAUTHBEARER (RFC 7628 section 3.1)."""
     message = (
         f"n,a={_saslname(account.user)},\1host={account.host}\1port={account.port}\1"
         f"auth=Bearer {token.reveal()}\1\1"
@@ -101,7 +104,7 @@ def oauthbearer(account: Account, token: Secret) -> Mechanism:
 
 
 def _bearer_error(challenge: bytes) -> str:
-    """RFC 7628 section 3.2.2."""
+    """Return the error that a challenge reports (RFC 7628 section 3.2.2)."""
     text = challenge.decode("utf-8", "replace")
     try:
         found = json.loads(text)
@@ -116,7 +119,7 @@ def _bearer_error(challenge: bytes) -> str:
 class ScramSha256:
     """SCRAM-SHA-256 (RFC 5802, RFC 7677), without channel binding.
 
-    The password stays here, and the server proves that it knows it too. ``nonce`` is for tests.
+    The password is not sent, and the server proves that it knows it too. ``nonce`` is for tests.
     """
 
     name = "SCRAM-SHA-256"
@@ -141,18 +144,18 @@ class ScramSha256:
         elif hmac.compare_digest(_decoded(fields.get("v", "")), self._expected):
             self._verified = True
         else:
-            raise AuthenticationFailed("the server does not know the password itself, as a genuine one would")
+            raise AuthenticationFailed("the server does not know the password, so it is not the genuine one")
         return b""
 
     def _prove(self, challenge: bytes) -> bytes:
         fields = _fields(challenge)
         nonce, salt, rounds = fields.get("r", ""), _decoded(fields.get("s", "")), fields.get("i", "")
-        # "m" marks what a client must not pass over (RFC 5802 section 5.1).
+        # "m" marks an extension that a client must not ignore (RFC 5802 section 5.1).
         genuine = nonce.startswith(self._nonce) and nonce != self._nonce and salt and "m" not in fields
         if not (genuine and rounds.isascii() and rounds.isdigit() and 1 <= len(rounds) <= 9 and int(rounds)):
             raise AuthenticationFailed("the server's SCRAM challenge is malformed")
         if int(rounds) > MAX_ITERATIONS:
-            raise AuthenticationFailed(f"the server wants {rounds} rounds of SCRAM, which is beyond reason")
+            raise AuthenticationFailed(f"the server demands {rounds} SCRAM iterations, which is too many")
         salted = hashlib.pbkdf2_hmac("sha256", self._password.encode(), salt, int(rounds))
         key = hmac.digest(salted, b"Client Key", "sha256")
         without_proof = f"c=biws,r={nonce}"
@@ -167,7 +170,9 @@ class ScramSha256:
 
     def finish(self) -> None:
         if not self._verified:
-            raise AuthenticationFailed("the server let us in without proving that it knows the password")
+            raise AuthenticationFailed(
+                "the server accepted the login without proving that it knows the password"
+            )
 
 
 def _fields(message: bytes) -> dict[str, str]:
@@ -187,7 +192,8 @@ def _saslname(user: str) -> str:
 
 
 def saslprep(text: str) -> str:
-    """RFC 4013, for a stored string: unassigned code points are refused. Raises NoMechanism."""
+    """Prepare ``text`` by RFC 4013 as a stored string. Raises NoMechanism, also for unassigned code
+    points."""
     mapped = "".join(
         " " if stringprep.in_table_c12(char) else char for char in text if not stringprep.in_table_b1(char)
     )
@@ -206,26 +212,28 @@ def saslprep(text: str) -> str:
     )
     if any(refuses(char) for char in prepared for refuses in forbidden) or not _is_bidi_sane(prepared):
         raise NoMechanism(
-            "name or password has characters that SCRAM-SHA-256 does not take: set auth to plain"
+            "name or password contains characters that SCRAM-SHA-256 does not allow: set auth to plain"
         )
     return prepared
 
 
 def _is_bidi_sane(text: str) -> bool:
-    """RFC 3454 section 6: text with right-to-left characters begins and ends with one, and has no others."""
+    """Check RFC 3454 section 6: text with right-to-left characters starts and ends with one, and has no
+    left-to-right ones."""
     if not any(stringprep.in_table_d1(char) for char in text):
         return True
     ends = stringprep.in_table_d1(text[0]) and stringprep.in_table_d1(text[-1])
     return ends and not any(stringprep.in_table_d2(char) for char in text)
 
 
-# ---- Which one
+# -- choosing a mechanism
 
 
 def choose(account: Account, secret: Secret | None, offered: Collection[str]) -> Mechanism | None:
-    """The strongest way that both sides have, or the one that the account names; None for the LOGIN command.
+    """Return the strongest mechanism that both sides have, or the one that the account names.
 
-    ``secret`` None is for EXTERNAL. Raises NoMechanism where there is no way.
+    None stands for the LOGIN command. Without ``secret`` only EXTERNAL is possible. Raises NoMechanism if
+    there is no common mechanism.
     """
     host = account.host
     for method in _candidates(account, secret):
@@ -236,20 +244,20 @@ def choose(account: Account, secret: Secret | None, offered: Collection[str]) ->
             try:
                 return _MAKE[method](account, secret or Secret(""))
             except NoMechanism:
-                # Not with this name or password: the next one may take them as they are.
+                # This mechanism does not allow the name or password; PLAIN sends them as they are.
                 if account.auth != "auto" or "AUTH=PLAIN" not in offered:
                     raise
     if account.auth != "auto":
         known = " ".join(sorted(c.removeprefix("AUTH=") for c in offered if c.startswith("AUTH="))) or "none"
         raise NoMechanism(
-            f"{host} does not offer {account.auth.upper()}, which 'auth' names, but {known}: set auth to auto"
+            f"{host} does not offer {account.auth.upper()}, as set by 'auth', but {known}: set auth to auto"
         )
     if secret is None:
         raise NoMechanism(
-            f"{host} takes no login by client certificate (no AUTH=EXTERNAL): give a password as well"
+            f"{host} accepts no login by client certificate (no AUTH=EXTERNAL): give a password as well"
         )
     raise NoMechanism(
-        f"{host} takes no OAuth tokens (neither OAUTHBEARER nor XOAUTH2): use a password for {account.user}"
+        f"{host} takes no OAuth tokens (no OAUTHBEARER, no XOAUTH2): use a password for {account.user}"
     )
 
 
@@ -260,7 +268,7 @@ def _candidates(account: Account, secret: Secret | None) -> tuple[AuthMethod, ..
         return ("oauthbearer", "xoauth2")
     if secret is None:
         return ("external",)
-    # Where there is a password as well, the certificate may be what TLS wants, and no more.
+    # If there is a password as well, the certificate may be meant for TLS only.
     certificate: tuple[AuthMethod, ...] = ("external",) if account.client_cert is not None else ()
     return ("scram-sha-256", "plain", *certificate, "login")
 
@@ -268,11 +276,11 @@ def _candidates(account: Account, secret: Secret | None) -> tuple[AuthMethod, ..
 def _check_login_command(account: Account, secret: Secret | None, offered: Collection[str]) -> None:
     if "LOGINDISABLED" in offered:
         raise NoMechanism(
-            f"{account.host} offers no login with a password; it may want OAuth or an app password"
+            f"{account.host} offers no login with a password; it may require OAuth or an app password"
         )
     if not (account.user + (secret.reveal() if secret else "")).isascii():
         raise NoMechanism(
-            f"{account.host} takes only ASCII names and passwords (no AUTH=PLAIN): change the password there"
+            f"{account.host} accepts only ASCII names and passwords (no AUTH=PLAIN): change your password"
         )
 
 

@@ -1,15 +1,17 @@
-"""Typed IMAP commands over one connection. Blocking: runs in a thread, one thread at a time.
+"""Typed IMAP commands on one connection. Blocking: used in a thread, by one thread at a time.
 
-Decisions that protect mail are made here and nowhere else. For reading, mailboxes are opened with EXAMINE and
-bodies are asked for with BODY.PEEK, so that no flag can be set (RFC 9051 sections 6.3.3 and 6.4.5). Data is
-taken by UID only, and FETCH data that names no UID is dropped. Messages are expunged with UID EXPUNGE (RFC
-4315) and never with EXPUNGE or CLOSE, which would take along what other clients have marked as deleted.
+The decisions that protect mail are made here and nowhere else. To read, mailboxes are opened with EXAMINE and
+bodies are fetched with BODY.PEEK, so that no flag is set (RFC 9051 sections 6.3.3 and 6.4.5). Messages are
+addressed by UID only, and FETCH data without a UID is dropped. Messages are expunged with UID EXPUNGE (RFC
+4315), never with EXPUNGE or CLOSE, which would also remove what other clients have marked as deleted.
+
+The module is long because it is a list: one method for each command that imapfs sends, in the order of the
+RFC. All of them share the selected mailbox, so that a split would have to pass that around.
 """
 
 import contextlib
 import io
 import logging
-import re
 import ssl
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from imapfs import __version__
+from imapfs.encoding import format_internaldate
 from imapfs.errors import (
     AuthenticationFailed,
     ConnectionLost,
@@ -29,11 +32,13 @@ from imapfs.errors import (
     Throttled,
 )
 from imapfs.imap.grammar import (
+    Completion,
     FetchData,
     ListEntry,
+    Response,
     flag_list,
-    format_date,
     number,
+    parse_exists,
     parse_fetch,
     parse_list,
     parse_sequence_set,
@@ -42,53 +47,48 @@ from imapfs.imap.grammar import (
     values,
 )
 from imapfs.imap.login import log_in
-from imapfs.imap.wire import Buffer, Command, Completion, Literal, Response, Sink, Wire, astring
+from imapfs.imap.stream import Buffer
+from imapfs.imap.wire import Command, Literal, OnResponse, Sink, Wire, astring
 from imapfs.model import Account, CredentialProvider, ModSeq, Secret, UidValidity
 
 log = logging.getLogger(__name__)
 
 _HEADERS: Final = b" BODY.PEEK[HEADER.FIELDS (FROM SUBJECT DATE MESSAGE-ID)]"
 
-_EXISTS: Final = re.compile(rb"\* (\d{1,10}) EXISTS *\r?\n", re.I)
-
-
 OnMessage = Callable[[FetchData], None]
-OnResponse = Callable[[Response], None]
-
-
 OnStatus = Callable[[bytes, dict[str, int]], None]
-"""Given the name of a mailbox and what STATUS says of it."""
+"""Given the name of a mailbox and the items of its STATUS response."""
 
-_STATUSES: Final = 20
-"""STATUS commands in one flight: few enough to be answered within the timeout by a slow server."""
+_MAX_STATUS: Final = 20
+"""Maximum number of STATUS commands in one round trip, so that a slow server answers within the timeout."""
 _EVENTS: Final = b"(MessageNew MessageExpunge FlagChange)"
 
 
 def _ignore(_: FetchData) -> None:
-    """For data that nobody asked for."""
+    """Drop data that was not asked for."""
 
 
 @dataclass(slots=True)
 class MailboxState:
-    """What SELECT or EXAMINE said (RFC 9051 section 6.3.2); 0 for what the server left out."""
+    """The responses to SELECT or EXAMINE (RFC 9051 section 6.3.2); 0 for what the server left out."""
 
     uidvalidity: UidValidity = field(default=UidValidity(0))
     uidnext: int = 0
     exists: int = -1
-    """Number of messages. Every server must say it, so that a state that is given out always has it."""
+    """Number of messages. -1 only while the responses are read: a server must send it."""
     highestmodseq: ModSeq = field(default=ModSeq(0))
-    """0 also where this mailbox has no modification sequences (NOMODSEQ)."""
+    """0 also for a mailbox without modification sequences (NOMODSEQ)."""
     permanent_flags: frozenset[str] | None = None
-    """Lower case; what the server keeps. None where it does not say, which means everything."""
+    """Flags that the server keeps, in lower case. None if it does not say, which means all."""
     read_only: bool = False
     vanished: list[tuple[int, int]] = field(default_factory=list)
     """UID ranges that QRESYNC reports as expunged (RFC 7162 section 3.2.10)."""
 
     def take(self, response: Response) -> None:
-        """Note what one untagged response says about the mailbox."""
+        """Read one untagged response about the mailbox."""
         text = response[0]
-        if m := _EXISTS.match(text):
-            self.exists = int(m[1])
+        if (exists := parse_exists(text)) is not None:
+            self.exists = exists
         elif text[:19].upper() == b"* VANISHED (EARLIER":
             self.vanished += parse_sequence_set(text.split()[-1])
         elif text[:6].upper() == b"* OK [":
@@ -108,11 +108,11 @@ class MailboxState:
                     self.highestmodseq = ModSeq(number(completion.argument))
 
 
-class _Opening:
-    """Takes the responses to SELECT or EXAMINE, and keeps out what still is about the mailbox before.
+class _SelectResponses:
+    """Takes the responses to SELECT or EXAMINE, without those that still concern the previous mailbox.
 
-    With QRESYNC the server marks the border with CLOSED (RFC 7162 section 3.2.11). Without, the new
-    mailbox's UIDVALIDITY is it: servers send FETCH and VANISHED data of the new one after that.
+    With QRESYNC the server sends CLOSED between the two (RFC 7162 section 3.2.11). Otherwise the UIDVALIDITY
+    of the new mailbox separates them: servers send its FETCH and VANISHED data after that.
     """
 
     def __init__(self, on_message: OnMessage, *, was_selected: bool) -> None:
@@ -142,7 +142,7 @@ class Quota:
 
 
 BodySink = Callable[[int | None, int], Sink]
-"""Given the UID, where the server has named it already, and the exact size in bytes: where the body goes."""
+"""Given the UID, if the server has sent it already, and the exact size in bytes: where to write the body."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,21 +152,21 @@ class Upload:
     data: Buffer
     """With CRLF line ends."""
     flags: str
-    """Space-separated."""
+    """Separated by spaces."""
     date: int
-    """INTERNALDATE, seconds since the epoch."""
+    """INTERNALDATE in seconds since the epoch."""
     zone: int
     """Minutes east of UTC."""
 
 
 def _items(*, modseq: bool, headers: bool = True) -> bytes:
-    """What to ask for of each message."""
+    """Return the FETCH items that are the metadata of a message."""
     extra = (b" MODSEQ" if modseq else b"") + (_HEADERS if headers else b"")
     return b"(UID FLAGS INTERNALDATE RFC822.SIZE%s)" % extra
 
 
 def _as_lost(error: Exception, account: Account) -> ConnectionLost:
-    """A failure to connect that nobody has foreseen. Its own words are left out: they may hold a secret."""
+    """Wrap an unexpected failure to connect, without its text, which may contain a secret."""
     if isinstance(error, ImapfsError):
         return ConnectionLost(error.problem, remedy=error.remedy)
     place = traceback.extract_tb(error.__traceback__)[-1]
@@ -183,19 +183,20 @@ class Session:
         self.personal_prefix = b""
         """Prefix of the personal namespace, such as ``INBOX.`` (RFC 2342)."""
         self.selected: bytes | None = None
+        """The selected mailbox."""
         self.state = MailboxState()
         self._writable = False
-        self._open = b"EXAMINE "
-        """What mailboxes are opened with for reading."""
+        self._open_command = b"EXAMINE "
+        """The command that opens a mailbox for reading."""
 
     @classmethod
     def connect(
         cls, account: Account, credentials: CredentialProvider, context: ssl.SSLContext, timeout: float
     ) -> "Session":
-        """Connect, log in, and enable what makes synchronising cheap.
+        """Connect, log in, and enable the extensions that make synchronisation cheap.
 
-        What the server refuses is replaced by something newer once, where ``credentials`` have it: an access
-        token may end before its time. Raises TlsError, AuthenticationFailed, ConnectionLost.
+        If the server refuses an access token, which may end before its time, and ``credentials`` has a newer
+        one, log in once more. Raises TlsError, AuthenticationFailed, ConnectionLost.
         """
         try:
             secret = credentials.get()
@@ -211,7 +212,7 @@ class Session:
         except (AuthenticationFailed, ConnectionLost):
             raise
         except Exception as error:
-            # Whoever called waits before the next attempt only for errors of a kind that it knows.
+            # The caller backs off only after the errors that it knows.
             raise _as_lost(error, account) from None
 
     @classmethod
@@ -221,17 +222,17 @@ class Session:
         wire = Wire.open(account, context, timeout)
         try:
             log_in(wire, account, secret)
-            session = cls(wire, wire.greeting_capabilities)
-            session._introduce()
+            session = cls(wire, wire.capabilities)
+            session._set_up()
         except BaseException:
             wire.close()
             raise
         return session
 
-    def _introduce(self) -> None:
-        """Enable what makes synchronising cheap, say who we are, learn the prefix, in one round trip."""
+    def _set_up(self) -> None:
+        """Send ENABLE, ID and NAMESPACE in one round trip."""
         commands: dict[str, Command] = {}
-        # QRESYNC implies CONDSTORE (RFC 7162 section 3.2.3), and makes Dovecot name the UID in unsolicited
+        # QRESYNC implies CONDSTORE (RFC 7162 section 3.2.3), and makes Dovecot include the UID in unsolicited
         # FETCH responses.
         extension = next((e for e in ("QRESYNC", "CONDSTORE") if self.has(e) and self.has("ENABLE")), None)
         if extension is not None:
@@ -257,43 +258,46 @@ class Session:
 
     @property
     def alive(self) -> bool:
+        """Whether the connection can be used."""
         return self._wire.alive
 
     def has_hung_up(self) -> bool:
-        """Whether the server has ended the connection, or it broke; only while no command is under way."""
+        """Return whether the server has ended the connection, or it broke. Only between commands."""
         return self._wire.has_hung_up()
 
     def is_stranded(self) -> bool:
-        """Whether this machine has lost the address that the connection is from."""
+        """Return whether this machine has lost the address that the connection uses."""
         return self._wire.is_stranded()
 
     def abort(self) -> None:
-        """From any thread: end the connection at once."""
+        """End the connection at once, from any thread."""
         self._wire.abort()
 
     def close(self) -> None:
-        """Say LOGOUT and close; never raises."""
+        """Send LOGOUT and close. Never raises."""
         if self._wire.alive:
             with contextlib.suppress(ConnectionLost, Refused):
                 self._wire.execute(b"LOGOUT")
         self._wire.close()
 
     def has(self, capability: str) -> bool:
+        """Return whether the server announced ``capability``, in upper case, and imapfs uses it."""
         return capability in self.capabilities
 
     # -- mailboxes -----------------------------------------------------------------------------------------
 
     def list_mailboxes(self, on_response: OnResponse = lambda _: None) -> list[ListEntry]:
-        """All mailboxes. One that the server describes in malformed words is left out, with a log line.
+        """Return all mailboxes, but log and leave out those with a malformed LIST response.
 
-        ``on_response`` gets every response, also those about something else.
+        ``on_response`` gets every response, of any kind.
         """
         return self._list(b"", on_response)
 
     def list_with_status(self, mailboxes: Sequence[bytes], on_status: OnStatus) -> list[ListEntry]:
-        """All mailboxes, and STATUS at least of ``mailboxes``, if possible in one round trip.
+        """Return all mailboxes, and report the status of at least ``mailboxes``, if possible in one round
+        trip.
 
-        Nothing is said of those that cannot be selected any more.
+        ``on_status`` is not called for a mailbox that can no longer be selected.
         """
 
         def take(response: Response) -> None:
@@ -304,16 +308,16 @@ class Session:
         items = b"(MESSAGES UIDNEXT UIDVALIDITY UNSEEN%s)" % (
             b" HIGHESTMODSEQ" if self.has("CONDSTORE") else b""
         )
-        # Of the selected mailbox STATUS may tell of the past (RFC 9051 section 6.3.11), and in Dovecot does.
-        before: list[Command] = [(self._unselecting(),)] if self.selected is not None else []
+        # STATUS of the selected mailbox may be out of date (RFC 9051 section 6.3.11); in Dovecot it is.
+        before: list[Command] = [(self._unselect_command(),)] if self.selected is not None else []
         self.selected = None
-        if len(mailboxes) > _STATUSES and self.has("LIST-STATUS"):
-            # RFC 5819. Not for a few of many mailboxes, as the server looks into all of them.
+        if len(mailboxes) > _MAX_STATUS and self.has("LIST-STATUS"):
+            # RFC 5819. Not for a few out of many mailboxes, because the server opens all of them.
             return self._list(b"STATUS " + items, take, before=before)
         commands: list[Command] = [(b"STATUS ", astring(mailbox), b" " + items) for mailbox in mailboxes]
-        entries = self._list(b"", take, before=before, after=commands[:_STATUSES])
-        for start in range(_STATUSES, len(commands), _STATUSES):
-            self._wire.execute_all(commands[start : start + _STATUSES], on_response=take)
+        entries = self._list(b"", take, before=before, after=commands[:_MAX_STATUS])
+        for start in range(_MAX_STATUS, len(commands), _MAX_STATUS):
+            self._wire.execute_all(commands[start : start + _MAX_STATUS], on_response=take)
         return entries
 
     def _list(
@@ -324,8 +328,7 @@ class Session:
         before: Sequence[Command] = (),
         after: Sequence[Command] = (),
     ) -> list[ListEntry]:
-        """LIST with a further return option (RFC 5258); in one flight with other commands, whatever comes of
-        those."""
+        """Run LIST with a return option (RFC 5258), in one round trip with other commands, which may fail."""
         found: list[ListEntry] = []
 
         def take(response: Response) -> None:
@@ -346,7 +349,7 @@ class Session:
         return found
 
     def status(self, mailbox: bytes) -> dict[str, int]:
-        """MESSAGES, UIDNEXT, UIDVALIDITY and UNSEEN of a mailbox without selecting it."""
+        """Return MESSAGES, UIDNEXT, UIDVALIDITY and UNSEEN of a mailbox without selecting it."""
         numbers: dict[str, int] = {}
 
         def take(response: Response) -> None:
@@ -366,13 +369,13 @@ class Session:
         return numbers
 
     def examine(self, mailbox: bytes) -> MailboxState:
-        """Select ``mailbox`` read-only, afresh. Raises MailboxGone."""
+        """Select ``mailbox`` read-only, even if it is selected already. Raises MailboxGone."""
         return self._examine(mailbox, b"", [], lambda _: None)
 
-    def sample(self, mailbox: bytes, most: int) -> dict[int, int]:
-        """RFC822.SIZE by UID of about the newest ``most`` messages; ``mailbox`` is open with EXAMINE then.
+    def sample(self, mailbox: bytes, maximum: int) -> dict[int, int]:
+        """Return RFC822.SIZE by UID for about the newest ``maximum`` messages; ``mailbox`` is then selected.
 
-        Unlike `examine` it never makes a server write anything down, so its UIDs are of no use later.
+        Unlike `examine` this always uses EXAMINE, so that the server changes nothing; do not keep the UIDs.
         Raises MailboxGone.
         """
         found: dict[int, int] = {}
@@ -381,79 +384,80 @@ class Session:
             if data.uid is not None and data.size is not None:
                 found[data.uid] = data.size
 
-        opening = self._leave()
+        selecting = self._begin_select()
         try:
-            self._wire.execute(b"EXAMINE ", astring(mailbox), on_response=opening.take)
+            self._wire.execute(b"EXAMINE ", astring(mailbox), on_response=selecting.take)
         except Refused as error:
             raise _mailbox_error(error) from None
-        state = self._enter(mailbox, opening, writable=False)
+        state = self._end_select(mailbox, selecting, writable=False)
         if state.exists:
-            first = max(1, self.next_uid() - most)
+            first = max(1, self.next_uid() - maximum)
             self._fetch(b"%d:*" % first, b"(UID RFC822.SIZE)", take)
         return found
 
     def noop(self) -> None:
-        """NOOP: a round trip, and nothing else."""
+        """Run NOOP: one round trip."""
         self._wire.execute(b"NOOP")
 
     def _examine(
         self, mailbox: bytes, parameters: bytes, then: Sequence[bytes], on_message: OnMessage
     ) -> MailboxState:
-        """EXAMINE and, in the same round trip, the commands ``then``, which ask for MODSEQ.
+        """Run EXAMINE and, in the same round trip, the commands ``then``, which ask for MODSEQ.
 
-        If EXAMINE fails no mailbox is selected (RFC 9051 section 6.3.3), so that what follows can only fail.
+        If EXAMINE fails, no mailbox is selected (RFC 9051 section 6.3.3), and the other commands only fail.
         """
         if not parameters and self.has("CONDSTORE") and not self.has("ENABLE"):
             parameters = b" (CONDSTORE)"
-        commands: list[Command] = [(self._open, astring(mailbox), parameters), *((c,) for c in then)]
-        opening = self._leave(on_message)
-        examined, *others = self._wire.execute_all(commands, on_response=opening.take)
+        commands: list[Command] = [(self._open_command, astring(mailbox), parameters), *((c,) for c in then)]
+        selecting = self._begin_select(on_message)
+        examined, *others = self._wire.execute_all(commands, on_response=selecting.take)
         try:
             self._wire.check(commands[0], examined)
         except Refused as error:
             raise _mailbox_error(error) from None
-        state = self._enter(mailbox, opening, writable=False)
+        state = self._end_select(mailbox, selecting, writable=False)
         if state.exists and state.highestmodseq:
-            # In an empty mailbox some servers refuse every FETCH, and without modification sequences they
+            # Some servers refuse any FETCH in an empty mailbox, and without modification sequences a server
             # must refuse MODSEQ (RFC 7162 section 3.1.2.2).
             for command, completion in zip(commands[1:], others, strict=True):
                 self._wire.check(command, completion)
-        if state.exists and not state.uidnext and not then and self._open == b"EXAMINE ":
-            # Courier. The UIDs that it gives in an EXAMINE it may give to other messages later, with the same
-            # UIDVALIDITY, so that a deletion would take the wrong one. SELECT makes it write them down.
-            self._open = b"SELECT "
+        if state.exists and not state.uidnext and not then and self._open_command == b"EXAMINE ":
+            # Courier: after EXAMINE it may later assign the same UIDs to other messages, with the same
+            # UIDVALIDITY, so that a deletion would remove the wrong one. SELECT makes it store the UIDs.
+            self._open_command = b"SELECT "
             return self._examine(mailbox, parameters, then, on_message)
         return state
 
-    def _leave(self, on_message: OnMessage = _ignore) -> _Opening:
-        """Begin to open a mailbox: from now on none is selected."""
-        opening = _Opening(on_message, was_selected=self.selected is not None)
+    def _begin_select(self, on_message: OnMessage = _ignore) -> _SelectResponses:
+        """Prepare to open a mailbox: from now on none is selected."""
+        selecting = _SelectResponses(on_message, was_selected=self.selected is not None)
         self.selected = None
-        return opening
+        return selecting
 
-    def _enter(self, mailbox: bytes, opening: _Opening, *, writable: bool) -> MailboxState:
-        """Note that a mailbox was opened. Raises ProtocolError if the server did not say what it holds."""
-        state = opening.state
+    def _end_select(self, mailbox: bytes, selecting: _SelectResponses, *, writable: bool) -> MailboxState:
+        """Record that a mailbox is selected. Raises ProtocolError if the server sent no number of
+        messages."""
+        state = selecting.state
         if state.exists < 0:
-            # To take it for empty would remove every message from the cache.
+            # Taking the mailbox for empty would remove all its messages from the cache.
             self.abort()
             raise ProtocolError("the server opened a mailbox without saying how many messages it has")
         self.selected, self.state, self._writable = mailbox, state, writable
         return state
 
-    # -- push ----------------------------------------------------------------------------------------------
+    # -- watching ------------------------------------------------------------------------------------------
 
     def idle(self, on_response: OnResponse, wake: int, seconds: float) -> bool:
-        """IDLE (RFC 2177) in the selected mailbox, for ``seconds`` or until descriptor ``wake`` is readable.
+        """Run IDLE (RFC 2177) for ``seconds``, or until the descriptor ``wake`` is readable.
 
-        False if the server has ended it before. Raises Refused.
+        Return false if the server ended IDLE before. Raises Refused.
         """
         return self._wire.idle(on_response, wake, seconds)
 
     def notify(self, on_response: OnResponse) -> None:
-        """NOTIFY SET (RFC 5465): in IDLE the server tells of changes of all mailboxes of the user.
+        """Run NOTIFY SET (RFC 5465): during IDLE the server reports changes of all the user's mailboxes.
 
-        It begins with a STATUS response for each mailbox but the selected one. Raises Refused.
+        It begins with a STATUS response for each mailbox except the selected one. Raises Refused.
         """
         events = _EVENTS[:-1] + b" MailboxName)"
         self._wire.execute(
@@ -461,14 +465,14 @@ class Session:
         )
 
     def end_notify(self) -> None:
-        """Have the server tell of changes only when it is asked something, as without NOTIFY."""
-        # Not NOTIFY NONE, after which it would not even tell of those to the selected mailbox.
+        """Make the server report changes only in response to commands, as without NOTIFY."""
+        # Not NOTIFY NONE, after which it would not even report those to the selected mailbox.
         self._wire.execute(b"NOTIFY SET (selected-delayed %s)" % _EVENTS)
 
     # -- metadata ------------------------------------------------------------------------------------------
 
-    # A server may add changes of other clients to any answer, as FETCH data with flags but without metadata
-    # (QRESYNC makes Dovecot name their UIDs). `_fetch_metadata` is where the two are told apart.
+    # A server may add changes by other clients to any response, as FETCH data with flags but without metadata
+    # (QRESYNC makes Dovecot include their UIDs). `_fetch_metadata` separates the two.
 
     def list_all(
         self,
@@ -477,13 +481,13 @@ class Session:
         on_state: Callable[[MailboxState], None],
         on_flags: OnMessage = _ignore,
     ) -> None:
-        """Metadata of every message, streamed in the server's order."""
+        """Fetch the metadata of every message, streamed in the server's order."""
         on_state(self.examine(mailbox))
         if self.state.exists:
             self._fetch_metadata(b"1:*", on_message, on_flags)
 
     def list_flags(self, mailbox: bytes, on_message: OnMessage) -> MailboxState:
-        """UID and FLAGS of every message: what there is to compare where the server keeps no MODSEQ."""
+        """Fetch UID and FLAGS of every message, to compare them where the server keeps no MODSEQ."""
         state = self.examine(mailbox)
         if state.exists:
             self._fetch(b"1:*", b"(UID FLAGS)", on_message)
@@ -492,14 +496,15 @@ class Session:
     def list_changes(
         self, mailbox: bytes, uidvalidity: UidValidity, modseq: ModSeq, last_uid: int, on_message: OnMessage
     ) -> MailboxState:
-        """Flags changed since ``modseq``, expunged UIDs, metadata from ``last_uid`` on: one round trip.
+        """Fetch flags changed since ``modseq``, expunged UIDs, and metadata from ``last_uid`` on, in one
+        round trip.
 
-        Needs QRESYNC. The message ``last_uid`` itself is known: it comes again so that the caller can see
-        that it is still the same message (or, being gone, the one before it, as ``n:*`` always includes the
-        last message). With another UIDVALIDITY the server ignores the parameter and the result is useless;
-        so it is if the mailbox has lost its modification sequences (``highestmodseq`` is 0).
+        Needs QRESYNC. The caller knows message ``last_uid``; it is fetched again to verify that it is still
+        the same (if it is gone, the message before it, as ``n:*`` always includes the last message). If
+        UIDVALIDITY has changed, the server ignores the parameters and the result is useless. The same is true
+        if the mailbox has lost its modification sequences (``highestmodseq`` is 0).
 
-        ``on_message`` gets both kinds of data: only metadata has a size.
+        ``on_message`` gets both kinds of data; only metadata has a size.
         """
         return self._examine(
             mailbox,
@@ -509,11 +514,12 @@ class Session:
         )
 
     def fetch_changed_flags(self, modseq: ModSeq, on_message: OnMessage) -> None:
-        """UID and FLAGS of messages changed since ``modseq`` in the selected mailbox. Needs CONDSTORE."""
+        """Fetch UID and FLAGS of messages changed since ``modseq`` in the selected mailbox. Needs
+        CONDSTORE."""
         self._fetch(b"1:*", b"(UID FLAGS) (CHANGEDSINCE %d)" % modseq, on_message)
 
     def fetch_metadata_from(self, uid: int, on_message: OnMessage, on_flags: OnMessage = _ignore) -> None:
-        """Metadata of the messages from ``uid`` on, at least of the last one, in the selected mailbox."""
+        """Fetch metadata from ``uid`` on, and always of the last message, in the selected mailbox."""
         self._fetch_metadata(b"%d:*" % max(uid, 1), on_message, on_flags)
 
     def fetch_metadata(
@@ -524,9 +530,9 @@ class Session:
         *,
         headers: bool = True,
     ) -> None:
-        """Metadata of ``uids`` in the selected mailbox; silent about those that are gone.
+        """Fetch metadata of ``uids`` in the selected mailbox, except of those that are gone.
 
-        Without ``headers`` only what a server knows of a message that it cannot read.
+        Without ``headers``, only what a server knows about a message that it cannot read.
         """
         for uid_set in sequence_sets(uids):
             self._fetch_metadata(uid_set, on_message, on_flags, headers=headers)
@@ -545,15 +551,16 @@ class Session:
     def _fetch(self, uid_set: bytes, items: bytes, on_message: OnMessage) -> None:
         def take(response: Response) -> None:
             data = parse_fetch(response)
-            # Without a UID it is an unsolicited change, about a message known by position only: the next
-            # synchronisation learns it by UID.
+            # Without a UID it is an unsolicited change to a message known by position only. The next
+            # synchronisation finds it by UID.
             if data is not None and data.uid is not None:
                 on_message(data)
 
         self._wire.execute(b"UID FETCH %s %s" % (uid_set, items), on_response=take)
 
     def next_uid(self) -> int:
-        """UIDNEXT of the selected mailbox, from its last message where the server does not say (Courier)."""
+        """Return UIDNEXT of the selected mailbox; from its last message if the server sends none
+        (Courier)."""
         if self.state.uidnext:
             return self.state.uidnext
         last: list[FetchData] = []
@@ -567,18 +574,20 @@ class Session:
         self, mailbox: bytes, uidvalidity: UidValidity, uids: Sequence[int], open_sink: BodySink,
         on_body: Callable[[int, bytes | None], None],
     ) -> None:  # fmt: skip
-        """BODY.PEEK[] of ``uids``. Literals are streamed to ``open_sink``; ``on_body`` closes each message:
-        with b"" after a streamed body, with the bytes where the server sent a string, with None for one
-        that is gone (``BODY[] NIL``, which Dovecot answers for a message expunged in mid-fetch).
+        """Fetch BODY.PEEK[] of ``uids``. Literals are streamed to ``open_sink``.
 
-        UIDs of which the server says nothing are not reported. Raises MailboxGone also where UIDVALIDITY is
-        no longer ``uidvalidity``: the same UIDs then name other messages.
+        ``on_body`` is called at the end of each message: with b"" after a streamed body, with the bytes if
+        the server sent a string, with None if the message is gone (``BODY[] NIL``, which Dovecot sends for a
+        message that is expunged during the FETCH). It is not called for UIDs that the server leaves out.
+
+        Raises MailboxGone also if UIDVALIDITY is no longer ``uidvalidity``: the UIDs then mean other
+        messages.
         """
         if self.selected != mailbox or self.state.uidvalidity != uidvalidity:
-            # A selection from before the mailbox was made anew lasts, and would say so for ever.
+            # A mailbox that was recreated while selected keeps its old state until it is selected again.
             self.examine(mailbox)
         if self.state.uidvalidity != uidvalidity:
-            raise MailboxGone("the mailbox was made anew on the server: list it again")
+            raise MailboxGone("the mailbox was recreated on the server: list it again")
         streamed = False
 
         def sink_for(response: Response, size: int) -> Sink | None:
@@ -608,7 +617,7 @@ class Session:
             )
 
     def fetch_body(self, mailbox: bytes, uidvalidity: int, uid: int) -> bytes | None:
-        """One body in memory; None if the message is gone."""
+        """Return one body; None if the message is gone."""
         spool = io.BytesIO()
         body: bytes | None = None
 
@@ -620,7 +629,7 @@ class Session:
         return body
 
     def quota(self, mailbox: bytes) -> Quota | None:
-        """STORAGE quota of the root that ``mailbox`` counts against; None where there is none."""
+        """Return the STORAGE quota of the root that ``mailbox`` counts against; None if there is no quota."""
         found: Quota | None = None
 
         def take(response: Response) -> None:
@@ -632,8 +641,8 @@ class Session:
                     for triple in zip(items[::3], items[1::3], items[2::3], strict=False):
                         match triple:
                             case (bytes(name), bytes(used), bytes(limit)) if name.upper() == b"STORAGE":
-                                # RFC 9208 section 5.1: units of 1024 octets. Servers without a real
-                                # limit send odd ones, which is no reason to end the connection.
+                                # In units of 1024 octets (RFC 9208 section 5.1). Servers without a real limit
+                                # may send odd numbers, which must not end the connection.
                                 with contextlib.suppress(ProtocolError):
                                     found = Quota(number(used) * 1024, number(limit) * 1024)
 
@@ -645,29 +654,32 @@ class Session:
     # -- changes -------------------------------------------------------------------------------------------
 
     def select(self, mailbox: bytes, uidvalidity: UidValidity, *, afresh: bool = False) -> MailboxState:
-        """Have ``mailbox`` selected for changes; with ``afresh`` also learn what it holds now.
+        """Select ``mailbox`` read-write unless it is already; with ``afresh`` in any case, for its present
+        state.
 
-        Raises MailboxGone also where its UIDVALIDITY is another, Refused where it is read-only.
+        Raises MailboxGone also if its UIDVALIDITY has changed, Refused if it is read-only.
         """
         known = self.selected == mailbox and self._writable and self.state.uidvalidity == uidvalidity
         if afresh or not known:
-            opening = self._leave()
+            selecting = self._begin_select()
             try:
-                completion = self._wire.execute(b"SELECT ", astring(mailbox), on_response=opening.take)
+                completion = self._wire.execute(b"SELECT ", astring(mailbox), on_response=selecting.take)
             except Refused as error:
                 raise _mailbox_error(error) from None
-            self._enter(mailbox, opening, writable=True).read_only = completion.code == "READ-ONLY"
+            self._end_select(mailbox, selecting, writable=True).read_only = completion.code == "READ-ONLY"
         if self.state.uidvalidity != uidvalidity:
-            raise MailboxGone("the mailbox was made anew on the server: list it again")
+            raise MailboxGone("the mailbox was recreated on the server: list it again")
         if self.state.read_only:
             raise Refused("the server lets this account only read this mailbox", "NOPERM")
         return self.state
 
     def store(self, uid: int, sign: str, flags: Iterable[str], unchanged_since: int) -> FetchData | None:
-        """Add ("+") or remove ("-") flags of a message in the selected mailbox: its flags as they are then.
+        """Add ("+") or remove ("-") flags of a message in the selected mailbox, and return its flags after
+        that.
 
-        With ``unchanged_since`` (not 0; needs CONDSTORE) nothing happens, and None is returned, if the
-        message was changed after that MODSEQ (RFC 7162 section 3.1.3). Also None if it is gone.
+        With ``unchanged_since`` (not 0; needs CONDSTORE) the server changes nothing if the message was
+        changed after that MODSEQ (RFC 7162 section 3.1.3). Return None in that case, and if the message is
+        gone.
         """
         found: FetchData | None = None
 
@@ -682,7 +694,7 @@ class Session:
         completions = self._wire.execute_all(
             [
                 (b"UID STORE %d%s %sFLAGS (%s)" % (uid, modifier, sign.encode(), names),),
-                # Servers differ in what they say unasked.
+                # Servers differ in what they report without being asked.
                 (b"UID FETCH %d (UID FLAGS%s)" % (uid, b" MODSEQ" if self.state.highestmodseq else b""),),
             ],
             on_response=take,
@@ -693,33 +705,34 @@ class Session:
         return found
 
     def move(self, uid: int, target: bytes) -> int | None:
-        """UID MOVE (RFC 6851) out of the selected mailbox: the new UID, or None where none is named."""
+        """Run UID MOVE (RFC 6851) from the selected mailbox. Return the new UID, or None if the server sends
+        none."""
         return self._transfer(b"UID MOVE", uid, target)
 
     def copy(self, uid: int, target: bytes) -> int | None:
-        """UID COPY out of the selected mailbox: the new UID, or None where none is named."""
+        """Run UID COPY from the selected mailbox. Return the new UID, or None if the server sends none."""
         return self._transfer(b"UID COPY", uid, target)
 
     def _transfer(self, verb: bytes, uid: int, target: bytes) -> int | None:
-        named: Completion | None = None
+        copied: Completion | None = None
 
         def take(response: Response) -> None:
-            nonlocal named
+            nonlocal copied
             if response[0][:5].upper() == b"* OK ":
                 completion = Completion.parse(response[0][2:])
                 if completion is not None and completion.code == "COPYUID":
-                    named = completion
+                    copied = completion
 
         tagged = self._wire.execute(b"%s %d " % (verb, uid), astring(target), on_response=take)
         if tagged.code == "COPYUID":
-            named = tagged
-        return _copied_uid(named, uid) if named is not None else None
+            copied = tagged
+        return _copied_uid(copied, uid) if copied is not None else None
 
     def expunge(self, uid: int) -> bool:
-        """Delete one message of the selected mailbox; false if it stays, marked as deleted.
+        """Delete a message of the selected mailbox. Return false if it remains there, marked as deleted.
 
-        Without UIDPLUS there is no way to expunge it alone, so that this is left to the server or to a
-        client that means all of them.
+        Without UIDPLUS a message cannot be expunged alone. Then this is left to the server, or to a client
+        that expunges the whole mailbox.
         """
         self._wire.execute(b"UID STORE %d +FLAGS.SILENT (\\Deleted)" % uid)
         if not self.has("UIDPLUS"):
@@ -730,39 +743,40 @@ class Session:
     def append(
         self, mailbox: bytes, uploads: Sequence[Upload], uidnext: int, on_message: OnMessage
     ) -> tuple[list[int | Refused | None], MailboxState]:
-        """APPEND messages, then look at what the mailbox holds from ``uidnext`` on: all in one flight.
+        """APPEND messages, then fetch the metadata of all messages from ``uidnext`` on, in one round trip.
 
-        For each upload the UID where the server names it (APPENDUID), None where it does not, or the
-        refusal. ``on_message`` gets metadata of every message from ``uidnext`` on.
+        For each upload, return its UID if the server sends one (APPENDUID), None if it does not, or the
+        refusal. ``on_message`` gets the metadata.
         """
 
         def take(data: FetchData) -> None:
             if data.uid is not None and data.uid >= uidnext and data.size is not None:
                 on_message(data)
 
-        # Not known of a mailbox that is yet to be opened, where to ask in vain would cost the whole answer.
+        # Unknown for a mailbox that is not open yet, where asking for a missing MODSEQ would fail the whole
+        # FETCH.
         modseq = self.selected == mailbox and bool(self.state.highestmodseq)
         commands: list[Command] = [
             (
                 b"APPEND ",
                 astring(mailbox),
-                b' (%s) "%s" ' % (u.flags.encode(), format_date(u.date, u.zone)),
+                b' (%s) "%s" ' % (u.flags.encode(), format_internaldate(u.date, u.zone)),
                 Literal(u.data),
             )
             for u in uploads
         ]
-        looking: list[Command] = [
-            (self._open, astring(mailbox)),
+        look_up: list[Command] = [
+            (self._open_command, astring(mailbox)),
             (b"UID FETCH %d:* %s" % (max(uidnext, 1), _items(modseq=modseq)),),
         ]
-        # Courier appends nothing to a mailbox that is selected read-only.
-        before: list[Command] = [(self._unselecting(),)] if self.selected == mailbox else []
-        opening = self._leave(take)
-        completions = self._wire.execute_all([*before, *commands, *looking], on_response=opening.take)
+        # Courier refuses APPEND to a mailbox that is selected read-only.
+        before: list[Command] = [(self._unselect_command(),)] if self.selected == mailbox else []
+        selecting = self._begin_select(take)
+        completions = self._wire.execute_all([*before, *commands, *look_up], on_response=selecting.take)
         del completions[: len(before)]
         if completions[len(commands)].status == "OK":
-            self._enter(mailbox, opening, writable=False)
-        state = opening.state
+            self._end_select(mailbox, selecting, writable=False)
+        state = selecting.state
         outcomes: list[int | Refused | None] = []
         for command, completion in zip(commands, completions, strict=False):
             try:
@@ -772,37 +786,37 @@ class Session:
                 continue
             uid: int | None = None
             if completion.code == "APPENDUID":
-                validity, _, named = completion.argument.partition(b" ")
-                # Some gateways send UIDVALIDITY 0 or the wrong one: such a UID says nothing.
+                validity, _, digits = completion.argument.partition(b" ")
+                # Some gateways send UIDVALIDITY 0 or a wrong one: such a UID is useless.
                 if validity == b"%d" % state.uidvalidity:
                     with contextlib.suppress(ProtocolError):
-                        uid = number(named)
+                        uid = number(digits)
             outcomes.append(uid)
         return outcomes, state
 
-    def _unselecting(self) -> bytes:
-        # What is no mailbox cannot be selected, and then none is (RFC 9051 section 6.3.2).
+    def _unselect_command(self) -> bytes:
+        # After a failed EXAMINE no mailbox is selected (RFC 9051 section 6.3.2).
         return b"UNSELECT" if self.has("UNSELECT") else b'EXAMINE ""'
 
     def _unselect(self) -> None:
-        """Have no mailbox selected: a server closes the connection when the selected one is deleted."""
+        """Unselect the mailbox, because a server closes the connection when the selected one is deleted."""
         if self.selected is not None:
             self.selected = None
             with contextlib.suppress(Refused):
-                self._wire.execute(self._unselecting())
+                self._wire.execute(self._unselect_command())
 
     def create_mailbox(self, mailbox: bytes) -> None:
-        """CREATE, and SUBSCRIBE so that other programs show it too."""
+        """Run CREATE, and SUBSCRIBE so that other programs show the mailbox too."""
         self._wire.execute(b"CREATE ", astring(mailbox))
         with contextlib.suppress(Refused):
             self._wire.execute(b"SUBSCRIBE ", astring(mailbox))
 
     def delete_mailbox(self, mailbox: bytes) -> bool:
-        """DELETE a mailbox that is empty at this moment; false, and nothing happens, if it is not.
+        """Run DELETE if the mailbox is empty. Return false, and change nothing, if it is not.
 
-        DELETE takes the messages along (RFC 9051 section 6.3.5), so the look is as late as can be.
+        DELETE also deletes all messages (RFC 9051 section 6.3.5), so the check comes as late as possible.
         """
-        # Not by STATUS: where the mailbox is selected that may tell of the past (RFC 9051 section 6.3.11).
+        # Not by STATUS, which may be out of date for a selected mailbox (RFC 9051 section 6.3.11).
         if self.examine(mailbox).exists:
             return False
         self._unselect()
@@ -812,7 +826,7 @@ class Session:
         return True
 
     def rename_mailbox(self, mailbox: bytes, target: bytes) -> None:
-        """RENAME a mailbox with all below it."""
+        """Run RENAME, which also renames all mailboxes below ``mailbox``."""
         self._unselect()
         self._wire.execute(b"RENAME ", astring(mailbox), b" ", astring(target))
         for verb, name in ((b"SUBSCRIBE ", target), (b"UNSUBSCRIBE ", mailbox)):
@@ -821,7 +835,8 @@ class Session:
 
 
 def _copied_uid(completion: Completion, uid: int) -> int | None:
-    """The UID that the copy of ``uid`` has, by COPYUID (RFC 4315 section 3)."""
+    """Return the UID of the copy of ``uid`` according to COPYUID (RFC 4315 section 3); None if it has
+    none."""
     with contextlib.suppress(ProtocolError, ValueError):
         _, old, new = completion.argument.split(b" ")
         position = 0
@@ -840,7 +855,7 @@ def _copied_uid(completion: Completion, uid: int) -> int | None:
 
 
 def _mailbox_error(error: Refused) -> Exception:
-    """What NO to EXAMINE or STATUS means: unless the server says otherwise, there is no such mailbox."""
+    """Return the error for NO to EXAMINE or STATUS: unless the code says otherwise, the mailbox is gone."""
     if isinstance(error, Throttled):
         return error
     if error.code in {"NOPERM", "LIMIT", "INUSE", "SERVERBUG", "CONTACTADMIN"}:

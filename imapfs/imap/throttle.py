@@ -1,8 +1,8 @@
-"""Which answers of a server mean "later", and how much later; pure.
+"""Recognises responses by which a server asks clients to try again later, and when; pure.
 
-RFC 5530 has codes for some of it, and the large providers say the rest in words only: Exchange Online
-"Request is throttled. Suggested Backoff Time: 89117 milliseconds" and "Server Unavailable. 15", Gmail "Too
-many simultaneous connections" and, with the code of a full mailbox, "Account exceeded command or bandwidth
+RFC 5530 has response codes for some of them. Large providers use words only: Exchange Online "Request is
+throttled. Suggested Backoff Time: 89117 milliseconds" and "Server Unavailable. 15", Gmail "Too many
+simultaneous connections" and, with the code for a full mailbox, "Account exceeded command or bandwidth
 limits", Dovecot "Maximum number of connections from user+IP exceeded".
 """
 
@@ -10,14 +10,14 @@ import re
 from typing import Final
 
 _LATER: Final = frozenset({"THROTTLED", "UNAVAILABLE"})
-"""Codes that say so by themselves."""
+"""Codes that always mean it."""
 _FINAL: Final = frozenset(
     {
         "ALREADYEXISTS", "AUTHENTICATIONFAILED", "AUTHORIZATIONFAILED", "CANNOT", "EXPIRED", "NONEXISTENT",
         "NOPERM", "TOOBIG", "TRYCREATE",
     }
 )  # fmt: skip
-"""Codes after which no words make it worth another attempt."""
+"""Codes that rule it out, whatever the text."""
 _WORDS: Final = re.compile(
     r"\bthrottl|\bback-?off time\b|\btoo many\b.{0,40}\b(?:connections|sessions|logins|requests|commands)\b"
     r"|\bconnections\b.{0,60}\bexceeded\b|\bexceeded\b.{0,40}\b(?:command|bandwidth|connection|rate)\b"
@@ -31,15 +31,16 @@ _TIME: Final = re.compile(
     re.I,
 )
 _UNITS: Final = {"ms": 0.001, "mi": 60.0, "m": 60.0, "s": 1.0, "h": 3600.0}
-_LONGEST: Final = 86400.0
-"""Seconds: what is asked for beyond a day is taken for a day."""
+_MAX_WAIT: Final = 86400.0
+"""A server's longer time is cut to this, in seconds."""
 
 
 def asked_wait(code: str, text: str) -> float | None:
-    """Seconds that a NO, BAD or BYE asks to wait before anything is tried again.
+    """Return the seconds that a NO, BAD or BYE response asks to wait before the next attempt.
 
-    ``code`` is the response code in upper case or "". 0.0 where no time is named, None where the answer means
-    something else. "OK" answers are never looked at, though Gmail writes [THROTTLED] at their end.
+    ``code`` is the response code in upper case, or "". Return 0.0 where the server names no time, and None
+    where the response means something else. OK responses are not for this function, although Gmail ends some
+    with [THROTTLED].
     """
     if code in _FINAL or not (code in _LATER or _WORDS.search(text)):
         return None
@@ -50,4 +51,4 @@ def asked_wait(code: str, text: str) -> float | None:
     if unit.startswith("milli"):
         unit = "ms"
     factor = next(seconds for prefix, seconds in _UNITS.items() if unit.startswith(prefix))
-    return min(_LONGEST, int(named[1]) * factor)
+    return min(_MAX_WAIT, int(named[1]) * factor)

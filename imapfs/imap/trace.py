@@ -1,4 +1,4 @@
-"""The protocol in the log, for ``-vv``: without credentials, and without anything that messages hold."""
+"""The protocol trace in the log (``-vv``), without credentials and without the content of messages."""
 
 import itertools
 import logging
@@ -8,25 +8,26 @@ from typing import Final
 
 log = logging.getLogger("imapfs.protocol")
 
-_MOST: Final = 1000
-"""Most bytes shown of a command or response."""
+_MAX_SHOWN: Final = 1000
+"""Maximum number of bytes shown of a command or response."""
 _QUOTED_BODY: Final = re.compile(rb'(BODY\[[^\]]*\](?:<\d+>)?) "(?:[^"\\]|\\.)*"', re.I)
-"""What may also come as a literal (RFC 9051 section 4.3)."""
+"""A body as a quoted string instead of a literal (RFC 9051 section 4.3)."""
 
 _numbers = itertools.count(1)
 
 
 class Trace:
-    """What one connection says and hears. Of a literal only the size is shown."""
+    """Commands and responses of one connection. Of a literal only the size is shown."""
 
     def __init__(self) -> None:
         self.on = log.isEnabledFor(logging.DEBUG)
-        self.let_in = False
-        """Whether the login is through: before, servers may repeat what they were sent."""
+        self.logged_in = False
+        """Whether the login is over. Before, only the kind of a response is shown: servers may repeat
+        secrets."""
         self._number = next(_numbers) if self.on else 0
 
     def sent(self, tag: bytes, parts: Sequence[bytes | int]) -> None:
-        """A command; an int stands for a literal of that size."""
+        """Log a command; an int stands for a literal of that size."""
         text = b"".join(part if isinstance(part, bytes) else b"{%d}" % part for part in parts)
         if text[:6].upper() == b"LOGIN ":
             text = b"LOGIN ..."
@@ -35,12 +36,12 @@ class Trace:
         self._show("C", tag + b" " + text)
 
     def completed(self, tag: bytes, status: str, line: bytes) -> None:
-        """A tagged response."""
-        self._show("S", line if self.let_in else tag + b" " + status.encode())
+        """Log a tagged response."""
+        self._show("S", line if self.logged_in else tag + b" " + status.encode())
 
-    def heard(self, response: Sequence[bytes], sizes: Sequence[int]) -> None:
-        """An untagged response, text and literals in turn, and the sizes of the literals."""
-        if not self.let_in:
+    def received(self, response: Sequence[bytes], sizes: Sequence[int]) -> None:
+        """Log an untagged response: text and literals alternate; ``sizes`` are those of the literals."""
+        if not self.logged_in:
             self._show("S", b" ".join(response[0].split()[:2]))
             return
         text = response[0]
@@ -49,5 +50,5 @@ class Trace:
         self._show("S", _QUOTED_BODY.sub(rb'\1 "..."', text))
 
     def _show(self, who: str, text: bytes) -> None:
-        shown = text[:_MOST].decode("utf-8", "replace").rstrip()
-        log.debug("%d %s: %s%s", self._number, who, shown, " ..." if len(text) > _MOST else "")
+        shown = text[:_MAX_SHOWN].decode("utf-8", "replace").rstrip()
+        log.debug("%d %s: %s%s", self._number, who, shown, " ..." if len(text) > _MAX_SHOWN else "")

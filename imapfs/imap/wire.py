@@ -1,25 +1,21 @@
-"""One IMAP connection: bytes out, responses in, every wait bounded.
+"""One IMAP connection: commands out, responses in, every wait bounded.
 
-IMAPClient reads the greeting; from then on this module uses the socket itself. A generic parser takes most
-of a listing's time, buffers whole responses, files FETCH data without a UID under the sequence number, bounds
-each ``recv`` but not a command, and reports a connection that ends during the login as a wrong password. The
-only module that knows IMAPClient.
+This module has a reader of its own because a generic one (imaplib's, IMAPClient's) takes most of a listing's
+time, buffers whole responses, files FETCH data without a UID under the sequence number, bounds each ``recv``
+but not a command, and reports a connection that ends during the login as a wrong password.
 
-Theory of operation. A command is sent, possibly several at once (pipelining, RFC 9051 section 5.5), then
-responses are read until each has its tagged completion. A response is a list of parts that alternate between
-text and literal, so that no text can be mistaken for a literal's content. A large literal can be streamed to
-a sink instead of being kept. After anything but a tagged OK, NO or BAD the connection is of no further use:
-``alive`` turns false and the owner throws the object away. One thread at a time; ``abort`` alone may be
-called from another.
+Theory of operation. Commands are sent, possibly several at once (pipelining, RFC 9051 section 5.5). Then
+responses are read until each command has its tagged completion. A response is a list of parts that alternate
+between text and literal, so that text is never mistaken for the content of a literal. A large literal can be
+streamed to a sink instead of being kept in memory. After anything but a tagged OK, NO or BAD the connection
+is useless: ``alive`` becomes false, and its owner discards the object. One thread at a time may use a
+connection; only ``abort`` may be called from another.
 """
 
 import base64
 import binascii
 import contextlib
 import errno
-import imaplib
-import math
-import mmap
 import re
 import select
 import socket
@@ -28,8 +24,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NoReturn, Protocol
-
-import imapclient
 
 from imapfs.errors import (
     ConnectionLost,
@@ -42,35 +36,33 @@ from imapfs.errors import (
     TlsError,
 )
 from imapfs.imap import connect, refusals
-from imapfs.imap.grammar import number
+from imapfs.imap.grammar import Completion, Response, number, parse_exists
 from imapfs.imap.sasl import Mechanism
+from imapfs.imap.stream import PROGRESS, Buffer, SocketStream, StreamEnded
 from imapfs.imap.throttle import asked_wait
 from imapfs.imap.trace import Trace
+from imapfs.log import one_line
 from imapfs.model import Account
 
-MAX_LINE: Final = 8 << 20
-"""Longest accepted run of bytes without a line end."""
 MAX_LITERAL: Final = 16 << 20
-"""Longest literal kept in memory; longer ones are accepted only by a sink."""
-_RECV: Final = 256 << 10
-_PROGRESS: Final = 64 << 10
-"""Bytes of a literal that count as progress and renew the deadline, so that a trickle does not."""
+"""Maximum size of a literal kept in memory. Only a sink takes a larger one."""
+_MAX_CHALLENGES: Final = 10
+"""Maximum number of challenges in one login."""
+_MAX_CHALLENGE: Final = 64 << 10
+"""Maximum size of a challenge in bytes, in base64."""
+_EXTRA_FETCHES: Final = 1000
+"""Unsolicited FETCH responses that may renew the deadline of a command, beyond two for each message."""
 
-_BEFORE_LOGIN: Final = 256 << 10
-"""Most bytes that a server may say before we are logged in."""
-_CHALLENGES: Final = 10
-"""Most challenges of one login."""
-_LONGEST_CHALLENGE: Final = 64 << 10
-"""Most bytes of one, in base64."""
-_SPARE_FETCHES: Final = 1000
-"""Unsolicited FETCH responses that a command may meet, beyond the messages that there are."""
-
+_GREETING = re.compile(rb"\* (OK|PREAUTH|BYE)\b", re.I)
 _LITERAL = re.compile(rb"\{(\d+)\}\r?\n\Z")
-_EXISTS = re.compile(rb"\* (\d{1,10}) EXISTS\b", re.I)
-_HUMAN = re.compile(rb"\* (?:OK|NO|BAD|BYE|PREAUTH)\b", re.I)
-"""Responses that end in text for people, in which nothing is a literal (RFC 9051 section 7.1)."""
-_STATUS = re.compile(rb"(OK|NO|BAD|BYE|PREAUTH)(?: \[([A-Za-z0-9-]+)([^\]\r\n]*)\])?[ ]?([^\r\n]*)", re.I)
+_STATUS_RESPONSE = re.compile(rb"\* (?:OK|NO|BAD|BYE|PREAUTH)\b", re.I)
+"""Responses that end in text for people, which contains no literals (RFC 9051 section 7.1)."""
 _QUOTABLE = re.compile(rb"[\x01-\x09\x0b\x0c\x0e-\x7f]*\Z")
+_VERSIONS: Final = frozenset({"IMAP4", "IMAP4REV1", "IMAP4REV2"})
+_NETWORK_ERRORS: Final = frozenset(
+    {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET}
+)
+"""What the kernel reports when the network, not the server, is gone."""
 
 
 class Sink(Protocol):
@@ -79,12 +71,9 @@ class Sink(Protocol):
     def write(self, data: bytes, /) -> object: ...
 
 
-Buffer = bytes | mmap.mmap
-
-
 @dataclass(frozen=True, slots=True)
 class Literal:
-    """Bytes to be sent as a literal within a command (RFC 9051 section 4.3)."""
+    """Bytes to send as a literal within a command (RFC 9051 section 4.3)."""
 
     data: Buffer
 
@@ -93,290 +82,52 @@ Part = bytes | Literal
 Command = Sequence[Part]
 """A command without its tag and line end."""
 
-Response = list[bytes]
-"""Text, literal, text, literal, ..., text: always an odd number of parts; a streamed literal is b""."""
-
 SinkFor = Callable[[Response, int], Sink | None]
-"""Given a response's parts so far and the size of the literal that follows: where to stream it, or None."""
+"""Given the parts of a response so far and the size of the next literal: where to stream it, or None."""
+
+OnResponse = Callable[[Response], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A status response: ``code`` in upper case, ``argument`` what follows it in the brackets."""
-
-    status: str
-    code: str
-    argument: bytes
-    text: str
-
-    @classmethod
-    def parse(cls, line: bytes) -> "Completion | None":
-        m = _STATUS.match(line)
-        if not m:
-            return None
-        status, code, argument, text = m.groups()
-        return cls(
-            status.decode().upper(),
-            (code or b"").decode().upper(),
-            (argument or b"").strip(),
-            text.decode("utf-8", "replace").strip(),
-        )
+def _ignore(_: Response) -> None:
+    """Drop a response."""
 
 
 def astring(value: bytes) -> Part:
-    """``value`` as a quoted string, or as a literal where it cannot be quoted (RFC 9051 section 4.3)."""
+    """Return ``value`` as a quoted string, or as a literal where it cannot be quoted (RFC 9051 section
+    4.3)."""
     if _QUOTABLE.match(value):
         return b'"' + value.replace(b"\\", b"\\\\").replace(b'"', b'\\"') + b'"'
     return Literal(value)
 
 
-class _Ended(Exception):
-    """The stream gives no more: ``error`` is what the socket said, EOFError for the end of the connection.
-
-    A class of its own so that an OSError of a sink, whose disk may be full, is not taken for one.
-    """
-
-    def __init__(self, error: OSError | EOFError) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-class _Stream:
-    """A socket with a read buffer and one deadline over many reads.
-
-    Every method may raise _Ended, and those that read ProtocolError. Until `trust` what comes in is limited,
-    and no progress renews the deadline: whoever is at the other end.
-    """
-
-    def __init__(self, sock: socket.socket, timeout: float) -> None:
-        self.sock = sock
-        self.timeout = timeout
-        self._buffer = b""
-        self._at = 0
-        self._deadline = 0.0
-        self._left: int | None = _BEFORE_LOGIN
-        """How many bytes may still come in; None for any number."""
-        self.renew()
-
-    def trust(self) -> None:
-        """The other end is the server, and knows us."""
-        self._left = None
-
-    def progress(self) -> None:
-        """Something came, or went, that may take long as long as it goes on."""
-        if self._left is None:
-            self.renew()
-
-    def renew(self) -> None:
-        """Allow another ``timeout`` seconds from now."""
-        self._deadline = time.monotonic() + self.timeout
-
-    def _receive(self) -> bytes:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise _Ended(TimeoutError())
-        try:
-            self.sock.settimeout(left)
-            data = self.sock.recv(_RECV)
-        except OSError as error:
-            raise _Ended(error) from None
-        if not data:
-            raise _Ended(EOFError())
-        if self._left is not None:
-            self._left -= len(data)
-            if self._left < 0:
-                raise ProtocolError("the server talks without an end before the login")
-        return data
-
-    def has_more(self) -> bool:
-        """Whether there is something that came and was not read, as far as can be said without waiting."""
-        if self._at < len(self._buffer):
-            return True
-        self.sock.settimeout(0)
-        try:
-            return bool(self.sock.recv(1, socket.MSG_PEEK))
-        except OSError:
-            return False
-
-    def wait(self, wake: int, seconds: float) -> bool:
-        """Wait for something to read; false after ``seconds`` or once the descriptor ``wake`` is readable.
-
-        Not by a read with a deadline: TLS sends records without data (RFC 8446 section 4.6), after which it
-        would take the server's silence for a failure.
-        """
-        until = time.monotonic() + seconds
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
-        poll.register(wake, select.POLLIN)
-        while (left := until - time.monotonic()) > 0:
-            if self._at < len(self._buffer):
-                left = 0.0
-            elif isinstance(self.sock, ssl.SSLSocket) and self.sock.pending():
-                left = 0.0  # TLS has read ahead, of which the kernel knows nothing
-            ready = {fd for fd, _ in poll.poll(math.ceil(left * 1000))}
-            if wake in ready:
-                return False
-            if self._at < len(self._buffer):
-                return True
-            if not left or ready:
-                self.sock.settimeout(0)
-                try:
-                    data = self.sock.recv(_RECV)
-                except (ssl.SSLWantReadError, BlockingIOError):
-                    continue
-                except OSError as error:
-                    raise _Ended(error) from None
-                if not data:
-                    raise _Ended(EOFError())
-                self._buffer, self._at = data, 0
-                return True
-        return False
-
-    def readline(self) -> bytes:
-        """One line with its end."""
-        end = self._buffer.find(b"\n", self._at)
-        if end < 0:
-            pieces = [self._buffer[self._at :]]
-            held = len(pieces[0])
-            while True:
-                data = self._receive()
-                cut = data.find(b"\n")
-                if cut >= 0:
-                    break
-                pieces.append(data)
-                held += len(data)
-                if held > MAX_LINE:
-                    raise ProtocolError("the server sent a line without an end")
-            pieces.append(data[: cut + 1])
-            self._buffer, self._at = data, cut + 1
-            return b"".join(pieces)
-        line = self._buffer[self._at : end + 1]
-        self._at = end + 1
-        return line
-
-    def read(self, size: int) -> bytes:
-        """Exactly ``size`` bytes."""
-        end = self._at + size
-        if end <= len(self._buffer):
-            data = self._buffer[self._at : end]
-            self._at = end
-            return data
-        pieces: list[bytes] = []
-        self.pour(size, pieces.append)
-        return b"".join(pieces)
-
-    def pour(self, size: int, write: Callable[[bytes], object]) -> None:
-        """Hand the next ``size`` bytes to ``write`` as they arrive."""
-        since = 0
-        while size:
-            if self._at == len(self._buffer):
-                self._buffer, self._at = self._receive(), 0
-            data = self._buffer[self._at : self._at + size]
-            self._at += len(data)
-            size -= len(data)
-            write(data)
-            since += len(data)
-            if since >= _PROGRESS:
-                since = 0
-                self.progress()
-
-    def write(self, data: Buffer) -> None:
-        """Send all of ``data``; the timeout counts anew for each piece that the network takes."""
-        view = memoryview(data)
-        try:
-            for start in range(0, len(view), _PROGRESS):
-                self.sock.settimeout(self.timeout)
-                self.sock.sendall(view[start : start + _PROGRESS])
-        except OSError as error:
-            raise _Ended(error) from None
-        self.progress()
-
-
-@contextlib.contextmanager
-def _as_the_socket_said() -> Iterator[None]:
-    try:
-        yield
-    except _Ended as ended:
-        raise ended.error from None
-
-
-class _Imap4(imaplib.IMAP4):
-    """imaplib on a connection that is there, reading through `_Stream`, so that a greeting is bounded too."""
-
-    def __init__(self, stream: _Stream, host: str) -> None:
-        self.stream = stream
-        super().__init__(host)
-
-    def open(self, host: str = "", port: int = 143, timeout: float | None = None) -> None:  # noqa: ARG002
-        self.host, self.port = host, port
-        self.sock = self.stream.sock
-
-    # imaplib knows the socket's own exceptions.
-
-    def read(self, size: int) -> bytes:
-        with _as_the_socket_said():
-            return self.stream.read(size)
-
-    def readline(self) -> bytes:
-        try:
-            with _as_the_socket_said():
-                return self.stream.readline()
-        except EOFError:
-            return b""  # imaplib's own sign for the end of the connection
-
-    def send(self, data: bytes) -> None:  # type: ignore[override]  # it sends nothing else
-        with _as_the_socket_said():
-            self.stream.write(data)
-
-    def shutdown(self) -> None:
-        self.sock.close()
-
-
-class _Client(imapclient.IMAPClient):  # type: ignore[misc]  # IMAPClient is not annotated
-    def __init__(self, stream: _Stream, host: str) -> None:
-        self._stream = stream
-        super().__init__(host, ssl=False)
-
-    def _create_IMAP4(self) -> _Imap4:  # noqa: N802  # IMAPClient's name
-        return _Imap4(self._stream, self.host)
-
-    def _set_read_timeout(self) -> None:
-        """The stream bounds every read itself."""
-
-
-_NETWORK: Final = frozenset(
-    {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET}
-)
-"""What the kernel says when it is the network that has gone."""
-
-
 class Wire:
-    """A connection. Every method raises ConnectionLost (or a subclass) when it is no more.
+    """A connection. Every method raises ConnectionLost (or a subclass) once the connection has ended.
 
-    `open` gives one that is safe to log in on (`imapfs.imap.login`); it consists of `connect.open_tcp`,
-    `connect.secure`, `greet` and `protect`, which can be called one by one.
+    `open` returns one that is safe to log in on (`imapfs.imap.login`). It consists of `connect.open_tcp`,
+    `connect.secure`, `greet` and `protect`, which can also be called one by one.
     """
 
-    def __init__(self, stream: _Stream, account: Account) -> None:
+    def __init__(self, stream: SocketStream, account: Account) -> None:
         self._stream = stream
         self._account = account
         self._tag = 0
         self._bye = ""
+        """Text of the last BYE response."""
         self._trace = Trace()
         self._challenge = b""
-        """What the last continuation request said."""
+        """Text of the last continuation request."""
         self._exists = 0
-        """Messages in the selected mailbox, by the server's word."""
-        self._renewals = _SPARE_FETCHES
+        """Number of messages in the selected mailbox, according to the server."""
+        self._renewals = _EXTRA_FETCHES
         self._protected = False
-        """Whether `protect` has found that what is secret may be sent."""
+        """Whether `protect` has found that secrets may be sent."""
         self.alive = True
         self.greeting = ""
-        """The server's first line, without what marks it as a greeting."""
+        """The server's first line, without its status."""
         self.preauthenticated = False
-        """Whether the greeting was PREAUTH: the server knows who we are, and no login is to be made."""
-        self.greeting_capabilities: frozenset[str] = frozenset()
-        """Upper case; before the login what is offered then, afterwards what there is afterwards."""
+        """Whether the greeting was PREAUTH: the server knows the user already, and there is no login."""
+        self.capabilities: frozenset[str] = frozenset()
+        """In upper case, as the server announced them for the present state: before or after the login."""
 
     @classmethod
     def open(cls, account: Account, context: ssl.SSLContext, timeout: float) -> "Wire":
@@ -397,37 +148,68 @@ class Wire:
 
     @classmethod
     def greet(cls, sock: socket.socket, account: Account, timeout: float) -> "Wire":
-        """Read the greeting and ask for the capabilities; takes ``sock`` over. Raises ConnectionLost."""
-        stream = _Stream(sock, timeout)
+        """Read the greeting and learn the capabilities. Takes over ``sock``; raises ConnectionLost."""
+        wire = cls(SocketStream(sock, timeout), account)
         try:
-            client = _Client(stream, account.host)
-        except Exception as error:
-            sock.close()
-            if isinstance(error, TimeoutError) and account.security == "starttls":
+            greeting = wire._read_greeting()
+            # Before TLS the answer decides whether TLS is used at all. A greeting may announce only some of
+            # the capabilities, so the server is asked. After TLS the greeting saves a round trip.
+            announced = greeting.argument if wire.encrypted and greeting.code == "CAPABILITY" else b""
+            wire._learn_capabilities(announced)
+            if not announced and not wire.capabilities & _VERSIONS:
+                raise wire._not_imap("it announces no version of IMAP")
+        except BaseException:
+            wire.close()
+            raise
+        return wire
+
+    def _read_greeting(self) -> Completion:
+        """Read the first line (RFC 9051 section 7.1)."""
+        account = self._account
+        where = f"{account.host}:{account.port}"
+        try:
+            line = self._stream.readline()
+        except StreamEnded as ended:
+            if isinstance(ended.error, EOFError):
+                raise ConnectionLost(f"{where} closed the connection before its greeting") from None
+            if isinstance(ended.error, TimeoutError) and account.security == "starttls":
                 raise TimedOut(
-                    f"{account.host}:{account.port} is connected but did not greet within {timeout:g} s:"
+                    f"{where} is connected but did not greet within {self._stream.timeout:g} s:"
                     " if that is its port for TLS (usually 993), write imaps://"
                 ) from None
-            raise connect.explain(error, account, timeout) from None
-        wire = cls(stream, account)
-        kind, _, wire.greeting = client.welcome.decode("utf-8", "replace").strip()[2:].partition(" ")
-        wire.preauthenticated = wire._trace.let_in = kind.upper() == "PREAUTH"
-        wire.greeting_capabilities = frozenset(name.upper() for name in client._imap.capabilities)
-        return wire
+            raise connect.explain(ended.error, account, self._stream.timeout) from None
+        greeting = Completion.parse(line[2:]) if _GREETING.match(line) else None
+        if greeting is not None and greeting.status != "BYE":
+            self.greeting = line.decode("utf-8", "replace").strip()[2:].partition(" ")[2]
+            self.preauthenticated = self._trace.logged_in = greeting.status == "PREAUTH"
+            return greeting
+        code = greeting.code if greeting is not None else ""
+        words = _shortened(line[6:] if greeting is not None else line)
+        wait = asked_wait(code, words)
+        if wait is not None:
+            raise ServerBusy(f"{where} accepts no connections now: {words}", wait)
+        if greeting is None:
+            raise self._not_imap(words or "its first line is empty")
+        raise ConnectionLost(f"{where} closed the connection: {words or 'it gave no reason'}")
+
+    def _not_imap(self, words: str) -> ConnectionLost:
+        account = self._account
+        return ConnectionLost(f"{account.host}:{account.port} did not greet as an IMAP server: {words}")
 
     @property
     def encrypted(self) -> bool:
+        """Whether the connection uses TLS."""
         return isinstance(self._stream.sock, ssl.SSLSocket)
 
     @property
     def sock(self) -> socket.socket:
-        """For those who want to know more about the connection; not to be read from."""
+        """The socket, to inspect the connection; never read from it."""
         return self._stream.sock
 
     def protect(self, context: ssl.SSLContext) -> None:
-        """Have TLS from here on, or a connection that may do without: nothing secret goes out before.
+        """Use TLS from here on, or find that the connection may do without; no secret is sent before.
 
-        TLS is used wherever it is offered. There is no login without having called this. Raises TlsError.
+        TLS is used wherever it is offered. No login is possible before this call. Raises TlsError.
         """
         if not self.encrypted:
             self._protect(context)
@@ -435,128 +217,124 @@ class Wire:
 
     def _protect(self, context: ssl.SSLContext) -> None:
         account = self._account
-        may_do_without = not account.names_certificates and (
+        plaintext_allowed = not account.names_certificates and (
             account.insecure_plaintext or connect.is_this_machine(account, self._stream.sock)
         )
-        if self.preauthenticated and not may_do_without:
-            # What is logged in already cannot turn to TLS any more (RFC 9051 section 6.2.1).
+        if self.preauthenticated and not plaintext_allowed:
+            # STARTTLS is not allowed once logged in (RFC 9051 section 6.2.1).
             raise TlsError(
-                f"{account.host} lets us in before there is TLS (PREAUTH), which is an attack or a mistake:"
+                f"{account.host} logs us in before TLS (PREAUTH), which is an attack or a mistake:"
                 " not used; write imaps:// if it has a port for TLS (usually 993)"
             )
-        if "STARTTLS" in self.greeting_capabilities and not self.preauthenticated:
+        if "STARTTLS" in self.capabilities and not self.preauthenticated:
             self.start_tls(context)
-        elif not may_do_without:
+        elif not plaintext_allowed:
             raise TlsError(
                 f"{account.host} does not offer STARTTLS, and without it the password would go in the clear",
                 remedy="write imaps:// if it has a port for TLS (usually 993)",
             )
 
     def start_tls(self, context: ssl.SSLContext) -> None:
-        """STARTTLS (RFC 9051 section 6.2.1): nothing that was said before it counts any more.
+        """Run STARTTLS (RFC 9051 section 6.2.1), and forget everything that the server said before.
 
         Raises TlsError, ConnectionLost.
         """
         account = self._account
         (completion,) = self.execute_all([(b"STARTTLS",)])
         if completion.status != "OK":
-            said = (completion.text or completion.status)[:200]
+            words = (completion.text or completion.status)[:200]
             raise TlsError(
-                f"{account.host} refused STARTTLS: {said}: write imaps:// if it has a TLS port (usually 993)"
+                f"{account.host} refused STARTTLS: {words}: write imaps:// if it has a TLS port (usually 993)"
             )
-        if self._stream.has_more():
+        if self._stream.has_pending_input():
             self.abort()
             raise TlsError(
-                f"{account.host} went on in plaintext after it had agreed to TLS, as somebody would who puts"
-                " words in its mouth: not used; check the network, or write imaps:// (usually port 993)"
+                f"{account.host} went on in plaintext after it agreed to STARTTLS, which looks like an"
+                " injection attack: not used; check the network, or write imaps:// (usually port 993)"
             )
-        with self._breaking():
+        with self._dead_after_error():
             secured = connect.secure(self._stream.sock, account, context, self._stream.timeout)
-        self._stream = _Stream(secured, self._stream.timeout)
+        self._stream = SocketStream(secured, self._stream.timeout)
         self._bye, self._exists = "", 0
         self._learn_capabilities(b"")
 
     def _learn_capabilities(self, announced: bytes) -> None:
-        """Note the capabilities, as ``announced`` or as asked for now where nothing was."""
-
-        def take(response: Response) -> None:
-            nonlocal announced
-            if response[0][:13].upper() == b"* CAPABILITY ":
-                announced = response[0][13:]
-
+        """Set the capabilities to ``announced``; ask the server where that is empty."""
         if not announced:
-            self.execute_all([(b"CAPABILITY",)], on_response=take)
-        self.greeting_capabilities = frozenset(_upper(c) for c in announced.split())
+            collector = _CapabilityCollector()
+            self.execute_all([(b"CAPABILITY",)], on_response=collector.take)
+            announced = collector.announced
+        self.capabilities = frozenset(name.decode("ascii", "replace").upper() for name in announced.split())
 
     def login(self, user: Part, password: Part) -> Completion:
-        """The LOGIN command (RFC 9051 section 6.2.3); with OK the capabilities are those afterwards."""
+        """Run LOGIN (RFC 9051 section 6.2.3). After OK, `capabilities` are those after the login."""
         self._check_protected()
-        announced = _Announced()
-        (completion,) = self.execute_all([(b"LOGIN ", user, b" ", password)], on_response=announced.take)
-        self._logged_in(completion, announced)
+        collector = _CapabilityCollector()
+        (completion,) = self.execute_all([(b"LOGIN ", user, b" ", password)], on_response=collector.take)
+        self._after_login(completion, collector)
         return completion
 
     def authenticate(self, mechanism: Mechanism, sent: list[bytes]) -> Completion:
-        """AUTHENTICATE (RFC 9051 section 6.2.2); with OK the capabilities are those afterwards.
+        """Run AUTHENTICATE (RFC 9051 section 6.2.2). After OK, `capabilities` are those after the login.
 
-        ``sent`` gets what went out, in base64: for the caller to keep out of errors. Raises what
-        ``mechanism`` raises.
+        Everything that was sent, in base64, is added to ``sent``, so that the caller can keep it out of
+        errors. Raises what ``mechanism`` raises.
         """
         self._check_protected()
-        announced = _Announced()
+        collector = _CapabilityCollector()
         tag = self._next_tag()
         done: dict[bytes, Completion] = {}
         command = tag + b" AUTHENTICATE " + mechanism.name.encode()
         first = base64.b64encode(mechanism.initial())
         sent.append(first)
-        with self._breaking():
-            self._stream.renew()
+        with self._dead_after_error():
+            self._stream.renew_deadline()
             if self._trace.on:
                 self._trace.sent(tag, [b"AUTHENTICATE ", mechanism.name.encode()])
-            # With an initial response a round trip is saved (RFC 4959).
-            at_once = "SASL-IR" in self.greeting_capabilities
+            # An initial response saves a round trip (RFC 4959).
+            at_once = "SASL-IR" in self.capabilities
             self._stream.write(command + (b" " + (first or b"=") if at_once else b"") + b"\r\n")
             answer: bytes | None = None if at_once else first
-            for _ in range(_CHALLENGES):
-                while tag not in done and not self._read_response(announced.take, None, done):
+            for _ in range(_MAX_CHALLENGES):
+                while tag not in done and not self._read_response(collector.take, None, done):
                     pass
                 if tag in done:
                     break
                 if answer is None:
-                    if len(self._challenge) > _LONGEST_CHALLENGE:
-                        raise ProtocolError(f"{self._account.host} sent a challenge without an end")
-                    response = mechanism.respond(_challenge(self._challenge))
-                    # Whatever else the server wants to know, it is told that there is no more.
+                    if len(self._challenge) > _MAX_CHALLENGE:
+                        raise ProtocolError(f"{self._account.host} sent a challenge that is too long")
+                    response = mechanism.respond(_decoded_challenge(self._challenge))
+                    # "*" cancels the exchange: the mechanism has nothing more to say.
                     answer = b"*" if response is None else base64.b64encode(response)
                     sent.append(answer)
                 self._stream.write(answer + b"\r\n")
                 answer = None
             else:
                 raise ProtocolError(f"{self._account.host} does not come to an end with the login")
-        self._logged_in(done[tag], announced)
+        self._after_login(done[tag], collector)
         return done[tag]
 
     def _check_protected(self) -> None:
         if not self._protected:
             raise TlsError(f"the connection to {self._account.host} is not protected: no login")
 
-    def trust(self) -> None:
-        """End the limits of the time before the login, when the server and we know each other."""
-        self._stream.trust()
+    def lift_login_limits(self) -> None:
+        """Accept any amount of data from now on, once server and client have authenticated each other."""
+        self._stream.lift_limit()
 
-    def _logged_in(self, completion: Completion, announced: "_Announced") -> None:
+    def _after_login(self, completion: Completion, collector: "_CapabilityCollector") -> None:
         if completion.status == "OK":
-            self._trace.let_in = True
+            self._trace.logged_in = True
             in_code = completion.argument if completion.code == "CAPABILITY" else b""
-            self._learn_capabilities(in_code or announced.capabilities)
+            self._learn_capabilities(in_code or collector.announced)
 
     def execute(
         self,
         *command: Part,
-        on_response: Callable[[Response], None] | None = None,
+        on_response: OnResponse = _ignore,
         sink_for: SinkFor | None = None,
     ) -> Completion:
-        """Run one command; raises Refused for NO and BAD."""
+        """Run one command. Raises Refused for NO and BAD."""
         completion = self.execute_all([command], on_response=on_response, sink_for=sink_for)[0]
         self.check(command, completion)
         return completion
@@ -565,42 +343,41 @@ class Wire:
         self,
         commands: Sequence[Command],
         *,
-        on_response: Callable[[Response], None] | None = None,
+        on_response: OnResponse = _ignore,
         sink_for: SinkFor | None = None,
     ) -> list[Completion]:
-        """Run commands in one round trip; untagged responses of all of them go to ``on_response``.
+        """Run commands in one round trip, and pass all untagged responses to ``on_response``.
 
-        Each completion is for the caller to `check`. An exception from a callback leaves the connection in
-        the middle of a response: it is then not alive any more.
+        The caller has to `check` each completion. An exception from a callback leaves the connection in the
+        middle of a response, and so ends it.
         """
-        handle = on_response or (lambda _: None)
         done: dict[bytes, Completion] = {}
-        with self._breaking():
-            self._stream.renew()
+        with self._dead_after_error():
+            self._stream.renew_deadline()
             self._allow_fetches()
-            tags = [self._send(command, handle, done) for command in commands]
+            tags = [self._send(command, on_response, done) for command in commands]
             while not all(tag in done for tag in tags):
-                self._read_response(handle, sink_for, done)
+                self._read_response(on_response, sink_for, done)
         return [done[tag] for tag in tags]
 
-    def idle(self, on_response: Callable[[Response], None], wake: int, seconds: float) -> bool:
-        """IDLE (RFC 2177) for ``seconds``, or until the descriptor ``wake`` is readable.
+    def idle(self, on_response: OnResponse, wake: int, seconds: float) -> bool:
+        """Run IDLE (RFC 2177) for ``seconds``, or until the descriptor ``wake`` is readable.
 
-        False if the server has ended it before. Raises Refused. What is said goes to ``on_response`` as it
-        comes.
+        Responses go to ``on_response`` as they arrive. Return false if the server ended IDLE before. Raises
+        Refused.
         """
         done: dict[bytes, Completion] = {}
         command = (b"IDLE",)
-        with self._breaking():
-            self._stream.renew()
+        with self._dead_after_error():
+            self._stream.renew_deadline()
             tag = self._send(command, on_response, done)
-            # Whatever has happened since the last command is said before the continuation request.
+            # The server reports what has happened since the last command before its continuation request.
             while tag not in done and not self._read_response(on_response, None, done):
                 pass
             until = time.monotonic() + seconds
             while tag not in done and self._stream.wait(wake, until - time.monotonic()):
-                # From its first byte on a response is bounded as any other.
-                self._stream.renew()
+                # From its first byte on, the response has a deadline like any other.
+                self._stream.renew_deadline()
                 self._read_response(on_response, None, done)
             ended_here = tag not in done
             if ended_here:
@@ -611,30 +388,28 @@ class Wire:
         return ended_here
 
     @contextlib.contextmanager
-    def _breaking(self) -> Iterator[None]:
-        """After any exception the connection is in the middle of something: it is not alive any more."""
+    def _dead_after_error(self) -> Iterator[None]:
+        """End the connection after any exception, which leaves it in the middle of a command or response."""
         try:
             yield
         except BaseException as error:
             self.alive = False
-            if isinstance(error, _Ended):
-                self._fail(error.error)
+            if isinstance(error, StreamEnded):
+                self._raise_lost(error.error)
             raise
 
     def _allow_fetches(self) -> None:
-        """Allow each message, and some changes beside, to renew the deadline during this command.
+        """Let each message, and some further changes, renew the deadline of the present command.
 
-        So a listing may take as long as it goes on, but a server cannot keep a command alive for ever.
+        A listing may take as long as it makes progress, but a server cannot keep a command alive forever.
         """
-        self._renewals = 2 * self._exists + _SPARE_FETCHES
+        self._renewals = 2 * self._exists + _EXTRA_FETCHES
 
     def _next_tag(self) -> bytes:
         self._tag += 1
         return b"f%d" % self._tag
 
-    def _send(
-        self, command: Command, handle: Callable[[Response], None], done: dict[bytes, Completion]
-    ) -> bytes:
+    def _send(self, command: Command, on_response: OnResponse, done: dict[bytes, Completion]) -> bytes:
         tag = self._next_tag()
         if self._trace.on:
             self._trace.sent(tag, [p if isinstance(p, bytes) else len(p.data) for p in command])
@@ -644,17 +419,17 @@ class Wire:
                 out += part
                 continue
             # LITERAL- allows non-synchronising literals up to 4096 bytes (RFC 7888 section 5).
-            plus = "LITERAL+" in self.greeting_capabilities or (
-                "LITERAL-" in self.greeting_capabilities and len(part.data) <= 4096
+            plus = "LITERAL+" in self.capabilities or (
+                "LITERAL-" in self.capabilities and len(part.data) <= 4096
             )
             out += b"{%d%s}\r\n" % (len(part.data), b"+" if plus else b"")
             if not plus:
                 self._stream.write(bytes(out))
                 out.clear()
-                while not self._read_response(handle, None, done):
+                while not self._read_response(on_response, None, done):
                     if tag in done:
                         return tag  # refused before the literal was sent
-            if len(part.data) > _PROGRESS:
+            if len(part.data) > PROGRESS:
                 self._stream.write(bytes(out))
                 out.clear()
                 self._stream.write(part.data)
@@ -665,11 +440,11 @@ class Wire:
 
     def _read_response(
         self,
-        handle: Callable[[Response], None],
+        on_response: OnResponse,
         sink_for: SinkFor | None,
         done: dict[bytes, Completion],
     ) -> bool:
-        """Read one response and file it; true if it was a continuation request."""
+        """Read one response and dispatch it. Return whether it was a continuation request."""
         stream = self._stream
         line = stream.readline()
         if line[:1] == b"+":
@@ -686,14 +461,14 @@ class Wire:
             return False
         response: Response = []
         sizes: list[int] = []
-        human = _HUMAN.match(line)
-        while not human and (m := _LITERAL.search(line, max(0, len(line) - 24))):
+        text_only = _STATUS_RESPONSE.match(line)
+        while not text_only and (m := _LITERAL.search(line, max(0, len(line) - 24))):
             response.append(line[: m.start()])
             size = number(m.group(1))
             sizes.append(size)
             sink = sink_for(response, size) if sink_for else None
             if sink is not None:
-                stream.pour(size, sink.write)
+                stream.copy_to(sink.write, size)
                 response.append(b"")
             elif size > MAX_LITERAL:
                 raise ProtocolError(f"{self._account.host} announced {size} bytes where a few were expected")
@@ -702,17 +477,17 @@ class Wire:
             line = stream.readline()
         response.append(line)
         if self._trace.on:
-            self._trace.heard(response, sizes)
+            self._trace.received(response, sizes)
         if b" FETCH " in response[0][:24]:
             self._renewals -= 1
             if self._renewals > 0:
-                stream.progress()
-        elif m := _EXISTS.match(line):
-            self._exists = int(m[1])
+                stream.note_progress()
+        elif (exists := parse_exists(line)) is not None:
+            self._exists = exists
             self._allow_fetches()
         elif line[:6].upper() == b"* BYE ":
             self._bye = line[6:].decode("utf-8", "replace").strip()
-        handle(response)
+        on_response(response)
         return False
 
     def check(self, command: Command, completion: Completion) -> None:
@@ -723,43 +498,43 @@ class Wire:
         verb = b" ".join(first.split()[:2]) if isinstance(first, bytes) else b"command"
         code = f" [{completion.code}]" if completion.code else ""
         words = completion.text or completion.status
-        said = f"{self._account.host} refused {verb.decode('ascii', 'replace')}:{code} {words}"
+        problem = f"{self._account.host} refused {verb.decode('ascii', 'replace')}:{code} {words}"
         remedy = refusals.explain_later(words)
         wait = asked_wait(completion.code, completion.text)
         if wait is not None:
-            raise Throttled(said, completion.code, wait, remedy=remedy)
-        raise Refused(said, completion.code, remedy=remedy)
+            raise Throttled(problem, completion.code, wait, remedy=remedy)
+        raise Refused(problem, completion.code, remedy=remedy)
 
-    def _fail(self, error: OSError | EOFError) -> NoReturn:
-        """Turn what ended the connection into an error of ours."""
+    def _raise_lost(self, error: OSError | EOFError) -> NoReturn:
+        """Raise the error that says what ended the connection."""
         host = self._account.host
-        # With an errno it is the kernel that gave up on the connection, long before.
+        # With an errno the kernel has given up on the connection, long before the deadline.
         if isinstance(error, TimeoutError) and error.errno is None:
             raise TimedOut(f"{host} did not answer within {self._stream.timeout:g} s") from None
         if self._bye:
-            said = f"{host} closed the connection: {self._bye}"
-            farewell = Completion.parse(b"BYE " + self._bye.encode())
-            wait = asked_wait(farewell.code, farewell.text) if farewell else None
+            problem = f"{host} closed the connection: {self._bye}"
+            bye = Completion.parse(b"BYE " + self._bye.encode())
+            wait = asked_wait(bye.code, bye.text) if bye else None
             if wait is not None:
-                raise ServerBusy(said, wait) from None
-            raise ConnectionLost(said) from None
+                raise ServerBusy(problem, wait) from None
+            raise ConnectionLost(problem) from None
         if isinstance(error, ssl.SSLError) and error.reason:
             raise ConnectionLost(f"TLS to {host} broke: {connect.words(error.reason)}") from None
-        detail = getattr(error, "strerror", None) or "the connection ended without a word"
-        lost = NetworkLost if getattr(error, "errno", None) in _NETWORK else ConnectionLost
+        detail = getattr(error, "strerror", None) or "it closed the connection without a reason"
+        lost = NetworkLost if getattr(error, "errno", None) in _NETWORK_ERRORS else ConnectionLost
         raise lost(f"lost the connection to {host}: {detail}") from None
 
     def has_hung_up(self) -> bool:
-        """Whether the server has ended the connection, or it broke; only while no command is under way."""
-        look = select.poll()
+        """Return whether the server has ended the connection, or it broke. Only between commands."""
+        poll = select.poll()
         try:
-            look.register(self._stream.sock, select.POLLRDHUP)
+            poll.register(self._stream.sock, select.POLLRDHUP)
         except (OSError, ValueError):
             return True
-        return bool(look.poll(0))
+        return bool(poll.poll(0))
 
     def is_stranded(self) -> bool:
-        """Whether this machine has lost the address that the connection is from."""
+        """Return whether this machine has lost the address that the connection uses."""
         own = self._stream.sock
         try:
             with socket.socket(own.family, socket.SOCK_STREAM) as trial:
@@ -770,39 +545,40 @@ class Wire:
         return False
 
     def abort(self) -> None:
-        """From any thread: end the connection at once, which wakes a thread that waits in it."""
+        """End the connection at once, from any thread; a thread that waits in it wakes up."""
         self.alive = False
         with contextlib.suppress(OSError):
-            # Not SSLSocket's own shutdown, which would discard the TLS state under the reader's feet.
+            # Not SSLSocket.shutdown, which would discard the TLS state while another thread reads.
             socket.socket.shutdown(self._stream.sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close without a word; safe to call twice."""
+        """Close without LOGOUT; may be called twice."""
         self.alive = False
         with contextlib.suppress(OSError):
             self._stream.sock.close()
 
 
-class _Announced:
-    """Takes the responses to a login: what the server says of its capabilities (RFC 9051 section 7.2.2)."""
+class _CapabilityCollector:
+    """Collects the capabilities that untagged responses announce (RFC 9051 sections 7.1 and 7.2.2)."""
 
     def __init__(self) -> None:
-        self.capabilities = b""
+        self.announced = b""
 
     def take(self, response: Response) -> None:
         if response[0][:13].upper() == b"* CAPABILITY ":
-            self.capabilities = response[0][13:]
+            self.announced = response[0][13:]
         elif response[0][:16].upper() == b"* OK [CAPABILITY":
-            self.capabilities = response[0][16:].partition(b"]")[0]
+            self.announced = response[0][16:].partition(b"]")[0]
 
 
-def _challenge(text: bytes) -> bytes:
-    """A challenge decoded; one that is not base64 says nothing."""
+def _shortened(line: bytes) -> str:
+    """Return a server's line in short and printable, for an error message."""
+    return one_line(" ".join(line.decode("utf-8", "replace").split()))[:200]
+
+
+def _decoded_challenge(text: bytes) -> bytes:
+    """Decode a challenge; one that is not base64 is taken for empty."""
     try:
         return base64.b64decode(text, validate=True)
     except binascii.Error:
         return b""
-
-
-def _upper(capability: bytes) -> str:
-    return capability.decode("ascii", "replace").upper()

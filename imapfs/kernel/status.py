@@ -45,7 +45,7 @@ class MountStatus:
 
     def _status(self) -> dict[str, object]:
         config, pool, cache = self._config, self._pool, self._cache
-        pool.look()
+        pool.check_idle()
         messages, bodies, size = cache.totals()
         waiting = [
             {
@@ -67,7 +67,7 @@ class MountStatus:
             "since": pool.since.isoformat(timespec="seconds"),
             **self._next_try(),
             "read_only": config.read_only,
-            "connections": {"open": pool.open, "most": pool.most, "limit": pool.limit},
+            "connections": {"open": pool.open, "most": pool.current_limit, "limit": pool.limit},
             "push": self._watching.status(),
             "cache": {
                 "path": str(cache.directory),

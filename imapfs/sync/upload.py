@@ -463,7 +463,7 @@ class Uploader:
             else:
                 self._refuse(prepared.job, Refused("the server took it but does not show it: look there"))
         if throttled is not None:
-            self._pool.slow_down(throttled)
+            self._pool.throttle(throttled)
             raise throttled
 
     async def _look_up(self, uncertain: Sequence[Draft]) -> set[Ino]:

@@ -23,16 +23,16 @@ import trio
 
 from imapfs.errors import ImapfsError, MailboxGone, NotSupported
 from imapfs.imap.idle import (
-    Began,
-    Event,
-    Exists,
-    Flagged,
-    Listed,
-    Opened,
-    Status,
-    Tree,
-    Vanished,
+    AllMailboxes,
+    CountChanged,
+    FlagsChanged,
+    MailboxChanged,
+    MailboxOpened,
+    MessagesVanished,
+    StatusChanged,
     Watch,
+    WatchBegan,
+    WatchEvent,
 )
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
@@ -189,7 +189,7 @@ class Push:
     async def _watch_forever(self) -> None:
         pause = _Pause()
         while True:
-            await self._pool.until_online()
+            await self._pool.wait_until_online()
             try:
                 how = await self._pool.run(self._choose)
                 if how != self._how or not self._chosen.is_set():
@@ -282,7 +282,7 @@ class Push:
 
     # -- what is told --------------------------------------------------------------------------------------
 
-    def hear(self, watcher: "_Watcher", events: Sequence[Event]) -> None:
+    def hear(self, watcher: "_Watcher", events: Sequence[WatchEvent]) -> None:
         """Take what the server said to a watcher. Called by trio itself, which no error must reach."""
         try:
             for event in events:
@@ -290,26 +290,26 @@ class Push:
         except Exception as error:
             report(error, "what the server told was not understood")
 
-    def _hear(self, watcher: "_Watcher", event: Event) -> None:
+    def _hear(self, watcher: "_Watcher", event: WatchEvent) -> None:
         box = watcher.selected
         match event:
-            case Began():
+            case WatchBegan():
                 watcher.live = True
                 self._fresh.watch(None if watcher.key == ROOT else watcher.key, watcher.since)
-            case Tree(entries):
+            case AllMailboxes(entries):
                 if self._sync.is_known(entries):
                     self._fresh.asked(ROOT, watcher.since)
                 else:
                     self._changed(ROOT)
-            case Listed(entry):
+            case MailboxChanged(entry):
                 is_there = "\\nonexistent" not in entry.attributes
                 if is_there != (self._cache.mailbox_named(entry.name) is not None):
                     self._changed(ROOT)
-            case Status(mailbox, numbers):
+            case StatusChanged(mailbox, numbers):
                 named = self._cache.mailbox_named(mailbox)
                 if named is not None:
                     self._look(named.ino, numbers, None if watcher.live else watcher.since)
-            case Opened(state) if box is not None:
+            case MailboxOpened(state) if box is not None:
                 numbers = {
                     "UIDVALIDITY": state.uidvalidity,
                     "UIDNEXT": state.uidnext,
@@ -325,16 +325,16 @@ class Push:
             case _ if box is not None and self._is_news(box.ino, event):
                 self._changed(box.ino)
 
-    def _is_news(self, ino: Ino, event: Event) -> bool:
+    def _is_news(self, ino: Ino, event: WatchEvent) -> bool:
         """Whether the cache does not know it yet. What was done here comes back, and it does."""
         match event:
             case _ if self._fresh.has_news(ino) or self._sync.is_refreshing(ino):
                 return True  # there may be more to it than can be said now
-            case Exists(count):
+            case CountChanged(count):
                 return count != self._cache.counts(ino)[0]
-            case Vanished(ranges):
+            case MessagesVanished(ranges):
                 return any(low <= self._cache.last_uid(ino, high + 1) for low, high in ranges)
-            case Flagged(uid, modseq):
+            case FlagsChanged(uid, modseq):
                 known = self._cache.message(ino, Uid(uid))
                 details = self._cache.details(known.ino) if known is not None else None
                 return details is None or not 0 < modseq <= details.modseq
@@ -444,7 +444,7 @@ class Push:
 
 
 class _Watcher:
-    """One watch and what it stands for: a `imapfs.imap.pool.Watcher`."""
+    """One watch and what it stands for: a `imapfs.imap.pool.Preemptible`."""
 
     def __init__(self, push: Push, key: Ino, selected: Mailbox | None) -> None:
         self.key = key
@@ -484,7 +484,7 @@ class _Watcher:
         self._watch.close()
         self._push.unwatch(self.key)
 
-    def _heard(self, events: Sequence[Event]) -> None:
+    def _heard(self, events: Sequence[WatchEvent]) -> None:
         if not self._ended:
             self._push.hear(self, events)
 

@@ -8,17 +8,17 @@ import pytest
 from imapfs.errors import ConnectionLost, ImapfsError, NotSupported, Throttled, TimedOut
 from imapfs.imap import idle
 from imapfs.imap.idle import (
-    Began,
-    Event,
-    Exists,
-    Expunged,
-    Flagged,
-    Listed,
-    Opened,
-    Status,
-    Tree,
-    Vanished,
+    AllMailboxes,
+    CountChanged,
+    FlagsChanged,
+    MailboxChanged,
+    MailboxOpened,
+    MessageExpunged,
+    MessagesVanished,
+    StatusChanged,
     Watch,
+    WatchBegan,
+    WatchEvent,
 )
 from tests.support.accounts import session
 from tests.support.mail import plain
@@ -33,15 +33,15 @@ class Listener:
     """Takes what a watch hears, and waits for it."""
 
     def __init__(self) -> None:
-        self.events: list[Event] = []
+        self.events: list[WatchEvent] = []
         self._heard = threading.Condition()
 
-    def __call__(self, events: list[Event]) -> None:
+    def __call__(self, events: list[WatchEvent]) -> None:
         with self._heard:
             self.events += events
             self._heard.notify_all()
 
-    def wait_for(self, *events: Event) -> None:
+    def wait_for(self, *events: WatchEvent) -> None:
         """Wait until these were heard, in this order, with others between them."""
 
         def came() -> bool:
@@ -107,7 +107,7 @@ def idling(*said: bytes, before: bytes = b"") -> Callable[[bytes, bytes], Iterab
 
 def test_what_is_said_before_the_continuation_request_is_heard(ca: CertificateAuthority) -> None:
     with Scripted(ca, script=idling(before=b"* 4 EXISTS\r\n")) as server, Watching(server) as watching:
-        watching.listener.wait_for(Began(), Exists(4))
+        watching.listener.wait_for(WatchBegan(), CountChanged(4))
     assert watching.usable
 
 
@@ -121,27 +121,27 @@ def test_data_in_pieces_is_put_together(ca: CertificateAuthority) -> None:
         b"SHED 3:5,8\r\n",
     ]
     with Scripted(ca, script=idling(*pieces)) as server, Watching(server) as watching:
-        watching.listener.wait_for(Exists(2), Flagged(7, 9), Vanished([(3, 5), (8, 8)]))
+        watching.listener.wait_for(CountChanged(2), FlagsChanged(7, 9), MessagesVanished([(3, 5), (8, 8)]))
     assert watching.usable
 
 
 def test_what_comes_in_one_record_is_all_heard_at_once(ca: CertificateAuthority) -> None:
     said = b"".join(b"* %d EXPUNGE\r\n" % n for n in range(500, 0, -1)) + b"* 9 EXISTS\r\n"
     with Scripted(ca, script=idling(said)) as server, Watching(server) as watching:
-        watching.listener.wait_for(*[Expunged()] * 500, Exists(9))
+        watching.listener.wait_for(*[MessageExpunged()] * 500, CountChanged(9))
 
 
 def test_what_means_nothing_is_no_event(ca: CertificateAuthority) -> None:
     said = b"* OK Still here\r\n* 0 RECENT\r\n* FLAGS (\\Seen)\r\n* OK [HIGHESTMODSEQ 5] x\r\n* 1 EXISTS\r\n"
     with Scripted(ca, script=idling(said)) as server, Watching(server) as watching:
-        watching.listener.wait_for(Exists(1))
-    assert [type(event) for event in watching.listener.events] == [Opened, Began, Exists]
+        watching.listener.wait_for(CountChanged(1))
+    assert [type(event) for event in watching.listener.events] == [MailboxOpened, WatchBegan, CountChanged]
 
 
 def test_idle_is_renewed(ca: CertificateAuthority, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(idle, "RENEWAL", 0.05)
     with Scripted(ca, script=idling(b"* 1 EXISTS\r\n")) as server, Watching(server) as watching:
-        watching.listener.wait_for(*[Exists(1)] * 3)
+        watching.listener.wait_for(*[CountChanged(1)] * 3)
     assert server.commands.count(b'EXAMINE "INBOX"') == 1
     assert watching.usable
 
@@ -180,7 +180,7 @@ def test_done_that_is_not_answered_ends_the_connection(ca: CertificateAuthority)
         script = idling()
         server.script = lambda tag, command: server.hang() if tag == b"DONE" else script(tag, command)
         with Watching(server, timeout=0.2) as watching:
-            watching.listener.wait_for(Began())
+            watching.listener.wait_for(WatchBegan())
     assert isinstance(watching.error, TimedOut)
 
 
@@ -189,14 +189,14 @@ def test_half_a_line_has_to_go_on(ca: CertificateAuthority) -> None:
     with Scripted(ca, script=script) as server, Watching(server, timeout=0.2) as watching:
         watching.wait()
     assert isinstance(watching.error, TimedOut)
-    assert Exists(1) in watching.listener.events
+    assert CountChanged(1) in watching.listener.events
 
 
 def test_silence_is_no_failure(ca: CertificateAuthority, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(idle, "RENEWAL", 0.6)
     script = idling(before=b"* 1 EXISTS\r\n")
     with Scripted(ca, script=script) as server, Watching(server, timeout=0.3) as watching:
-        watching.listener.wait_for(Exists(1), Exists(1))
+        watching.listener.wait_for(CountChanged(1), CountChanged(1))
     assert watching.usable
 
 
@@ -215,7 +215,7 @@ def test_connection_that_ends_in_idle_is_lost(ca: CertificateAuthority) -> None:
 
 def test_connection_ended_from_another_thread_wakes_the_watch(ca: CertificateAuthority) -> None:
     with Scripted(ca, script=idling()) as server, Watching(server) as watching:
-        watching.listener.wait_for(Began())
+        watching.listener.wait_for(WatchBegan())
         watching.abort()
         watching.wait()
     assert isinstance(watching.error, ConnectionLost)
@@ -235,9 +235,16 @@ def test_notify_tells_of_all_mailboxes(ca: CertificateAuthority) -> None:
         Watching(server, everywhere=True) as watching,
     ):
         heard = watching.listener
-        heard.wait_for(Status(b"a", {"MESSAGES": 3}), Began(), Status(b"a", {"UIDNEXT": 4}), Exists(1))
-    assert [e.entry.name for e in heard.events if isinstance(e, Listed)] == [b"b"]
-    assert [[one.name for one in e.entries] for e in heard.events if isinstance(e, Tree)] == [[b"INBOX"]]
+        heard.wait_for(
+            StatusChanged(b"a", {"MESSAGES": 3}),
+            WatchBegan(),
+            StatusChanged(b"a", {"UIDNEXT": 4}),
+            CountChanged(1),
+        )
+    assert [e.entry.name for e in heard.events if isinstance(e, MailboxChanged)] == [b"b"]
+    assert [[one.name for one in e.entries] for e in heard.events if isinstance(e, AllMailboxes)] == [
+        [b"INBOX"]
+    ]
     assert server.commands[-3].startswith(b"NOTIFY SET (selected-delayed")
     assert watching.usable
 
@@ -272,14 +279,14 @@ def test_overflow_ends_the_watch(ca: CertificateAuthority) -> None:
 def test_real_server_tells_of_a_change_right_after_the_beginning(user: Account) -> None:
     user.append("INBOX", plain(1), 1_700_000_000)
     with Watching(user, everywhere=True) as watching:
-        watching.listener.wait_for(Began())
+        watching.listener.wait_for(WatchBegan())
         user.append("INBOX", plain(2), 1_700_000_000)
         user.append("Sent", plain(3), 1_700_000_000)
-        watching.listener.wait_for(Exists(2))
+        watching.listener.wait_for(CountChanged(2))
         with watching.listener._heard:
             assert watching.listener._heard.wait_for(
                 lambda: any(
-                    isinstance(event, Status)
+                    isinstance(event, StatusChanged)
                     and event.mailbox == b"Sent"
                     and event.numbers.get("MESSAGES") == 1
                     for event in watching.listener.events

@@ -53,7 +53,7 @@ def test_scram_as_in_rfc_7677() -> None:
         (b"r=nonce+,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=-5", None, "malformed"),
         (b"m=x,r=nonce+,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096", None, "malformed"),
         (b"\xff", None, "malformed"),
-        (b"r=nonce+,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=2000001", None, "beyond reason"),
+        (b"r=nonce+,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=2000001", None, "which is too many"),
         (b"r=nonce+,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=1", b"v=AAAA", "does not know"),
         (b"r=nonce+,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=1", b"", "does not know"),
     ],
@@ -345,7 +345,7 @@ def test_impostor_is_not_taken_for_the_server(ca: CertificateAuthority) -> None:
 def test_no_password_goes_to_a_server_that_disables_login(ca: CertificateAuthority) -> None:
     server = Scripted(ca, capabilities=b"IMAP4rev1 LOGINDISABLED")
     assert "app password" in str(refusal(server, Secret("secret")))
-    assert server.commands == [b"CAPABILITY"]
+    assert server.commands == []
 
 
 class _Renewing:

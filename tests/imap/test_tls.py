@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import socket
 import ssl
 import warnings
 from collections.abc import Iterable, Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from imapfs.errors import ConnectionLost, ImapfsError, ProtocolError, TimedOut, TlsError
+from imapfs.errors import ConnectionLost, ImapfsError, ProtocolError, ServerBusy, TimedOut, TlsError
 from imapfs.imap import connect
 from imapfs.imap.connect import tls_context
 from imapfs.imap.login import log_in
@@ -124,7 +125,7 @@ def test_server_that_wants_a_certificate_says_so(
         where = address(server)
         error = refusal(where)
         assert isinstance(error, TlsError)
-        assert "it may want a certificate of yours, --client-cert" in str(error)
+        assert "it may require a client certificate, --client-cert" in str(error)
         certificate, key = ca.issue(client="alice")
         connected(dataclasses.replace(where, client_cert=certificate, client_key=key)).close()
         certificate, key = strangers.issue(client="alice")
@@ -139,9 +140,9 @@ def test_server_that_wants_a_certificate_says_so(
         ("missing.pem", None, "No such file"),
         ("empty.pem", None, "must be in PEM form"),
         ("alice.pem", None, "must be in PEM form"),
-        ("alice.pem", "bob.key", "not that of the certificate"),
+        ("alice.pem", "bob.key", "does not belong to the certificate"),
         ("alice.pem", "locked.key", "has a passphrase"),
-        ("alice.pem", "alice.key", r"everybody's to access \(mode 0604\): chmod 600"),
+        ("alice.pem", "alice.key", r"accessible to all users \(mode 0604\): chmod 600"),
     ],
 )
 def test_unusable_client_certificate_is_explained(
@@ -172,7 +173,7 @@ def test_unusable_client_certificate_is_explained(
 
 @pytest.mark.parametrize("host", [f"{'a' * 64}.example", "a..example", f"{'ä' * 60}.example"])
 def test_name_that_no_host_can_have_is_told(host: str) -> None:
-    assert "cannot be a host's: check its spelling" in str(refusal(Account(host, "alice")))
+    assert "is not a valid host name: check its spelling" in str(refusal(Account(host, "alice")))
 
 
 # -- STARTTLS
@@ -201,7 +202,7 @@ def test_starttls_secures_the_connection(both_ports: Dovecot) -> None:
     where = by_starttls(both_ports)
     wire = Wire.open(where, tls_context(where), TIMEOUT)
     assert wire.encrypted
-    assert "AUTH=PLAIN" in wire.greeting_capabilities
+    assert "AUTH=PLAIN" in wire.capabilities
     wire.close()
     connected(where).close()
 
@@ -348,7 +349,7 @@ def test_what_was_said_before_tls_does_not_count(ca: CertificateAuthority) -> No
     with server:
         where = by_starttls(server)
         wire = Wire.open(where, tls_context(where), TIMEOUT)
-        assert wire.greeting_capabilities == {"IMAP4REV1", "AUTH=STRONG"}
+        assert wire.capabilities == {"IMAP4REV1", "AUTH=STRONG"}
         with pytest.raises(ConnectionLost) as caught:
             wire.execute(b"NOOP")
         assert "nonsense" not in str(caught.value)
@@ -415,11 +416,11 @@ def _forever(start: bytes, piece: bytes) -> Iterator[bytes]:
 def test_endless_greeting_is_cut_off(
     ca: CertificateAuthority, start: bytes, piece: bytes, plain: bool
 ) -> None:
-    with Scripted(ca, script=endless(start, piece), plain=plain) as server:
+    with Scripted(ca, script=endless(start, piece), greeting=b"* OK ready", plain=plain) as server:
         where = by_starttls(server) if plain else address(server)
         error = refusal(where)
         assert isinstance(error, ProtocolError)
-        assert "without an end" in str(error)
+        assert ("bytes where a few were expected" if b"{4" in start else "without an end") in str(error)
 
 
 def test_greeting_that_trickles_ends_with_the_timeout(ca: CertificateAuthority) -> None:
@@ -433,10 +434,79 @@ def test_greeting_that_trickles_ends_with_the_timeout(ca: CertificateAuthority) 
 
 
 @pytest.mark.parametrize(
-    "greeting", [b"220 smtp.example.org ESMTP", b"SSH-2.0-OpenSSH_9", b"* BYE full", b""]
+    ("greeting", "says"),
+    [
+        (b"220 smtp.example.org ESMTP", "did not greet as an IMAP server: 220 smtp.example.org ESMTP"),
+        (b"SSH-2.0-OpenSSH_9", "did not greet as an IMAP server: SSH-2.0-OpenSSH_9"),
+        (b"* OKAY", "did not greet as an IMAP server: * OKAY"),
+        (b"* NO", "did not greet as an IMAP server: * NO"),
+        (b"\x1b[2J\xff", "did not greet as an IMAP server: \\x1b[2J\N{REPLACEMENT CHARACTER}"),
+        (b"", "did not greet as an IMAP server: its first line is empty"),
+        (b"* BYE full", "closed the connection: full"),
+        (b"* BYE", "closed the connection: it gave no reason"),
+    ],
 )
-def test_what_is_no_imap_server_is_told(ca: CertificateAuthority, greeting: bytes) -> None:
+def test_a_server_that_does_not_greet_is_named_with_its_words(
+    ca: CertificateAuthority, greeting: bytes, says: str
+) -> None:
     with Scripted(ca, greeting=greeting) as server:
         error = refusal(address(server))
-        assert isinstance(error, ConnectionLost)
-        assert "did not greet as an IMAP server" in str(error)
+        assert type(error) is ConnectionLost
+        assert str(error) == f"localhost:{server.port} {says}"
+
+
+@pytest.mark.parametrize(
+    ("greeting", "wait"),
+    [
+        (b"* BYE Too many connections", 0.0),
+        (b"* BYE [UNAVAILABLE] Server Unavailable. 15", 0.0),
+        (b"* BYE Request is throttled. Suggested Backoff Time: 9000 milliseconds", 9.0),
+        (b"421 too many connections", 0.0),
+    ],
+)
+def test_a_server_that_is_busy_when_it_should_greet_is_waited_for(
+    ca: CertificateAuthority, greeting: bytes, wait: float
+) -> None:
+    with Scripted(ca, greeting=greeting) as server:
+        error = refusal(address(server))
+        assert isinstance(error, ServerBusy)
+        assert error.wait == wait
+        assert greeting.removeprefix(b"* BYE ").decode() in str(error)
+
+
+@pytest.mark.parametrize("begun", [b"", b"* OK rea"])
+def test_server_that_closes_the_connection_before_it_greets(begun: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        theirs.sendall(begun)
+    with pytest.raises(ConnectionLost) as caught:
+        Wire.greet(ours, Account("mail.example.org", "alice"), TIMEOUT)
+    assert str(caught.value) == "mail.example.org:993 closed the connection before its greeting"
+    assert ours.fileno() == -1
+
+
+@pytest.mark.parametrize("capabilities", [b"", b"SMTP AUTH=PLAIN"])
+def test_server_that_announces_no_version_of_imap_is_none(
+    ca: CertificateAuthority, capabilities: bytes
+) -> None:
+    with Scripted(ca, greeting=b"* OK ready", capabilities=capabilities) as server:
+        error = refusal(address(server))
+        assert type(error) is ConnectionLost
+        assert "did not greet as an IMAP server: it announces no version of IMAP" in str(error)
+
+
+def test_capabilities_of_the_greeting_save_a_round_trip_after_tls_only(ca: CertificateAuthority) -> None:
+    """Before TLS a greeting that leaves out STARTTLS would have the password go in the clear."""
+    greeting = b"* OK [CAPABILITY IMAP4rev1 AUTH=PLAIN] ready"
+    with Scripted(ca, greeting=greeting, capabilities=CAPABILITIES) as server:
+        where = address(server)
+        wire = Wire.open(where, tls_context(where), TIMEOUT)
+        assert wire.capabilities == {"IMAP4REV1", "AUTH=PLAIN"}
+        assert server.commands == []
+        wire.close()
+    with Scripted(ca, plain=True, greeting=greeting, capabilities=CAPABILITIES) as server:
+        where = by_starttls(server, insecure_plaintext=True)
+        wire = Wire.open(where, tls_context(where), TIMEOUT)
+        assert wire.encrypted
+        assert server.commands == [b"CAPABILITY", b"STARTTLS", b"CAPABILITY"]
+        wire.close()

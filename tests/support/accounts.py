@@ -38,7 +38,7 @@ async def pool(account: MailAccount, limit: int = 2, timeout: float = TIMEOUT) -
     """Return a pool that is closed when the block ends."""
     made = SessionPool(address(account), Secret(account.password), limit, timeout)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(made.keep)
+        nursery.start_soon(made.keep_connected)
         try:
             yield made
         finally:
@@ -53,7 +53,7 @@ def hide(monkeypatch: pytest.MonkeyPatch, *capabilities: str) -> None:
         vars(wire)["announced"] = announced - set(capabilities)
 
     announced = property(lambda wire: vars(wire)["announced"], keep)
-    monkeypatch.setattr(Wire, "greeting_capabilities", announced, raising=False)
+    monkeypatch.setattr(Wire, "capabilities", announced, raising=False)
 
 
 async def until(condition: Callable[[], object]) -> None:

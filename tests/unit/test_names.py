@@ -6,7 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imapfs.names import decode_mailbox, encode_mailbox, entry_name, message_name, server_component
+from imapfs.encoding import encode_utf7
+from imapfs.names import decode_mailbox, entry_name, message_name, server_component
 
 names = st.text(st.characters(exclude_categories=["Cs"]))
 # Dense in what escaping is about; purely random bytes would hardly ever hold a valid shift or escape.
@@ -69,18 +70,18 @@ def test_what_is_not_canonical_is_rejected(raw: bytes) -> None:
 
 @given(names)
 def test_encoded_mailbox_names_decode_again(name: str) -> None:
-    assert decode_mailbox(encode_mailbox(name)) == name
+    assert decode_mailbox(encode_utf7(name)) == name
 
 
 @given(st.text(st.characters(min_codepoint=128, exclude_categories=["Cs"]), min_size=1))
 def test_shifts_are_those_of_utf_7_but_for_the_alphabet(name: str) -> None:
-    assert encode_mailbox(name) == b"&" + name.encode("utf-7")[1:].replace(b"/", b",")
+    assert encode_utf7(name) == b"&" + name.encode("utf-7")[1:].replace(b"/", b",")
 
 
 @given(components)
 def test_decoding_gives_the_only_text_of_a_name_or_nothing(raw: bytes) -> None:
     text = decode_mailbox(raw)
-    assert text is None or raw in (encode_mailbox(text), text.encode())
+    assert text is None or raw in (encode_utf7(text), text.encode())
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def _readings(component: bytes) -> list[bytes]:
     text = shown.decode()
     return [
         shown,
-        encode_mailbox(text),
+        encode_utf7(text),
         shown.removeprefix(b"%~"),
         text.encode("utf-16-be"),
         component + b"-",
@@ -152,7 +153,7 @@ def test_no_component_takes_the_entry_of_another(component: bytes) -> None:
         assert other == component or entry_name(other) != entry_name(component)
 
 
-@given(st.one_of(components, names.map(encode_mailbox)))
+@given(st.one_of(components, names.map(encode_utf7)))
 def test_a_well_formed_component_comes_back_from_its_entry(component: bytes) -> None:
     well_formed = component != b"" and decode_mailbox(component) is not None
     fits = len(entry_name(component)) < 255
@@ -183,7 +184,7 @@ def test_names_without_a_component_are_refused(entry: bytes) -> None:
 
 
 def test_long_components_are_cut_between_characters_and_kept_apart() -> None:
-    one, other = encode_mailbox("é" * 300), encode_mailbox("é" * 301)
+    one, other = encode_utf7("é" * 300), encode_utf7("é" * 301)
     assert entry_name(one).decode() == "é" * 118 + "%~63b209d002cb91a0"
     assert entry_name(one)[:236] == entry_name(other)[:236]
     assert entry_name(one) != entry_name(other)

@@ -219,8 +219,8 @@ def _unreachable(outcomes: list[float | OSError], where: str, seconds: float) ->
 def _greeting(wire: Wire) -> str:
     """Return the greeting without its response code, and the login mechanisms."""
     text = wire.greeting[wire.greeting.find("]") + 1 :] if wire.greeting.startswith("[") else wire.greeting
-    ways = sorted(c.removeprefix("AUTH=") for c in wire.greeting_capabilities if c.startswith("AUTH="))
-    if "LOGINDISABLED" not in wire.greeting_capabilities and "LOGIN" not in ways:
+    ways = sorted(c.removeprefix("AUTH=") for c in wire.capabilities if c.startswith("AUTH="))
+    if "LOGINDISABLED" not in wire.capabilities and "LOGIN" not in ways:
         ways.append("LOGIN")
     return f"{text.strip()[:200] or 'no text'} (login with {', '.join(ways) or 'no known mechanism'})"
 

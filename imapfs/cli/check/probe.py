@@ -121,7 +121,7 @@ def handshake(account: Account, address: Address, seconds: float) -> Handshake |
                 return _agreed(secured)
         wire = Wire.greet(sock, dataclasses.replace(account, tls_fingerprint=None), seconds)
         try:
-            if "STARTTLS" not in wire.greeting_capabilities:
+            if "STARTTLS" not in wire.capabilities:
                 return None
             wire.start_tls(context)
             assert isinstance(wire.sock, ssl.SSLSocket)

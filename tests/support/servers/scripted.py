@@ -30,10 +30,10 @@ class Scripted:
 
     ``messages`` have the UIDs 1, 2, ... and the sizes that ``claim`` makes of them. ``script`` sees each
     command first and may be replaced at any time; what it answers to AUTHENTICATE is the whole answer.
-    ``greeting`` is the first line, without its end; ``capabilities`` is what CAPABILITY says. ``before_tls``
-    is called with each connection and its number, from 1, and may close it. ``plain`` starts in cleartext,
-    until a client says STARTTLS and is not answered with NO or BAD. ``prepare`` may change the
-    server's settings of TLS.
+    ``capabilities`` is what CAPABILITY says. ``greeting`` is the first line, without its end; None for one
+    that announces the same. ``before_tls`` is called with each connection and its number, from 1, and may
+    close it. ``plain`` starts in cleartext, until a client says STARTTLS and is not answered with NO or BAD.
+    ``prepare`` may change the server's settings of TLS.
     """
 
     host = "localhost"
@@ -45,7 +45,7 @@ class Scripted:
         *,
         claim: Callable[[bytes], int] = len,
         script: Script = lambda tag, command: None,
-        greeting: bytes = b"* OK [CAPABILITY IMAP4rev1 AUTH=PLAIN] ready",
+        greeting: bytes | None = None,
         capabilities: bytes = b"IMAP4rev1 AUTH=PLAIN",
         before_tls: Callable[[socket.socket, int], object] = lambda connection, number: None,
         plain: bool = False,
@@ -145,7 +145,10 @@ class Scripted:
             return
         # HangUp, and whatever the client does to the connection.
         with contextlib.suppress(HangUp, OSError):
-            connection.sendall(self.greeting + b"\r\n")
+            greeting = self.greeting
+            if greeting is None:
+                greeting = b"* OK [CAPABILITY " + self.capabilities + b"] ready"
+            connection.sendall(greeting + b"\r\n")
             if self._converse(connection):
                 connection = self._secured(connection)
                 self._converse(connection)

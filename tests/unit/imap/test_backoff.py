@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from imapfs.imap.backoff import Backoff, State
+from imapfs.imap.backoff import Backoff, Connectivity
 from imapfs.imap.throttle import asked_wait
 
 
@@ -43,13 +43,13 @@ def test_what_servers_say_to_slow_a_client_down(code: str, text: str, wait: floa
 
 def test_a_lost_connection_is_replaced_at_once() -> None:
     it = backoff()
-    it.works(10.0)
+    it.succeeded(10.0)
     assert it.due_in(10.0) == math.inf
     it.lost("gone", 20.0, 2.0)
-    assert (it.state(20.0), it.why(20.0), it.due_in(20.0)) == (State.CONNECTING, "gone", 0.0)
-    assert [it.may_wait(now) for now in (20.0, 21.5, 22.0, 30.0)] == [2.0, 0.5, 0.0, 0.0]
-    it.works(23.0)
-    assert (it.state(23.0), it.retry_at(23.0), it.since(23.0)) == (State.ONLINE, None, 23.0)
+    assert (it.state(20.0), it.reason(20.0), it.due_in(20.0)) == (Connectivity.CONNECTING, "gone", 0.0)
+    assert [it.patience(now) for now in (20.0, 21.5, 22.0, 30.0)] == [2.0, 0.5, 0.0, 0.0]
+    it.succeeded(23.0)
+    assert (it.state(23.0), it.retry_at(23.0), it.since(23.0)) == (Connectivity.ONLINE, None, 23.0)
 
 
 def test_attempts_are_spaced_out_to_a_minute() -> None:
@@ -61,6 +61,15 @@ def test_attempts_are_spaced_out_to_a_minute() -> None:
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
     assert it.since(now) == 0.0
     assert it.retry_at(now) == now
+
+
+def test_after_a_success_attempts_come_quickly_again() -> None:
+    it = backoff()
+    for now in range(0, 700, 100):
+        it.failed("no route", float(now))
+    it.succeeded(700.0)
+    it.failed("no route", 701.0)
+    assert it.due_in(701.0) == 1.0
 
 
 def test_jitter_only_shortens() -> None:
@@ -83,7 +92,7 @@ def test_a_changed_network_is_tried_at_once() -> None:
     it = backoff()
     for now in range(0, 700, 100):
         it.failed("no route", float(now))
-    it.changed(600.2)
+    it.network_changed(600.2)
     assert it.due_in(600.2) == pytest.approx(0.8)
     it.failed("no DNS yet", 601.0)
     assert it.due_in(601.0) == 1.0
@@ -94,21 +103,25 @@ def test_a_refused_password_is_hardly_tried_again() -> None:
     for _ in range(6):
         it.failed("wrong", now, refused=True)
         it.wanted(now)
-        it.changed(now)
+        it.network_changed(now)
         waits.append(it.due_in(now))
         now += waits[-1]
     assert waits == [15, 60, 300, 1800, 3600, 3600]
     it.give_up()
     it.wanted(now)
-    it.changed(now)
+    it.network_changed(now)
     assert it.due_in(now) == math.inf
 
 
 def test_the_named_wait_is_obeyed() -> None:
     it = backoff()
     it.throttled(90.0, "slow down", 4, 1000.0)
-    assert (it.state(1089.0), it.why(1089.0), it.retry_at(1089.0)) == (State.THROTTLED, "slow down", 1090.0)
-    assert it.state(1090.0) is State.ONLINE
+    assert (it.state(1089.0), it.reason(1089.0), it.retry_at(1089.0)) == (
+        Connectivity.THROTTLED,
+        "slow down",
+        1090.0,
+    )
+    assert it.state(1090.0) is Connectivity.ONLINE
 
 
 def test_unnamed_waits_grow_while_they_follow_each_other() -> None:
@@ -126,23 +139,23 @@ def test_answers_of_several_connections_count_once() -> None:
     it = backoff()
     for _ in range(8):
         it.throttled(0.0, "later", 8, 1000.0)
-    assert it.most(1000.0) == 4
+    assert it.allowed(1000.0) == 4
     assert it.retry_at(1000.0) == 1005.0
 
 
 def test_connections_shrink_and_grow_again_slowly() -> None:
     it = backoff()
     it.throttled(10.0, "later", 8, 0.0)
-    assert [it.most(now) for now in (0.0, 59.0, 60.0, 120.0, 240.0, 999.0)] == [4, 4, 5, 6, 8, 8]
+    assert [it.allowed(now) for now in (0.0, 59.0, 60.0, 120.0, 240.0, 999.0)] == [4, 4, 5, 6, 8, 8]
 
 
 def test_what_was_too_early_comes_later_the_next_time() -> None:
     it = backoff()
-    it.crowded(3, 0.0)
-    it.crowded(3, 60.0)
-    assert [it.most(now) for now in (60.0, 179.0, 180.0)] == [3, 3, 4]
-    it.crowded(0, 180.0)
-    assert it.most(180.0) == 1
+    it.limit_reached(3, 0.0)
+    it.limit_reached(3, 60.0)
+    assert [it.allowed(now) for now in (60.0, 179.0, 180.0)] == [3, 3, 4]
+    it.limit_reached(0, 180.0)
+    assert it.allowed(180.0) == 1
 
 
 def test_a_pause_delays_the_replacement_of_a_connection() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from imapfs.errors import ProtocolError
 from imapfs.imap.grammar import (
+    Completion,
     FetchData,
     ListEntry,
     format_iso,
@@ -19,7 +20,7 @@ from imapfs.imap.grammar import (
     sequence_sets,
     values,
 )
-from imapfs.imap.wire import Completion, astring
+from imapfs.imap.wire import astring
 
 LINES = st.lists(st.binary(max_size=60), min_size=1, max_size=5).filter(lambda parts: len(parts) % 2 == 1)
 UIDS = st.sets(st.integers(1, 2**32 - 1), max_size=200)

@@ -37,7 +37,7 @@ ExpectedLog = Callable[[str], None]
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the pool wait less between attempts."""
-    for name in ("_FIRST", "_MOST", "_WANTED", "_PAUSE_FIRST"):
+    for name in ("_FIRST_RETRY", "_MAX_RETRY", "_MAX_RETRY_WANTED", "_FIRST_PAUSE"):
         monkeypatch.setattr(backoff, name, 0.01)
     monkeypatch.setattr(backoff, "_REFUSED", (0.01, 0.01, 0.01, 3600.0))
 
@@ -161,6 +161,30 @@ async def test_refusal_beside_connections_that_work_does_not_last(ca: Certificat
 
 
 @pytest.mark.trio
+async def test_each_change_of_state_is_reported(
+    ca: CertificateAuthority, impatient: None, expected_log: ExpectedLog
+) -> None:
+    expected_log("offline: localhost:[0-9]+ closed the connection: full")
+    server = Scripted(ca)
+    async with scripted_pool(server) as made, trio.open_nursery() as nursery:
+        reported: list[str] = []
+
+        async def report() -> None:
+            while True:
+                await made.state_changed.wait()
+                reported.append(made.state)
+
+        nursery.start_soon(report)
+        await made.run(lambda session: session.abort())
+        server.greeting = b"* BYE full"
+        made.check_idle()
+        await until(lambda: "offline" in reported)
+        server.greeting = None
+        await until(lambda: reported[-1] == "online")
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.trio
 async def test_password_that_was_good_is_tried_again_at_long_intervals_only(
     ca: CertificateAuthority, impatient: None, expected_log: ExpectedLog
 ) -> None:
@@ -168,11 +192,20 @@ async def test_password_that_was_good_is_tried_again_at_long_intervals_only(
     logins = Logins()
     async with scripted_pool(Scripted(ca, script=logins)) as made:
         await made.run(lambda session: session.abort())
-        told: list[bool] = []
-        made.on_state = lambda: told.append(made.needs_person)
+        reported: list[bool] = []
+
+        async def report() -> None:
+            while True:
+                await made.state_changed.wait()
+                reported.append(made.needs_person)
+
         logins.refusal = WRONG
-        made.look()
-        await until(lambda: logins.seen == 5)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(report)
+            made.check_idle()
+            await until(lambda: made.needs_person)
+            await until(lambda: logins.seen == 5)
+            nursery.cancel_scope.cancel()
         for _ in range(300):
             with pytest.raises(AuthenticationFailed):
                 await made.run(_nothing)
@@ -180,7 +213,7 @@ async def test_password_that_was_good_is_tried_again_at_long_intervals_only(
         assert made.state == "offline"
         assert made.retry_in is not None
         assert 3500 < made.retry_in <= 3600
-        assert (told[0], told[-1]) == (False, True)
+        assert (reported[0], reported[-1]) == (False, True)
 
 
 @pytest.mark.trio
@@ -289,7 +322,7 @@ async def test_after_a_silence_requests_do_not_try_by_themselves(
     def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
         return server.hang() if silent else None
 
-    monkeypatch.setattr(pool_module, "_GRACE", 0.01)
+    monkeypatch.setattr(pool_module, "_SILENCE_GRACE", 0.01)
     server = Scripted(ca, script=script)
     with server, trio.fail_after(DEADLINE):
         async with pool(server, 4, timeout=0.5) as made:
@@ -351,7 +384,7 @@ async def test_the_least_watcher_yields_to_a_request(ca: CertificateAuthority) -
 async def test_watchers_wait_until_nobody_else_needs_a_session(
     ca: CertificateAuthority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "_CALM", 0.05)
+    monkeypatch.setattr(pool_module, "_COOLDOWN", 0.05)
     release = threading.Event()
     done: list[str] = []
 
@@ -381,7 +414,7 @@ async def test_watchers_wait_until_nobody_else_needs_a_session(
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let watchers have sessions without waiting for calm."""
-    monkeypatch.setattr(pool_module, "_CALM", 0.0)
+    monkeypatch.setattr(pool_module, "_COOLDOWN", 0.0)
 
 
 class Listening(Patient):
@@ -493,9 +526,9 @@ async def test_where_there_have_to_be_fewer_watchers_go_first(
         for _ in range(2):
             nursery.start_soon(made.run, lambda _: release.wait(DEADLINE))
         await until(lambda: len(vars(made)["_lent"]) == 4)
-        made.slow_down(Throttled("slower", "", 60.0))
+        made.throttle(Throttled("slower", "", 60.0))
         await until(lambda: ended == [None, None])
-        assert (made.open, made.most) == (2, 2)
+        assert (made.open, made.current_limit) == (2, 2)
         release.set()
 
 
@@ -523,7 +556,7 @@ async def test_a_watcher_is_no_proof_that_the_server_is_there(
     async with scripted_pool(Scripted(ca)) as made, trio.open_nursery() as nursery:
 
         async def wait() -> None:
-            await made.came_online()
+            await made.wait_for_reconnect()
             online.append(None)
 
         watcher = Deaf()
@@ -618,7 +651,7 @@ async def test_without_credentials_it_is_tried_later(
         credentials = Broken(error)
         made = SessionPool(address(server), credentials, 2, 5.0)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(made.keep)
+            nursery.start_soon(made.keep_connected)
             with pytest.raises(ConnectionLost):
                 await made.run(_nothing)
             assert made.state == "offline"

@@ -91,9 +91,9 @@ def test_refused_credentials_are_not_sent_again_and_have_a_remedy(
         ("LIMIT", "no more", "--connections"),
         ("ALERT", "Account exceeded command or bandwidth limits. (Failure)", "--fetch-ahead"),
         ("THROTTLED", "slow down", "--fetch-ahead"),
-        ("UNAVAILABLE", "Temporary authentication failure. [mail:2026-11-20]", "some minutes"),
-        ("INUSE", "", "some minutes"),
-        ("SERVERBUG", "", "some minutes"),
+        ("UNAVAILABLE", "Temporary authentication failure. [mail:2026-11-20]", "few minutes"),
+        ("INUSE", "", "few minutes"),
+        ("SERVERBUG", "", "few minutes"),
     ],
 )
 def test_what_passes_may_be_tried_again(code: str, words: str, remedy: str) -> None:
