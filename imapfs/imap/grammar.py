@@ -37,6 +37,7 @@ _TOKEN = re.compile(
 )
 _UNQUOTE = re.compile(rb"\\(.)", re.S)
 _DATE = re.compile(r" *(\d{1,2})-([A-Za-z]{3})-(\d{4}) (\d\d):(\d\d):(\d\d) ([+-])(\d\d)(\d\d)\Z")
+_MINUTES_PER_DAY = 24 * 60
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _MAX_NUMBER = (1 << 63) - 1
 """Largest number in IMAP (RFC 9051 number64), and in SQLite."""
@@ -315,6 +316,8 @@ def parse_date(raw: bytes) -> tuple[int, int]:
     m = _DATE.match(raw.decode("ascii", "replace"))
     if m and m[2].lower() in _MONTHS:
         offset = (int(m[8]) * 60 + int(m[9])) * (-1 if m[7] == "-" else 1)
+        if abs(offset) >= _MINUTES_PER_DAY:
+            offset = 0  # no such zone exists, and none could be sent back with an edited message
         try:
             month = _MONTHS.index(m[2].lower()) + 1
             second = min(int(m[6]), 59)  # a leap second is a valid time

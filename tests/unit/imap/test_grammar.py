@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imapfs.encoding import format_internaldate
 from imapfs.errors import ProtocolError
 from imapfs.imap.grammar import (
     Completion,
@@ -252,6 +253,8 @@ def test_odd_dates_cost_nobody_a_message() -> None:
     for raw in (b"01-Jan-0001 00:00:00 +0000", b"31-Dec-9999 23:59:59 -9999", b"20-Nov-2026 10:00:00 +9999"):
         epoch, offset = parse_date(raw)
         assert datetime.fromisoformat(format_iso(epoch, offset))
+        # A message that is edited goes back with this date.
+        assert format_internaldate(epoch, offset)
 
 
 # -- what is sent
