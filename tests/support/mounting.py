@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from imapfs import mounts
+from tests.support.requirements import demand_fuse
 from tests.support.servers.account import Dependents
 from tests.support.servers.tls import CertificateAuthority
 
@@ -74,7 +75,8 @@ class Mount:
     expressions, allows and demands a warning or an error in the log; any other there fails the test when the
     block ends.
 
-    Raises MountFailed where there is no mount; its log is not looked at then.
+    Raises MountFailed where there is no mount; its log is not looked at then. Raises Missing where this
+    machine cannot mount.
     """
 
     patience = PATIENCE
@@ -126,6 +128,7 @@ class Mount:
         self._watchdog.daemon = True
 
     def __enter__(self) -> "Mount":
+        demand_fuse()
         try:
             done = subprocess.run(
                 self.command,
