@@ -24,9 +24,9 @@ from tests.support.servers.account import Dependents
 from tests.support.servers.tls import CertificateAuthority
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds after which a mount is taken for hung."""
-DEADLINE = 30.0
+DEADLINE = 60.0
 """Seconds that anything else may take before it counts as broken."""
 
 _LOGGED = re.compile(r"^\S+ \S+ (WARNING|ERROR|CRITICAL) ")
