@@ -206,16 +206,14 @@ def test_capabilities_are_those_of_the_connection(user: Account, mount: Mounter)
         inbox, trash = mounted.path / "INBOX", mounted.path / "Trash"
         paths = shown(inbox)
         rich_hidden, rich.hidden = rich.hidden, poor.hidden
-        rich.cut_all()
-        rich.forget_commands()
+        rich.cut_all(forget=True)
         paths[1].rename(trash / "one.eml")
         user.deliver("INBOX", [(plain(9), DATE, "")])
         wait_until(lambda: 4 in shown(inbox), "what is new is listed")
         said = b"\n".join(rich.commands())
         assert not re.search(rb"QRESYNC|CHANGEDSINCE|MOVE|UID EXPUNGE", said)
         rich.hidden = rich_hidden
-        rich.cut_all()
-        rich.forget_commands()
+        rich.cut_all(forget=True)
         paths[2].rename(trash / "two.eml")
         assert re.search(rb"ENABLE QRESYNC", b"\n".join(rich.commands()))
         assert re.search(rb"UID MOVE", b"\n".join(rich.commands()))
