@@ -1,7 +1,7 @@
 """One mount, wired together: the only place that builds the layers and says who listens to whom.
 
 Everything is handed over complete. Changes flow one way: whoever makes a transaction publishes it on the hub,
-and the listeners are called in the order of `_subscribe`.
+and the listeners are called in the order of `subscribe`.
 """
 
 import logging
@@ -123,7 +123,7 @@ def build_model(config: MountConfig, pool: SessionPool, cache: Cache, background
     )  # fmt: skip
 
 
-def _subscribe(model: Model, kernel: KernelCache, source: EventSource) -> None:
+def subscribe(model: Model, kernel: KernelCache, source: EventSource) -> None:
     """Say who learns of changes, in this order."""
     model.hub.subscribe(model.files.on_changes)
     model.hub.subscribe(model.drafts.on_changes)
@@ -187,7 +187,7 @@ async def _run(model: Model, background: trio.Nursery, observer: Observer) -> No
     config, cache = model.config, model.cache
     events = Stream()
     kernel = KernelCache(model.tree)
-    _subscribe(model, kernel, EventSource(model.tree, cache, events))
+    subscribe(model, kernel, EventSource(model.tree, cache, events))
     announcer = Announcer(model.fs, model.tree, kernel, config.mountpoint, config.read_only)
     status = MountStatus(config, model.pool, cache, model.spool, model.watching, model.tree, kernel)
     adapter = Adapter(
@@ -217,7 +217,7 @@ async def _run(model: Model, background: trio.Nursery, observer: Observer) -> No
                 await announcer.end()
     finally:
         with trio.CancelScope(shield=True):
-            await _end(model)
+            await end(model)
 
 
 async def start(model: Model, background: trio.Nursery) -> None:
@@ -279,7 +279,7 @@ async def _upload_when_online(pool: SessionPool, uploader: Uploader) -> None:
         uploader.hurry()
 
 
-async def _end(model: Model) -> None:
+async def end(model: Model) -> None:
     """Upload what can be uploaded, then release everything."""
     if not model.config.read_only:
         with trio.move_on_after(model.config.timeout):

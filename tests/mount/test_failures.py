@@ -84,7 +84,8 @@ def test_port_that_speaks_cleartext(ca: CertificateAuthority, mount: Mounter) ->
 def test_port_that_says_nothing(ca: CertificateAuthority, mount: Mounter) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         silent = At(ca, listener.getsockname()[1])
-        assert "did not answer within 1 s" in refusal(mount, silent, "--timeout", "1")
+        # The latter where a thread of this machine is late itself.
+        assert re.search(r"did not (answer|let us in) within 1 s", refusal(mount, silent, "--timeout", "1"))
 
 
 def test_port_that_hangs_up(ca: CertificateAuthority, mount: Mounter) -> None:

@@ -187,13 +187,14 @@ def test_what_happens_before_it_is_told(user: Account, mount: Mounter) -> None:
         (process,) = callers(mounted)
         os.kill(process, signal.SIGSTOP)
         try:
-            user.deliver("INBOX", ((plain(n), DATE, "") for n in range(3, 6)))
-            doveadm(user, "move", "Archive", "mailbox", "INBOX", "uid", "1")
             # Somebody else sees all of it, and removes what is being announced.
-            seen = {"INBOX": {f"{uid}.eml" for uid in range(2, 7)}, "Archive": {"1.eml"}}
-            wait_until(
-                lambda: {box.name: set(os.listdir(box)) for box in (archive, inbox)} == seen, "all of it"
-            )
+            user.deliver("INBOX", ((plain(n), DATE, "") for n in range(3, 6)))
+            seen = {f"{uid}.eml" for uid in range(1, 7)}
+            wait_until(lambda: set(os.listdir(inbox)) == seen, "what was delivered")
+            # It is seen as a move if INBOX is not looked at in between.
+            doveadm(user, "move", "Archive", "mailbox", "INBOX", "uid", "1")
+            wait_until(lambda: os.listdir(archive) == ["1.eml"], "what was moved")
+            wait_until(lambda: set(os.listdir(inbox)) == seen - {"1.eml"}, "what is left")
             assert [path.stat().st_size for path in archive.iterdir()]
             os.unlink(inbox / "4.eml")
         finally:

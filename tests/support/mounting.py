@@ -20,13 +20,14 @@ from typing import Any, Protocol
 
 from imapfs import mountinfo
 from imapfs.daemon import control
+from tests.support.requirements import demand_fuse
 from tests.support.servers.account import Dependents
 from tests.support.servers.tls import CertificateAuthority
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds after which a mount is taken for hung."""
-DEADLINE = 30.0
+DEADLINE = 60.0
 """Seconds that anything else may take before it counts as broken."""
 
 _LOGGED = re.compile(r"^\S+ \S+ (WARNING|ERROR|CRITICAL) ")
@@ -75,7 +76,8 @@ class Mount:
     expressions, allows and demands a warning or an error in the log; any other there fails the test when the
     block ends.
 
-    Raises MountFailed where there is no mount; its log is not looked at then.
+    Raises MountFailed where there is no mount; its log is not looked at then. Raises Missing where this
+    machine cannot mount.
     """
 
     patience = PATIENCE
@@ -127,6 +129,7 @@ class Mount:
         self._watchdog.daemon = True
 
     def __enter__(self) -> "Mount":
+        demand_fuse()
         try:
             done = subprocess.run(
                 self.command,

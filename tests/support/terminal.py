@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
-DEADLINE = 30.0
+DEADLINE = 60.0
 """Seconds that the program may take for its next words before it counts as stuck."""
 
 

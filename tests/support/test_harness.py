@@ -2,15 +2,19 @@
 
 import imaplib
 import logging
+import os
 import re
 import socket
 import ssl
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ExpectedLog, LogGuard
 from tests.support.mail import plain, sample_account, wild
+from tests.support.mounting import DEADLINE, ROOT
 from tests.support.servers.dovecot import Account, Dovecot, as_served
 from tests.support.servers.tls import CertificateAuthority
 
@@ -206,3 +210,43 @@ def test_stray_warning_and_unmet_expectation_are_complaints() -> None:
         logging.makeLogRecord({"levelno": logging.ERROR, "levelname": "ERROR", "name": "imapfs", "msg": "no"})
     )
     assert guard.complaints() == ["logged unexpectedly: ERROR imapfs: no", "never logged: disk full"]
+
+
+# -- what tests need of the machine
+
+WITHOUT = """\
+for path in /dev/fuse $(PATH=$PATH:/usr/sbin command -v dovecot); do
+    mount --bind /dev/null "$path" || exit 99
+done
+exec "$@"
+"""
+"""Runs a command where /dev/fuse is another device, and no dovecot can be executed."""
+
+
+def without_dovecot_and_fuse(*tests: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest where neither Dovecot nor FUSE can be used, in a mount namespace of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+    return subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", WITHOUT, "sh", *command],
+        # Wide enough for pytest not to cut its summary.
+        cwd=ROOT, env={**os.environ, "COLUMNS": "500"}, capture_output=True, text=True, timeout=DEADLINE,
+    )  # fmt: skip
+
+
+def test_unit_tests_need_neither_dovecot_nor_fuse() -> None:
+    done = without_dovecot_and_fuse("tests/unit/sync", "tests/unit/imap/test_wire.py")
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^\d+ passed in ", done.stdout, re.M)
+
+
+def test_what_is_missing_fails_the_tests_that_need_it_and_no_other() -> None:
+    tests = ("test_expected_warning_passes", "test_delivered_mail_keeps_order_date_and_flags")
+    done = without_dovecot_and_fuse(
+        *(f"tests/support/test_harness.py::{test}" for test in tests),
+        "tests/mount/test_failures.py::test_odd_mailbox_names_hurt_nobody",
+    )
+    assert done.returncode == 1, done.stdout
+    assert re.search("^ERROR .*test_delivered.*: this test needs dovecot: .*dovecot-imapd", done.stdout, re.M)
+    failed = re.findall("^FAILED .*test_odd.*: this test needs .* /dev/fuse: .*modprobe", done.stdout, re.M)
+    assert failed
+    assert re.search(rf"^{len(failed)} failed, 1 passed, 1 error in ", done.stdout, re.M)

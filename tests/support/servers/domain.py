@@ -31,6 +31,8 @@ from tests.support.servers.account import DEADLINE
 from tests.support.servers.tls import CertificateAuthority
 
 ENVIRONMENT = "IMAPFS_TEST_DOMAIN"
+_SILENCE = 0.2
+"""Seconds that a silent name server is waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,8 @@ class Domain:
 
     @property
     def network(self) -> discovery.Network:
-        return _network(self.name_server, self._leads, self.authority.certificate)
+        lifetime = _SILENCE if self.silent else discovery.TIMEOUT
+        return _network(self.name_server, self._leads, self.authority.certificate, lifetime)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -127,20 +130,21 @@ class Domain:
 def enter() -> None:
     """Lead this process, and it alone, to the `Domain` whose `environment` it was started with."""
     name_server, leads = json.loads(os.environ[ENVIRONMENT])
-    network = _network(name_server, {name: (host, port) for name, (host, port) in leads.items()}, None)
+    where = {name: (host, port) for name, (host, port) in leads.items()}
+    network = _network(name_server, where, None, discovery.TIMEOUT)
     made = functools.partial(discovery.Network, query=network.query, connect=network.connect)
     vars(discovery)["Network"] = made
 
 
 def _network(
-    name_server: int, leads: dict[str, tuple[str, int]], certificate: Path | None
+    name_server: int, leads: dict[str, tuple[str, int]], certificate: Path | None, lifetime: float
 ) -> discovery.Network:
     resolver = dns.resolver.Resolver(configure=False)
     resolver.nameservers = ["127.0.0.1"]
     resolver.port = name_server
 
     def query(name: str, kind: str) -> list[Any]:
-        return list(resolver.resolve(name, kind, lifetime=discovery.TIMEOUT))
+        return list(resolver.resolve(name, kind, lifetime=lifetime))
 
     def connect(host: str, port: int) -> socket.socket:
         if f"{host}:{port}" not in leads:

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from tests.support.requirements import SBIN, demand_dovecot
 from tests.support.servers.account import DEADLINE, Dependents, ImapAccount, modified_utf7, run_as
 from tests.support.servers.tls import CertificateAuthority
 
@@ -42,7 +43,8 @@ class Dovecot:
     ``separator="."``. ``quota`` is the limit of each account in Dovecot's notation (``10M``). ``certificate``
     (with its key) replaces the valid one for localhost and 127.0.0.1.
 
-    Raises RuntimeError with the end of the server's log where it does not start.
+    Raises RuntimeError with the end of the server's log where it does not start, and Missing where it is not
+    installed.
     """
 
     host = "localhost"
@@ -85,6 +87,7 @@ class Dovecot:
         self._group = grp.getgrgid(user.pw_gid).gr_name
 
     def __enter__(self) -> "Dovecot":
+        demand_dovecot()
         # Not TMPDIR: a socket path has at most 107 bytes, and a TMPDIR of root's may be closed to "nobody".
         self.directory = Path(tempfile.mkdtemp(prefix="imapfs-dovecot-", dir="/tmp"))
         try:
@@ -501,8 +504,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _environment() -> dict[str, str]:
-    # The server's programs are in sbin, which is not in the PATH of an ordinary user.
-    return {"PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin:/usr/bin:/bin", "LC_ALL": "C.UTF-8"}
+    return {"PATH": os.environ.get("PATH", "") + SBIN + ":/usr/bin:/bin", "LC_ALL": "C.UTF-8"}
 
 
 def _kill(process: int, number: signal.Signals) -> None:

@@ -271,9 +271,9 @@ class Proxy:
             if not self._changed.wait_for(lambda: len(self._connections) == count, deadline):
                 raise TimeoutError(f"{len(self._connections)} connections, not {count}")
 
-    def cut_all(self) -> None:
-        """Reset every connection there is."""
-        self._thread.run(self._cut_all())
+    def cut_all(self, *, forget: bool = False) -> None:
+        """Reset every connection there is; with ``forget``, also forget their commands."""
+        self._thread.run(self._cut_all(forget))
 
     def stall(self) -> None:
         """Let nothing through in either direction, until `resume`; connections are accepted, and stand."""
@@ -318,11 +318,13 @@ class Proxy:
             seen = edit(seen)
         return seen
 
-    async def _cut_all(self) -> None:
+    async def _cut_all(self, forget: bool) -> None:
         connections = dict(self._connections)
         for connection, task in connections.items():
             connection.reset_at_end = True
             task.cancel()
+        if forget:
+            self.forget_commands()
         await asyncio.gather(*connections.values(), return_exceptions=True)
 
     async def _set_flowing(self, flowing: bool) -> None:

@@ -18,7 +18,7 @@ from tests.support.servers.tls import CertificateAuthority
 Script = Callable[[bytes, bytes], Iterable[bytes] | None]
 """Given tag and command line: what to send instead of the usual answer, piece by piece; None for that."""
 
-DEADLINE = 30.0
+DEADLINE = 60.0
 
 
 class HangUp(Exception):

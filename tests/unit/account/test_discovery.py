@@ -318,8 +318,7 @@ def test_same_server_is_proposed_once_by_its_best_source(domain: Domain) -> None
     assert found.found == "the SRV records of example.org"
 
 
-def test_silent_name_server_holds_nothing_up(domain: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discovery, "TIMEOUT", 0.2)
+def test_silent_name_server_holds_nothing_up(domain: Domain) -> None:
     domain.silent = True
     domain.pages[WELL_KNOWN] = Page(file(server()))
     assert [one.host for one in discover(ALICE, domain.network).servers] == ["mx.example.org"]

@@ -135,6 +135,15 @@ def test_unnamed_waits_grow_while_they_follow_each_other() -> None:
     assert it.retry_at(now + 100) == now + 105
 
 
+@pytest.mark.parametrize(("quiet", "wait"), [(0.0, 10.0), (60.0, 10.0), (60.5, 5.0), (1000.0, 5.0)])
+def test_pauses_begin_short_again_after_a_quiet_minute(quiet: float, wait: float) -> None:
+    it = backoff()
+    it.throttled(0.0, "later", 1, 1000.0)
+    now = 1005.0 + quiet
+    it.throttled(0.0, "later", 1, now)
+    assert it.retry_at(now) == now + wait
+
+
 def test_answers_of_several_connections_count_once() -> None:
     it = backoff()
     for _ in range(8):

@@ -161,6 +161,41 @@ def test_flags_that_only_change_their_order_are_no_change(cache: Cache) -> None:
     assert cache.counts(box) == (1, 0)
 
 
+def test_modseq_never_goes_back(cache: Cache) -> None:
+    """An answer may be older than what was learned meanwhile."""
+    box = inbox(cache)
+    [(ino, _)] = cache.add_messages(box, [message(1)])
+    modseqs = []
+    for modseq in (5, 3, 7):
+        cache.set_flags(box, [(Uid(1), "\\Seen", ModSeq(modseq))])
+        details = cache.details(ino)
+        assert details is not None
+        modseqs.append(details.modseq)
+    assert modseqs == [5, 5, 7]
+
+
+def test_message_whose_name_is_given_to_another_gets_one_like_it(cache: Cache) -> None:
+    box = inbox(cache)
+    [(first, name), (second, other)] = cache.add_messages(box, [message(1), message(2)])
+    cache.rename(first, other)
+    shown = {node.ino: node.name for node in cache.children(box, 0, 10)}
+    assert shown == {first: other, second: b"2023-11-14_Alice_Report.2~2.eml"}
+    assert cache.child(box, name) is None
+
+
+def test_times_of_a_directory_never_go_back(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock may be set back, and programs take a directory that is older than before for unchanged."""
+    box = inbox(cache)
+    monkeypatch.setattr(time, "time_ns", lambda: DATE * 2 * 10**9)
+    cache.touch_directory(box)
+    before = cache.node(box)
+    monkeypatch.setattr(time, "time_ns", lambda: DATE * 10**9)
+    cache.touch_directory(box)
+    assert before is not None
+    assert (before.mtime, before.ctime) == (DATE * 2 * 10**9,) * 2
+    assert cache.node(box) == before
+
+
 def test_tree_that_is_as_before_changes_nothing(cache: Cache) -> None:
     tree = [
         INBOX,

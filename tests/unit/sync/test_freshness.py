@@ -58,6 +58,14 @@ def test_question_from_before_the_watch_or_the_news_does_not_count(clock: list[f
     assert fresh.has_news(BOX)
 
 
+def test_older_question_that_is_answered_later_takes_nothing_back(clock: list[float]) -> None:
+    fresh = Freshness()
+    fresh.asked(BOX, 1000)
+    fresh.asked(BOX, 990)
+    clock[0] = 1004
+    assert not fresh.is_due(BOX, 5)
+
+
 def test_end_of_a_watch_lets_it_age_again(clock: list[float]) -> None:
     fresh = Freshness()
     fresh.watch(None, clock[0])
