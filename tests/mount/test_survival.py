@@ -147,7 +147,12 @@ def test_cache_deleted_under_the_mount(user: Account, mount: Mounter) -> None:
     user.deliver("INBOX", [(plain(n), DATE, "") for n in range(4)])
     with Proxy(user.server) as proxy:
         mounted = mount(
-            proxy.account(user), expected_log=["it was deleted by another program: unmount", "bytes are lost"]
+            proxy.account(user),
+            expected_log=[
+                "offline: .* refuses connections",
+                "it was deleted by another program: unmount",
+                "bytes are lost",
+            ],
         )
         inbox = mounted.path / "INBOX"
         paths = shown(inbox)
@@ -155,6 +160,7 @@ def test_cache_deleted_under_the_mount(user: Account, mount: Mounter) -> None:
         assert files[0].read_bytes() == plain(0)
         proxy.refuse()
         proxy.cut_all()
+        wait_until(lambda: mounted.status()["state"] == "offline", "offline")
         (inbox / "lost.eml").write_bytes(plain(9))
         assert not mounted.status()["cache"]["deleted"]
         shutil.rmtree(mounted.cache)
