@@ -346,22 +346,24 @@ class Filesystem:
             self._cache.hide(target.ino)
         if is_version:
             self._cache.rename(draft.ino, new_name)
-            if target is not None:
-                await self._replacer.remove(target)
-                target = None
-        if not self._complete(draft, now=True):
-            draft.save()
-            return
         try:
-            await self._wait_for_server(draft)
+            if self._complete(draft, now=True):
+                await self._wait_for_server(draft)
+            else:
+                draft.save()
         except ImapfsError:
             # It goes back to where it was: a rename either happens or does not.
             draft.state = "unsent" if before.state == "sending" else before.state
             draft.base = before.base
             self._spool.rename(draft, before.parent, before.name, before.path)
+            if is_version:
+                self._cache.rename(draft.ino, before.name)
             if target is not None and self._cache.node(target.ino) is not None:
                 self._cache.rename(target.ino, new_name)
             raise
+        if is_version and target is not None:
+            # The upload removes another message: the old version of this one.
+            await self._replacer.remove(target)
 
     async def _wait_for_server(self, draft: Draft) -> None:
         """Wait until a draft is uploaded or refused, but not for a server that is away or slow."""

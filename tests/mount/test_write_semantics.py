@@ -898,6 +898,38 @@ def test_a_refused_change_in_place_can_be_discarded(filled: Account, mount: Moun
     assert everything(filled) == {"INBOX": inbox(1, 2, 3)}
 
 
+def test_a_refused_rename_of_a_change_leaves_its_name(filled: Account, mount: Mounter) -> None:
+    mounted = mount(filled, expected_log=["is not sent: it is no mail message"])
+    target = file_of(mounted, 1)
+    names = sorted(os.listdir(target.parent))
+    with open(target, "wb") as file:
+        file.write(NOT_MAIL)
+        file.flush()
+        fails_with(errno.EINVAL, os.rename, target, target.with_name("other.eml"))
+    assert sorted(os.listdir(target.parent)) == names
+    assert target.read_bytes() == NOT_MAIL
+    assert not target.with_name("other.eml").exists()
+    write(target, plain(1), sync=True)
+    mounted.unmount()
+    assert everything(filled) == {"INBOX": inbox(1, 2, 3)}
+
+
+def test_a_refused_rename_of_a_change_leaves_what_it_was_to_replace(filled: Account, mount: Mounter) -> None:
+    mounted = mount(filled, "--delete", "expunge", expected_log=["is not sent: it is no mail message"])
+    target, other = file_of(mounted, 1), file_of(mounted, 2)
+    with open(target, "wb") as file:
+        file.write(NOT_MAIL)
+        file.flush()
+        fails_with(errno.EINVAL, os.rename, target, other)
+    assert target.read_bytes() == NOT_MAIL
+    assert other.read_bytes() == plain(2)
+    assert everything(filled) == {"INBOX": inbox(1, 2, 3)}
+    write(target, plain(10), sync=True)
+    target.rename(other)
+    mounted.unmount()
+    assert sorted(message.content for message in held(filled).values()) == sorted([plain(3), plain(10)])
+
+
 @pytest.mark.parametrize(
     ("answer", "number"),
     [
