@@ -17,10 +17,10 @@ from imapfs.daemon.feed import Feed
 from imapfs.errors import ConnectionLost, ImapfsError, Throttled, TlsError, UsageError
 from imapfs.fs.drafts import Drafts
 from imapfs.fs.event_source import EventSource
-from imapfs.fs.events import Stream
+from imapfs.fs.events import EventStream
 from imapfs.fs.files import Files
 from imapfs.fs.filesystem import Filesystem
-from imapfs.fs.refresh import Refresher
+from imapfs.fs.refresh import DirectoryRefresher
 from imapfs.fs.replace import Replacer
 from imapfs.fs.space import SpaceReporter
 from imapfs.fs.tree import MailTree
@@ -107,7 +107,7 @@ def build_model(config: MountConfig, pool: SessionPool, cache: Cache, background
     uploader = Uploader(pool, cache, bodies, spool, sync, locator, mover, flags, downloads, background, hub)
     watching = Push(pool, cache, sync, background, config.poll)
     tree = MailTree(cache, spool, uploader)
-    refresher = Refresher(tree, cache, pool, sync, watching, config.timeout)
+    refresher = DirectoryRefresher(tree, cache, pool, sync, watching, config.timeout)
     files = Files(cache, bodies, downloads, prefetcher, spool, tree)
     drafts = Drafts(tree, cache, spool, hub)
     replacer = Replacer(tree, cache, spool, files, locator, uploader)
@@ -181,7 +181,7 @@ async def _end_on_signal(signals: AsyncIterable[int], life: trio.CancelScope) ->
 async def _run(model: Model, background: trio.Nursery, observer: Observer) -> None:
     """Mount, and serve until somebody unmounts or this is cancelled."""
     config, cache = model.config, model.cache
-    events = Stream()
+    events = EventStream()
     kernel = KernelCache(model.tree)
     _subscribe(model, kernel, EventSource(model.tree, cache, events))
     announcer = Announcer(model.fs, model.tree, kernel, config.mountpoint, config.read_only)

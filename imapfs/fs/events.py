@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SOCKET: Final = "events"
 """Name of the Unix socket in an account's cache directory at which the daemon sends events as lines."""
 
-Kind = Literal["arrived", "expunged", "moved", "flags", "created", "deleted", "renamed"]
+EventKind = Literal["arrived", "expunged", "moved", "flags", "created", "deleted", "renamed"]
 """The first four are of messages, the others of mailboxes."""
 _OF_MAILBOXES: Final = {"created", "deleted", "renamed"}
 
@@ -41,7 +41,7 @@ class Place(NamedTuple):
 class Event:
     """One change; ``place`` is where it is now, or was last."""
 
-    kind: Kind
+    kind: EventKind
     place: Place
     ino: Ino
     uid: Uid | None = None
@@ -68,7 +68,7 @@ class Event:
         return found
 
 
-class Stream:
+class EventStream:
     """Where events come together and go to all who listen. Used on the trio thread."""
 
     def __init__(self) -> None:

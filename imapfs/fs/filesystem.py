@@ -33,7 +33,7 @@ from imapfs.errors import (
 )
 from imapfs.fs.drafts import Drafts
 from imapfs.fs.files import Files, Opening
-from imapfs.fs.refresh import Refresher
+from imapfs.fs.refresh import DirectoryRefresher
 from imapfs.fs.replace import Replacement, Replacer
 from imapfs.fs.space import Space, SpaceReporter
 from imapfs.fs.tree import MESSAGE_SUFFIX, Entry, MailTree, is_message_name
@@ -76,7 +76,7 @@ class Filesystem:
     def __init__(
         self,
         tree: MailTree,
-        refresher: Refresher,
+        refresher: DirectoryRefresher,
         files: Files,
         drafts: Drafts,
         replacer: Replacer,

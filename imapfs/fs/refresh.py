@@ -23,7 +23,7 @@ _MAX_PATIENCE: Final = 3.0
 """Seconds that a known listing waits for the server's answer before it is shown as it is."""
 
 
-class Refresher:
+class DirectoryRefresher:
     """Brings what is about to be shown up to date. ``timeout`` is that of a request, in seconds."""
 
     def __init__(

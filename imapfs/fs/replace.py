@@ -79,7 +79,7 @@ class Replacer:
             return Replacement(self, None, target and target.node)
         if not await self._uploader.withdraw(target.draft):
             uploaded = self._tree.child(directory, name)
-            return Replacement(self, None, uploaded.node if uploaded and not uploaded.draft else None)
+            return Replacement(self, None, uploaded and uploaded.node)
         return Replacement(self, target.draft, self._version_of(target.draft))
 
     def _version_of(self, draft: Draft) -> Node | None:

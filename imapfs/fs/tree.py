@@ -52,19 +52,19 @@ class Entry(NamedTuple):
     """Permission bits that the user has set."""
     draft: Draft | None = None
     node: Node | None = None
-    """The directory, or the message; beside a draft, the message that it is a new version of in place."""
+    """The directory or the message; None for a draft."""
 
     @classmethod
     def of_node(cls, node: Node) -> "Entry":
-        """A directory or a message."""
+        """Return the entry of a directory or a message."""
         shown = node.size, node.mtime, node.ctime, node.mode
         return cls(node.ino, node.name or b"", node.is_dir, *shown, None, node)
 
     @classmethod
-    def of_draft(cls, draft: Draft, node: Node | None = None, size: int | None = None) -> "Entry":
-        """A draft. ``size`` is needed once its file is deleted."""
+    def of_draft(cls, draft: Draft, size: int | None = None) -> "Entry":
+        """Return the entry of a draft. ``size`` in bytes is needed once its file is deleted."""
         size = draft.size if size is None else size
-        return cls(draft.ino, draft.name, False, size, draft.mtime, draft.ctime, draft.mode, draft, node)
+        return cls(draft.ino, draft.name, False, size, draft.mtime, draft.ctime, draft.mode, draft)
 
 
 class Tree(Protocol):
@@ -107,9 +107,11 @@ class MailTree:
         """Return the inode in the cache for an inode of the kernel's."""
         return self._root if ino == ROOT else ino
 
-    def outside(self, ino: Ino) -> Ino:
-        """Return the kernel's inode for an inode in the cache."""
-        return ROOT if ino == self._root else ino
+    def outside(self, ino: Ino) -> Ino | None:
+        """Return the kernel's inode for an inode in the cache; None for the root above a mounted subtree."""
+        if ino == self._root:
+            return ROOT
+        return None if ino == ROOT else ino
 
     def path(self, directory: Ino) -> tuple[bytes, ...] | None:
         """Return the names from the mountpoint down to a directory of the kernel's; None if it is gone."""
@@ -123,13 +125,13 @@ class MailTree:
 
     def place(self, directory: Ino, name: bytes) -> Place | None:
         """Return the place of an entry of a directory in the cache; None if it is not in the mount."""
-        path = self._path(directory)
-        return None if path is None else Place(self.outside(directory), path, name)
+        shown, path = self.outside(directory), self._path(directory)
+        return None if shown is None or path is None else Place(shown, path, name)
 
     def places(self, node: Node) -> list[tuple[Ino, bytes]]:
         """See `Tree`."""
-        is_above = node.parent == ROOT != self._root
-        return [] if node.name is None or is_above else [(self.outside(node.parent), node.name)]
+        directory = self.outside(node.parent)
+        return [] if node.name is None or directory is None else [(directory, node.name)]
 
     def path_of(self, draft: Draft) -> str:
         """Return the path of a draft below the mountpoint, for people and programs."""
@@ -157,22 +159,35 @@ class MailTree:
         draft = self._spool.get(ino)
         if draft is not None:
             return Entry.of_draft(draft)
-        return self._shown(self.node(ino))
+        found = Entry.of_node(self.node(ino))
+        return found if found.ino != self._root else found._replace(ino=ROOT)
 
     def _shown(self, node: Node) -> Entry:
-        entry = Entry.of_node(node)
-        return entry if node.ino != self._root else entry._replace(ino=ROOT)
+        """Return a directory or message under its own name, with the attributes that its inode has."""
+        shown = Entry.of_node(node)
+        draft = self._spool.get(node.ino)
+        if draft is None:
+            return shown
+        # Begun while the message was moved: the draft has stayed behind, but an inode has one size only.
+        return shown._replace(size=draft.size, mtime=draft.mtime, ctime=draft.ctime, mode=draft.mode)
 
     def child(self, parent: Ino, name: bytes) -> Entry | None:
         """See `Tree`."""
         directory = self.inside(parent)
         draft = self._spool.child(directory, name)
         if draft is not None:
-            return Entry.of_draft(draft, self._cache.node(draft.ino))
+            return Entry.of_draft(draft)
         node = self._cache.child(directory, name)
-        if node is None or (not node.is_dir and self._is_twin(node, self._uncertain(directory))):
+        if node is None or self._is_elsewhere(directory, node):
             return None
-        return Entry.of_node(node)
+        if not node.is_dir and self._is_twin(node, self._uncertain(directory)):
+            return None
+        return self._shown(node)
+
+    def _is_elsewhere(self, directory: Ino, node: Node) -> bool:
+        """Return whether a message in a directory has a new version there under another name."""
+        draft = self._spool.get(node.ino)
+        return draft is not None and self._spool.child(directory, draft.name) is draft
 
     def page(self, directory: Ino, after: int) -> list[Entry]:
         """See `Tree`."""
@@ -180,11 +195,12 @@ class MailTree:
         nodes = self._cache.children(inside, after, _MAX_PAGE)
         is_last = len(nodes) < _MAX_PAGE
         end = math.inf if is_last else nodes[-1].ino
-        drafts = {d.ino: d for d in self._spool.within(inside) if after < d.ino <= end}
-        names = {draft.name for draft in drafts.values()}
+        within = self._spool.within(inside)
+        names = {draft.name for draft in within}
+        drafts = {draft.ino: draft for draft in within if after < draft.ino <= end}
         uncertain = self._uncertain(inside)
         page = [
-            Entry.of_node(node)
+            self._shown(node)
             for node in nodes
             if node.ino not in drafts
             and node.name not in names

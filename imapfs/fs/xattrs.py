@@ -11,7 +11,7 @@ from functools import partial
 from typing import Final
 
 from imapfs.errors import Invalid, NoAttribute, NotPermitted, NotSupported
-from imapfs.fs.refresh import Refresher
+from imapfs.fs.refresh import DirectoryRefresher
 from imapfs.fs.tree import MailTree
 from imapfs.imap.grammar import format_iso
 from imapfs.imap.pool import SessionPool
@@ -52,7 +52,7 @@ class ExtendedAttributes:
     def __init__(
         self,
         tree: MailTree,
-        refresher: Refresher,
+        refresher: DirectoryRefresher,
         cache: Cache,
         spool: Spool,
         pool: SessionPool,

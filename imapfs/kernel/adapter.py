@@ -32,14 +32,14 @@ from pyfuse3 import (
 )
 
 from imapfs.errors import CacheError, ImapfsError, UsageError
-from imapfs.fs.events import Stream
+from imapfs.fs.events import EventStream
 from imapfs.fs.files import Files, Opening
 from imapfs.fs.filesystem import Filesystem
 from imapfs.fs.tree import Entry
 from imapfs.fs.xattrs import ExtendedAttributes
 from imapfs.kernel.caller import PROOF
 from imapfs.kernel.inotify import Announcer
-from imapfs.kernel.invalidation import Invalid, KernelCache
+from imapfs.kernel.invalidation import Invalidation, KernelCache
 from imapfs.kernel.status import ATTRIBUTE as STATUS
 from imapfs.kernel.status import MountStatus
 from imapfs.log import report
@@ -131,7 +131,7 @@ class Adapter(pyfuse3.Operations):
         status: MountStatus,
         kernel: KernelCache,
         announcer: Announcer,
-        events: Stream,
+        events: EventStream,
         *,
         timeout: float,
         read_only: bool,
@@ -352,7 +352,7 @@ class Adapter(pyfuse3.Operations):
         data = await opening if isinstance(opening, Awaitable) else opening
         if ino in self._kernel.resized:
             # Before the first read: the kernel would cut off or pad at the size that it knows.
-            await trio.to_thread.run_sync(_invalidate, Invalid(attributes={ino}))
+            await trio.to_thread.run_sync(_invalidate, Invalidation(attributes={ino}))
             self._kernel.resized.discard(ino)
         if flags & os.O_TRUNC:
             await self._files.truncate(ino, 0)
@@ -512,7 +512,7 @@ class Adapter(pyfuse3.Operations):
             await self._xattrs.remove(Ino(inode), name)
 
 
-def _invalidate(batch: Invalid) -> None:
+def _invalidate(batch: Invalidation) -> None:
     """In a thread: may wait until requests under way in the same directory are answered."""
     for parent, name, ino in [*batch.entries, *((*entry, 0) for entry in batch.names)]:
         try:

@@ -31,7 +31,7 @@ from typing import Final
 import trio
 
 from imapfs.errors import NotFound, NotPermitted
-from imapfs.fs.events import Event, Kind, Place
+from imapfs.fs.events import Event, EventKind, Place
 from imapfs.fs.filesystem import Filesystem
 from imapfs.fs.tree import Entry, MailTree
 from imapfs.kernel import caller
@@ -274,7 +274,7 @@ class Announcer:
         expected.asked = True
         return self._fs.getattr(ino)
 
-    def _claim(self, kinds: set[Kind], *entries: tuple[Ino, bytes]) -> Event:
+    def _claim(self, kinds: set[EventKind], *entries: tuple[Ino, bytes]) -> Event:
         """The event that a request announces: the one that is expected, if it is still so."""
         expected = self._expected
         if expected is None or expected.event.kind not in kinds:

@@ -2,7 +2,7 @@
 
 The kernel may keep names and attributes for as long as it likes, because it is notified of each change. A
 notification can wait for a request under way in the same directory, so it is sent from a thread and never
-from a handler: here what has to be dropped is only collected, in `Invalid`. This module does not know
+from a handler: here what has to be dropped is only collected, in `Invalidation`. This module does not know
 pyfuse3.
 """
 
@@ -16,7 +16,7 @@ from imapfs.waiting import Flag
 
 
 @dataclass(slots=True)
-class Invalid:
+class Invalidation:
     """What the kernel has to drop. Inodes are those that the kernel knows."""
 
     attributes: set[Ino] = field(default_factory=set)
@@ -42,7 +42,7 @@ class KernelCache:
         """Files whose bytes the kernel was given."""
         self.resized: set[Ino] = set()
         """Files of which the kernel may know a size that is not the exact one."""
-        self._invalid = Invalid()
+        self._invalid = Invalidation()
         self._news = Flag()
         self._listed: Counter[Ino] = Counter()
         """Directory -> how often its entries changed."""
@@ -98,19 +98,21 @@ class KernelCache:
 
     def _drop_entries(self, changes: Changes) -> None:
         tree, invalid = self._tree, self._invalid
-        directories = {tree.outside(changes.directory), *(tree.outside(m.parent) for m in changes.moved)}
+        changed = (tree.outside(d) for d in (changes.directory, *(moved.parent for moved in changes.moved)))
+        directories = {directory for directory in changed if directory is not None}
         self._listed.update(directories)
         for node in changes.gone:
             if node.ino in self._lookups:
                 invalid.entries += [(*place, node.ino) for place in tree.places(node)]
         for moved in changes.moved:
-            if moved.ino in self._lookups:
-                invalid.names.append((tree.outside(moved.parent), moved.name))
+            before = tree.outside(moved.parent)
+            if moved.ino in self._lookups and before is not None:
+                invalid.names.append((before, moved.name))
         invalid.attributes |= directories
 
-    async def next_invalid(self) -> Invalid:
+    async def next_invalid(self) -> Invalidation:
         """Wait until the kernel has to drop something, and return all of it."""
         while not self._invalid:
             await self._news.wait()
-        batch, self._invalid = self._invalid, Invalid()
+        batch, self._invalid = self._invalid, Invalidation()
         return batch
