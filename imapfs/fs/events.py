@@ -113,11 +113,14 @@ class EventStream:
 
 
 @contextlib.contextmanager
-def address(directory: Path) -> Iterator[str]:
-    """Of the socket: a short one, as it may have 107 bytes only (unix(7)). Raises OSError."""
+def address(directory: Path, name: str = SOCKET) -> Iterator[str]:
+    """Yield a short address for a Unix socket in a directory: at most 107 bytes are allowed (unix(7)).
+
+    Raises OSError.
+    """
     fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield f"/proc/self/fd/{fd}/{SOCKET}"
+        yield f"/proc/self/fd/{fd}/{name}"
     finally:
         os.close(fd)
 
