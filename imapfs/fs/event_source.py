@@ -1,8 +1,7 @@
-"""Turns changes into events for those who watch the mount.
+"""Turns changes into events for programs that watch the mount.
 
-A change that a program makes through the mount is reported to watchers by the kernel. What other clients do,
-and what the daemon does later on its own, is reported here, once. Changes outside the mounted subtree are not
-reported. If a mailbox is deleted, its messages are not reported one by one.
+Changes outside the mounted subtree are not reported. The deletion of a mailbox is one event, whatever was in
+it.
 """
 
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from imapfs.sync.changes import Changes
 
 
 class EventSource:
-    """Publishes an event on ``stream`` for each change that can be seen below the mountpoint."""
+    """Publishes an event on ``stream`` for each change that is visible below the mountpoint."""
 
     def __init__(self, tree: MailTree, cache: Cache, stream: EventStream) -> None:
         self._tree = tree
@@ -62,7 +61,7 @@ class EventSource:
                 yield Place(directory, path, name)
 
     def _event(self, kind: EventKind, place: Place, ino: Ino, source: Place | None = None) -> Event:
-        """Return an event about something that exists."""
+        """Return an event about an entry that exists."""
         details = self._cache.details(ino)
         if details is None:
             return Event(kind, place, ino, source=source)

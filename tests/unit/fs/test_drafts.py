@@ -11,7 +11,7 @@ from imapfs.sync.changes import ChangeHub, Changes, Moved, Renamed
 from tests.conftest import ExpectedLog
 from tests.support.model import Model, model
 
-LOST = "has lost its mailbox"
+LOST = "its mailbox was deleted"
 
 
 class Mounted:
