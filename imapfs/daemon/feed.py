@@ -1,7 +1,7 @@
-"""Sends events to the processes of `imapfs watch`, by a Unix socket in the account's cache directory.
+"""Sends events to the processes of `imapfs watch`, through a Unix socket in the account's cache directory.
 
-One line of JSON an event; the first line only says that nothing is missed from now on. A reader that is too
-slow loses events and is told how many; nobody else waits for it.
+Each event is one line of JSON. The first line only says that no event is missed from now on. A reader that is
+too slow loses events, and learns how many. Neither the mount nor other readers wait for it.
 """
 
 import contextlib
@@ -22,14 +22,16 @@ from imapfs.waiting import Flag
 
 log = logging.getLogger(__name__)
 
-_MOST: Final = 10_000
+_MAX_WAITING: Final = 10_000
 """Events that wait for one reader."""
+_NEW_SOCKET: Final = SOCKET + ".new"
+"""Name of the socket until it accepts connections."""
 _CREDENTIALS: Final = struct.Struct("iII")
 """struct ucred (unix(7)): process, user, group."""
 
 
 class _Reader:
-    """Lines on their way to one process."""
+    """The lines that wait to be sent to one process."""
 
     def __init__(self) -> None:
         self._lines: list[bytes] = []
@@ -37,14 +39,15 @@ class _Reader:
         self._news = Flag()
 
     def put(self, line: bytes) -> None:
-        if len(self._lines) < _MOST:
+        """Queue a line, or count it as lost if too many are waiting."""
+        if len(self._lines) < _MAX_WAITING:
             self._lines.append(line)
         else:
             self._lost += 1
         self._news.set()
 
     async def take(self) -> bytes:
-        """Everything so far."""
+        """Wait for lines, and return all that are queued."""
         while not self._lines:
             await self._news.wait()
         lines, self._lines = self._lines, []
@@ -55,28 +58,29 @@ class _Reader:
 
 
 class Feed:
-    """Events for any number of processes of the user who mounted."""
+    """Sends events to any number of processes of the user who mounted."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._readers: set[_Reader] = set()
 
     def offer(self, event: Event) -> None:
+        """Send an event to all readers; returns at once."""
         if self._readers:
             line = _line(**event.as_json())
             for reader in self._readers:
                 reader.put(line)
 
     async def serve(self) -> None:
-        """Serve until cancelled. Raises nothing: without readers a mount is as good."""
+        """Accept readers until cancelled. Raises nothing: the mount works without them."""
         try:
             async with _listener(self._directory) as listener:
                 await trio.serve_listeners(self._send, [trio.SocketListener(listener)])
         except OSError as error:
-            log.warning("nobody can use 'imapfs watch' on this mount: %s", error)
+            log.warning("'imapfs watch' does not work on this mount: %s", error)
 
     async def _send(self, stream: trio.SocketStream) -> None:
-        """Send events until the other end is closed."""
+        """Send events until the other end closes the connection."""
         if not _is_ours(stream.socket):
             await stream.aclose()
             return
@@ -95,7 +99,7 @@ class Feed:
 
 
 async def _until_closed(stream: trio.SocketStream, scope: trio.CancelScope) -> None:
-    """Nothing is ever said at the other end."""
+    """Cancel ``scope`` when the other end closes the connection: it sends nothing."""
     with contextlib.suppress(trio.BrokenResourceError):
         await stream.receive_some()
     scope.cancel()
@@ -103,20 +107,22 @@ async def _until_closed(stream: trio.SocketStream, scope: trio.CancelScope) -> N
 
 @contextlib.asynccontextmanager
 async def _listener(directory: Path) -> AsyncIterator[trio.socket.SocketType]:
-    """A socket that only this user can connect to. Raises OSError."""
-    with contextlib.suppress(FileNotFoundError):
-        (directory / SOCKET).unlink()
+    """Yield a socket that only this user can connect to. Raises OSError."""
+    path, new = directory / SOCKET, directory / _NEW_SOCKET
+    new.unlink(missing_ok=True)
     with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        with address(directory) as short:
-            await listener.bind(short)
-        # Nobody else can have reached it before: the directory is closed to them.
-        (directory / SOCKET).chmod(0o600)
-        listener.listen()
         try:
+            with address(directory, _NEW_SOCKET) as short:
+                await listener.bind(short)
+            # Other users could not reach it before this: the directory is closed to them.
+            new.chmod(0o600)
+            listener.listen()
+            # Only now, so that a reader that finds the socket can connect.
+            new.rename(path)
             yield listener
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                (directory / SOCKET).unlink()
+            new.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def _is_ours(connection: trio.socket.SocketType) -> bool:

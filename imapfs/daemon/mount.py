@@ -1,7 +1,7 @@
-"""One mount, wired together: the only place that builds the layers and says who listens to whom.
+"""The composition root of a mount: only this module builds the layers and connects them.
 
-Everything is handed over complete. Changes flow one way: whoever makes a transaction publishes it on the hub,
-and the listeners are called in the order of `subscribe`.
+Every object gets all that it needs in its constructor. Changes flow one way: the code that makes a
+transaction publishes it on the hub, which calls the listeners in the order of `subscribe`.
 """
 
 import logging
@@ -17,10 +17,10 @@ from imapfs.daemon.feed import Feed
 from imapfs.errors import ConnectionLost, ImapfsError, Throttled, TlsError, UsageError
 from imapfs.fs.drafts import Drafts
 from imapfs.fs.event_source import EventSource
-from imapfs.fs.events import Stream
+from imapfs.fs.events import EventStream
 from imapfs.fs.files import Files
 from imapfs.fs.filesystem import Filesystem
-from imapfs.fs.refresh import Refresher
+from imapfs.fs.refresh import DirectoryRefresher
 from imapfs.fs.replace import Replacer
 from imapfs.fs.space import SpaceReporter
 from imapfs.fs.tree import MailTree
@@ -50,29 +50,29 @@ from imapfs.sync.watching import Push
 log = logging.getLogger(__name__)
 
 _MAX_START_PATIENCE: Final = 10.0
-"""Seconds that the mount of a cached account waits for the server: long enough for any login, so that a wrong
-password is reported, but not for a network that is away."""
+"""Seconds that the mount of a cached account waits for the server. This is long enough for any login, so that
+a wrong password is reported, but it does not delay the mount for long if there is no network."""
 
 
 class Observer(Protocol):
-    """Learns how the mount is. Called on the trio thread, where nothing may wait."""
+    """Is notified of the state of the mount. Called on the trio thread, so it must not wait."""
 
     def live(self) -> None:
-        """The mount answers. Called once, and not at all if there can be no mount."""
+        """The mount has begun. Called once, and not at all if mounting fails."""
 
     def state(self, reason: str | None, needs_person: bool) -> None:
         """The account is offline for ``reason``, or online if that is None.
 
-        ``needs_person``: it stays offline until somebody corrects the credentials.
+        ``needs_person``: it stays offline until the user corrects the credentials.
         """
 
     def ending(self) -> None:
-        """The mount is gone; what waits to be uploaded is being uploaded."""
+        """The mount has ended; pending uploads are being finished."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """An account as files, without a kernel: everything below the kernel's side of a mount."""
+    """All objects of a mount that do not know the kernel."""
 
     config: MountConfig
     pool: SessionPool
@@ -92,7 +92,10 @@ class Model:
 
 
 def build_model(config: MountConfig, pool: SessionPool, cache: Cache, background: trio.Nursery) -> Model:
-    """Build everything from the cache to the file system. Tasks run in ``background``. Raises CacheError."""
+    """Build the layers from the cache to the file system. Raises CacheError.
+
+    Their tasks run in ``background``.
+    """
     hub = ChangeHub()
     bodies = BodyStore(cache, config.cache_size)
     spool = Spool(cache.directory / "spool")
@@ -107,7 +110,7 @@ def build_model(config: MountConfig, pool: SessionPool, cache: Cache, background
     uploader = Uploader(pool, cache, bodies, spool, sync, locator, mover, flags, downloads, background, hub)
     watching = Push(pool, cache, sync, background, config.poll)
     tree = MailTree(cache, spool, uploader)
-    refresher = Refresher(tree, cache, pool, sync, watching, config.timeout)
+    refresher = DirectoryRefresher(tree, cache, pool, sync, watching, config.timeout)
     files = Files(cache, bodies, downloads, prefetcher, spool, tree)
     drafts = Drafts(tree, cache, spool, hub)
     replacer = Replacer(tree, cache, spool, files, locator, uploader)
@@ -124,12 +127,12 @@ def build_model(config: MountConfig, pool: SessionPool, cache: Cache, background
 
 
 def subscribe(model: Model, kernel: KernelCache, source: EventSource) -> None:
-    """Say who learns of changes, in this order."""
+    """Connect the listeners to the hub. It calls them in this order."""
     model.hub.subscribe(model.files.on_changes)
     model.hub.subscribe(model.drafts.on_changes)
     model.hub.subscribe(kernel.on_changes)
     model.hub.subscribe(source.on_changes)
-    # Last: an open file may have to keep a body that goes.
+    # Last, because an open file may have to keep a body that is dropped.
     model.hub.subscribe(lambda changes: model.bodies.drop(changes.gone))
 
 
@@ -158,7 +161,7 @@ async def _serve(config: MountConfig, credentials: CredentialProvider, observer:
                     background.start_soon(network.watch, pool.network_changed, pool.resumed)
                     await _run(build_model(config, pool, cache, background), background, observer)
             except ImapfsError as error:
-                # Out of the nursery as itself, not in a group.
+                # Raised outside of the nursery, which would wrap it in a group.
                 failure = error
             finally:
                 await pool.close()
@@ -183,9 +186,9 @@ async def _end_on_signal(signals: AsyncIterable[int], life: trio.CancelScope) ->
 
 
 async def _run(model: Model, background: trio.Nursery, observer: Observer) -> None:
-    """Mount, and serve until somebody unmounts or this is cancelled."""
+    """Mount, and serve until the mount is unmounted or this is cancelled."""
     config, cache = model.config, model.cache
-    events = Stream()
+    events = EventStream()
     kernel = KernelCache(model.tree)
     subscribe(model, kernel, EventSource(model.tree, cache, events))
     announcer = Announcer(model.fs, model.tree, kernel, config.mountpoint, config.read_only)
@@ -197,7 +200,7 @@ async def _run(model: Model, background: trio.Nursery, observer: Observer) -> No
     feed = Feed(cache.directory)
     try:
         await start(model, background)
-        # Not before: what the first look at the server finds is old.
+        # Not earlier: what the first listing finds is not new.
         events.subscribe(announcer.offer)
         events.subscribe(feed.offer)
         adapter.mount(config.mountpoint, _mount_options(config))
@@ -221,9 +224,9 @@ async def _run(model: Model, background: trio.Nursery, observer: Observer) -> No
 
 
 async def start(model: Model, background: trio.Nursery) -> None:
-    """Find the root of the mount, take over what an earlier mount left, and start the background tasks.
+    """Find the root of the mount, take over drafts of an earlier mount, and start the background tasks.
 
-    A cached account can be mounted without its server. Raises whatever makes a mount impossible.
+    A cached account can be mounted without its server. Raises ImapfsError if mounting is impossible.
     """
     await _list_mailboxes(model)
     account = model.config.account
@@ -244,13 +247,13 @@ async def _list_mailboxes(model: Model) -> None:
     refresh = model.sync.refresh_tree(0)
     if refresh is None:
         return
-    # The server may ask to wait for longer than a person at the terminal would.
+    # The server may ask for a longer pause than a user at the terminal is willing to wait.
     with trio.move_on_after(_MAX_START_PATIENCE if is_cached else 3 * config.timeout):
         await refresh.finished()
     if not refresh.done and not is_cached:
         raise ConnectionLost(pool.reason or f"{config.account.host} does not answer in time")
     if not refresh.done:
-        log.warning("mounted from the cache: no answer from the server so far")
+        log.warning("mounted from the cache: the server has not answered yet")
     elif refresh.error is not None:
         is_transient = isinstance(refresh.error, ConnectionLost | Throttled)
         is_transient = is_transient and not isinstance(refresh.error, TlsError)
@@ -266,27 +269,28 @@ def _find_root(cache: Cache, host: str, path: str) -> Ino:
         if node is None or not node.is_dir:
             shown = [(n.name or b"").decode() for n in cache.directories(ino)]
             raise UsageError(
-                f"{host} has no mailbox {path}; at that place there are: " + (", ".join(shown) or "none")
+                f"{host} has no mailbox {path}; the mailboxes at that level are: "
+                + (", ".join(shown) or "none")
             )
         ino = node.ino
     return ino
 
 
 async def _upload_when_online(pool: SessionPool, uploader: Uploader) -> None:
-    """Upload what waits for the server as soon as it is back."""
+    """Upload pending drafts as soon as the server can be reached again."""
     while True:
         await pool.wait_for_reconnect()
         uploader.hurry()
 
 
 async def end(model: Model) -> None:
-    """Upload what can be uploaded, then release everything."""
+    """Upload what can be uploaded, and release everything."""
     if not model.config.read_only:
         with trio.move_on_after(model.config.timeout):
             await model.uploader.drain()
     waiting = model.uploader.pending()
     if waiting:
-        log.warning("%d files are not on the server yet: the next mount sends them", len(waiting))
+        log.warning("files not on the server yet: %d; the next mount uploads them", len(waiting))
     model.files.close()
     model.bodies.close()
 
@@ -301,7 +305,7 @@ def _mount_options(config: MountConfig) -> set[str]:
 
 
 def _cache_name(config: MountConfig) -> str:
-    """Return the name of an account's cache directory: readable, never a path."""
+    """Return the name of an account's cache directory. It is readable and never has a slash."""
     account = config.account
     return (
         "".join(

@@ -1,9 +1,9 @@
-"""What happens to this machine that connections do not survive: sleep, and another network.
+"""Notices events that connections do not survive: a change of the network, and sleep.
 
-Nothing here wakes the process without a reason: the kernel tells. Of the network, through a netlink socket
-(rtnetlink(7)) that is open to everybody; of a resume, through a timer that is never due and is cancelled
-when the clock is set, which is what a resume does (TFD_TIMER_CANCEL_ON_SET of timerfd_create(2)). Whether
-there was a sleep is seen from the clock that goes on meanwhile.
+The kernel reports both, so the process is never woken without need. Changes of the network come through a
+netlink socket (rtnetlink(7)), which needs no privileges. A resume sets the clock, which cancels a timer that
+never expires (TFD_TIMER_CANCEL_ON_SET of timerfd_create(2)). Whether the machine was asleep follows from
+CLOCK_BOOTTIME, which runs on during sleep, while CLOCK_MONOTONIC stands still.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ import trio
 log = logging.getLogger(__name__)
 
 _ADDRESSES_AND_ROUTES: Final = 0x10 | 0x40 | 0x100 | 0x400
-"""RTMGRP_IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE. Not links: a radio reports itself all day."""
+"""RTMGRP_IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE. No links: wireless ones report all the time."""
 _SETTLE: Final = 0.5
-"""Seconds in which changes count as one: an address comes with several routes."""
-_SLEPT: Final = 2.0
-"""Seconds of sleep from which on connections are given up."""
+"""Seconds during which changes count as one: a new address comes with several routes."""
+_MIN_SLEEP: Final = 2.0
+"""Seconds of sleep after which connections are given up."""
 _TFD_TIMER: Final = 1 | 2
 """TFD_TIMER_ABSTIME, TFD_TIMER_CANCEL_ON_SET."""
 
@@ -35,12 +35,12 @@ class _Itimerspec(ctypes.Structure):
 
 
 def slept() -> float:
-    """Seconds that the machine has been asleep since it was started."""
+    """Return for how many seconds the machine has been asleep since it was started."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
 
 
 async def watch(on_change: Callable[[], None], on_resume: Callable[[], None]) -> None:
-    """Call ``on_change`` when addresses or routes are others, ``on_resume`` after a sleep."""
+    """Call ``on_change`` when addresses or routes have changed, and ``on_resume`` after a sleep."""
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_watch_addresses, on_change)
         nursery.start_soon(_watch_clock, on_resume)
@@ -57,11 +57,11 @@ async def _watch_addresses(on_change: Callable[[], None]) -> None:
                 _discard(news)
                 on_change()
     except OSError as error:
-        log.info("changes of the network are not noticed: %s", error)
+        log.info("cannot detect changes of the network: %s", error)
 
 
 def _discard(news: socket.socket) -> None:
-    """That there is something to be read says it all; ENOBUFS only says that there was much."""
+    """Discard all messages: their arrival is all that matters. ENOBUFS means that some were lost."""
     with contextlib.suppress(BlockingIOError):
         while True:
             try:
@@ -76,7 +76,7 @@ async def _watch_clock(on_resume: Callable[[], None]) -> None:
     try:
         timer = _never_due()
     except OSError as error:
-        log.info("a sleep of this machine is not noticed: %s", error)
+        log.info("cannot detect that this machine was asleep: %s", error)
         return
     try:
         await _watch_timer(timer, before, on_resume)
@@ -88,16 +88,16 @@ async def _watch_timer(timer: int, before: float, on_resume: Callable[[], None])
     while True:
         await trio.lowlevel.wait_readable(timer)
         with contextlib.suppress(OSError):
-            os.read(timer, 8)  # ECANCELED, upon which it counts anew
+            os.read(timer, 8)  # ECANCELED; the next change is reported again
         now = slept()
-        if now - before > _SLEPT:
+        if now - before > _MIN_SLEEP:
             log.info("the machine was asleep for %.0f s", now - before)
             on_resume()
         before = now
 
 
 def _never_due() -> int:
-    """A timer that can be waited for. Raises OSError."""
+    """Return the descriptor of a timer that never expires. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     timer = int(libc.timerfd_create(time.CLOCK_REALTIME, os.O_NONBLOCK | os.O_CLOEXEC))
     if timer < 0:

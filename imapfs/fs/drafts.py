@@ -1,8 +1,7 @@
-"""Where drafts are: they follow their mailboxes, and are never lost with one.
+"""Keeps drafts in directories that exist: they follow their mailboxes, and are never lost with one.
 
-A draft remembers the path of its directory, since a rebuilt cache gives directories new inodes. If the
-mailbox is renamed on the server, the draft goes with it. If it is deleted, the draft moves to the top of the
-mount.
+A draft has the path of its directory, because a rebuilt cache gives directories new inodes. If a mailbox is
+renamed on the server, its drafts go with it. If it is deleted, they move to the top of the mount.
 """
 
 import logging
@@ -25,13 +24,13 @@ class Drafts:
         self._hub = hub
 
     def restore(self) -> None:
-        """Take over what an earlier mount left: drafts, and messages that it hid but did not remove."""
+        """Take over the drafts of an earlier mount, and show messages that it hid but did not remove."""
         self._place_all()
         self._show_hidden()
 
     def _place_all(self) -> None:
         """Find the directories of all drafts by their paths."""
-        # After a power cut the database may have forgotten that it gave out their inodes.
+        # After a power cut the database may not know that it has assigned their inodes.
         self._cache.reserve_inos(max((d.ino for d in (*self._spool, *self._spool.sent)), default=0))
         for draft in self._spool:
             directory = self._cache.directory_at(draft.path)
@@ -41,14 +40,14 @@ class Drafts:
                 self._spool.rename(draft, directory, draft.name, draft.path)
 
     def _show_hidden(self) -> None:
-        """Show messages that were hidden to be removed, if nothing is left that would remove them."""
+        """Show hidden messages again, except for those that are still to be removed."""
         due = {draft.base.ref for draft in (*self._spool, *self._spool.sent) if draft.base is not None}
         for ino, ref, flags in self._cache.hidden():
             if ref not in due and "\\deleted" not in flags.lower():
                 self._cache.show(ino)
 
     def on_changes(self, changes: Changes) -> None:
-        """Follow mailboxes that were deleted or renamed."""
+        """Move the drafts of mailboxes that were deleted or renamed."""
         for node in changes.gone:
             if node.is_dir:
                 for draft in self._spool.within(node.ino):
@@ -58,15 +57,15 @@ class Drafts:
                 self.follow(moved.mailbox)
 
     def _rescue(self, draft: Draft) -> None:
-        """Move a draft to the top of the mount, where a person finds it."""
-        log.warning("%s has lost its mailbox: it is at the top of the mount now", draft.shown)
+        """Move a draft to the top of the mount, where the user finds it."""
+        log.warning("%s: its mailbox was deleted; the file is now at the top of the mount", draft.shown)
         root = self._tree.root
         name = self._spool.free_name(root, draft.name)
         self._spool.rename(draft, root, name, self._cache.path(root))
         self._hub.publish(Changes(root, added=[(draft.ino, name)]))
 
     def follow(self, change: Renamed) -> None:
-        """Update the drafts of a mailbox that has another name on the server, and of those below it."""
+        """Update the drafts of a renamed mailbox and of the mailboxes below it."""
         self._spool.rename_mailbox(*change)
         for draft in self._spool:
             path = self._cache.path(draft.parent)

@@ -1,13 +1,12 @@
-"""Turns changes into events for those who watch the mount.
+"""Turns changes into events for programs that watch the mount.
 
-A change that a program makes through the mount is reported to watchers by the kernel. What other clients do,
-and what the daemon does later on its own, is reported here, once. Changes outside the mounted subtree are not
-reported. If a mailbox is deleted, its messages are not reported one by one.
+Changes outside the mounted subtree are not reported. The deletion of a mailbox is one event, whatever was in
+it.
 """
 
 from collections.abc import Iterator
 
-from imapfs.fs.events import Event, Kind, Place, Stream
+from imapfs.fs.events import Event, EventKind, EventStream, Place
 from imapfs.fs.tree import MailTree
 from imapfs.model import Ino
 from imapfs.store.cache import Cache, Node
@@ -15,9 +14,9 @@ from imapfs.sync.changes import Changes
 
 
 class EventSource:
-    """Publishes an event on ``stream`` for each change that can be seen below the mountpoint."""
+    """Publishes an event on ``stream`` for each change that is visible below the mountpoint."""
 
-    def __init__(self, tree: MailTree, cache: Cache, stream: Stream) -> None:
+    def __init__(self, tree: MailTree, cache: Cache, stream: EventStream) -> None:
         self._tree = tree
         self._cache = cache
         self._stream = stream
@@ -41,7 +40,7 @@ class EventSource:
                 gone = node and node.without_body()
                 yield Event("deleted" if moved.mailbox else "expunged", before, moved.ino, gone=gone)
         for node in changes.gone:
-            kind: Kind = "deleted" if node.is_dir else "expunged"
+            kind: EventKind = "deleted" if node.is_dir else "expunged"
             if node.name not in changes.replaced:
                 for place in self._places(node):
                     yield Event(kind, place, node.ino, node.uid, gone=node)
@@ -61,8 +60,8 @@ class EventSource:
             if path is not None:
                 yield Place(directory, path, name)
 
-    def _event(self, kind: Kind, place: Place, ino: Ino, source: Place | None = None) -> Event:
-        """Return an event about something that exists."""
+    def _event(self, kind: EventKind, place: Place, ino: Ino, source: Place | None = None) -> Event:
+        """Return an event about an entry that exists."""
         details = self._cache.details(ino)
         if details is None:
             return Event(kind, place, ino, source=source)

@@ -1,7 +1,7 @@
-"""What changed in a mount without a program having done it through the mount: for those who watch.
+"""Events: changes that no program has made through the mount, for programs that watch it.
 
-A change that a program makes through the mount is told to watchers by the kernel. Everything else (what other
-clients did, and what the daemon does by itself later) is an `Event`, and each is told once.
+The kernel reports what a program does through the mount. Every other change (by another client, or by the
+daemon at a later time) is an `Event`, and is reported once.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 from imapfs.model import Ino, Uid
 
 if TYPE_CHECKING:
-    # Which the process of `imapfs watch` has no use for.
+    # Not at run time: `imapfs watch` does not need it.
     from imapfs.store.cache import Node
 
 SOCKET: Final = "events"
-"""Name of the Unix socket in an account's cache directory at which the daemon sends events as lines."""
+"""Name of the Unix socket in an account's cache directory through which the daemon sends events."""
 
-Kind = Literal["arrived", "expunged", "moved", "flags", "created", "deleted", "renamed"]
-"""The first four are of messages, the others of mailboxes."""
+EventKind = Literal["arrived", "expunged", "moved", "flags", "created", "deleted", "renamed"]
+"""The first four are about messages, the others about mailboxes."""
 _OF_MAILBOXES: Final = {"created", "deleted", "renamed"}
 
 
@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
     directory: Ino
     path: tuple[bytes, ...]
-    """Of the directory, from the mountpoint."""
+    """Names from the mountpoint down to the directory."""
     name: bytes
 
     def __str__(self) -> str:
@@ -39,25 +39,26 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One change; ``place`` is where it is now, or was last."""
+    """One change. ``place`` is where the entry is now, or where it was before it was removed."""
 
-    kind: Kind
+    kind: EventKind
     place: Place
     ino: Ino
     uid: Uid | None = None
     flags: str | None = None
-    """All flags, separated by spaces, where they are news."""
+    """All flags of a message, separated by spaces; None if the event says nothing about them."""
     source: Place | None = None
-    """Where it was before, of what was moved or renamed."""
+    """The previous place, if the entry was moved or renamed."""
     gone: "Node | None" = None
-    """What it was, of what is not there any more."""
+    """The entry as it was, if it is no longer in the mount."""
 
     @property
     def of_mailbox(self) -> bool:
+        """Return whether the event is about a mailbox and not about a message."""
         return self.kind in _OF_MAILBOXES
 
     def as_json(self) -> dict[str, Any]:
-        """The keys that `imapfs watch --json` promises, but for the time."""
+        """Return what `imapfs watch --json` documents, except for the time."""
         found: dict[str, Any] = {"event": self.kind, "path": str(self.place), "inode": self.ino}
         if self.source is not None:
             found["from"] = str(self.source)
@@ -68,56 +69,60 @@ class Event:
         return found
 
 
-class Stream:
-    """Where events come together and go to all who listen. Used on the trio thread."""
+class EventStream:
+    """Passes events from the model to all listeners. Used on the trio thread."""
 
     def __init__(self) -> None:
         self._listeners: list[Callable[[Event], None]] = []
-        self._under_way: dict[Hashable, list[Event]] = {}
+        self._in_progress: dict[Hashable, list[Event]] = {}
 
     def subscribe(self, listener: Callable[[Event], None]) -> None:
-        """Have ``listener`` called with each event; it must not raise, nor wait for anything."""
+        """Have ``listener`` called with each event from now on. It must neither raise nor wait."""
         self._listeners.append(listener)
 
     def publish(self, event: Event) -> None:
-        """Tell of an event, unless a request that is under way may be what made it."""
-        held = self._under_way.get(_key(event))
+        """Pass an event on, or hold it back while a request is in progress that may have caused it."""
+        held = self._in_progress.get(_key(event))
         if held is None:
-            self._tell(event)
+            self._pass_on(event)
         else:
             held.append(event)
 
-    def _tell(self, event: Event) -> None:
+    def _pass_on(self, event: Event) -> None:
         for listener in self._listeners:
             listener(event)
 
     @contextlib.contextmanager
     def request(self, *about: Hashable) -> Iterator[None]:
-        """A request is under way that changes these entries (directory, name) or flags (inode).
+        """Hold back events about these entries (directory, name) or flags (inode) during a request.
 
-        If it succeeds, the kernel tells of the change; if it fails, another client was quicker. The kernel
-        never has two requests under way that change the same entry, or the same inode's attributes.
+        If the request succeeds, the kernel reports the change, and the events are dropped. If it fails,
+        another client was faster, and they are passed on. The kernel never sends two requests at once that
+        change the same entry, or the attributes of the same inode.
         """
         held: list[Event] = []
         for key in about:
-            self._under_way[key] = held
+            self._in_progress[key] = held
         try:
             yield
         except BaseException:
             for event in held:
-                self._tell(event)
+                self._pass_on(event)
             raise
         finally:
             for key in about:
-                del self._under_way[key]
+                del self._in_progress[key]
 
 
 @contextlib.contextmanager
-def address(directory: Path) -> Iterator[str]:
-    """Of the socket: a short one, as it may have 107 bytes only (unix(7)). Raises OSError."""
+def address(directory: Path, name: str = SOCKET) -> Iterator[str]:
+    """Yield a short address for a Unix socket in a directory: at most 107 bytes are allowed (unix(7)).
+
+    Raises OSError.
+    """
     fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield f"/proc/self/fd/{fd}/{SOCKET}"
+        yield f"/proc/self/fd/{fd}/{name}"
     finally:
         os.close(fd)
 

@@ -1,10 +1,10 @@
-"""Open files: where the bytes of each come from and go to.
+"""Open files: where the bytes of each file come from and go to.
 
-A file is a message (its bytes come from the cache or the server, and never change), or a draft (its bytes are
-in the spool). The first write to a message makes a draft of it, with the same inode: copy-on-write.
+A file is a message or a draft. The bytes of a message come from the cache or the server, and never change.
+Those of a draft are in the spool. The first write to a message creates a draft with the same inode
+(copy-on-write).
 
-A descriptor belongs to the inode, not to the handle: a program that has a file open sees what others write
-to it.
+A descriptor belongs to the inode, not to the handle: a program sees what other programs write to the file.
 """
 
 import os
@@ -21,7 +21,7 @@ from imapfs.sync.download import Download, Downloader
 from imapfs.sync.prefetch import FetchAhead
 
 Opening = bytes | None | Awaitable[bytes | None]
-"""All bytes of a small message, if they are wanted; or what to await for them."""
+"""All bytes of a small message, if they are wanted, or an awaitable for them."""
 
 
 class OpenFile:
@@ -35,12 +35,12 @@ class OpenFile:
         """All bytes of a small message that is no longer in the cache."""
         self.download: Download | None = None
         self.removed: Node | None = None
-        """The message that it was, once it was removed on the server."""
+        """The message as it was before it was removed on the server."""
         self.orphan: Draft | None = None
-        """The draft that it was, once it was deleted. As on any disk, it lives until it is closed."""
+        """The draft, if it was deleted. As on any file system, it lives until the last program closes it."""
 
     def forget_source(self) -> None:
-        """Let the next read look again where the bytes are."""
+        """Have the next read find out again where the bytes are."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -73,9 +73,9 @@ class Files:
         """Large messages whose cached bodies were found intact since the mount began."""
 
     def is_shared(self, ino: Ino) -> bool:
-        """Return whether a file is not open exactly once."""
+        """Return whether a file is open more than once."""
         file = self._open.get(ino)
-        return file is None or file.users > 1
+        return file is not None and file.users > 1
 
     def is_written(self, ino: Ino) -> bool:
         """Return whether a program has a file open for writing."""
@@ -91,15 +91,14 @@ class Files:
     # -- opening and closing -------------------------------------------------------------------------------
 
     def open(self, node: Node, *, writing: bool, wanted: bool) -> Opening:
-        """Begin to use a message; its exact size is known when this returns, or what it returns was awaited.
+        """Open a message. Its exact size is known on return, or once the returned awaitable has finished.
 
-        ``wanted``: the whole body is of use to the caller, and is returned if it is small. Who gives up the
-        waiting calls `release`.
+        ``wanted``: return the whole body if it is small. If the caller stops waiting, it calls `release`.
         """
         file = self._use(node.ino, writing)
         if wanted:
             if node.crc is None:
-                # Before what is fetched ahead of it.
+                # Before the prefetcher asks for the messages that follow.
                 file.download = file.download or self._downloads.start(node).acquire()
             self._ahead.opened(node)
         if node.exact and not (wanted and node.size <= SMALL):
@@ -108,11 +107,11 @@ class Files:
         return self._whole(node, file) if data is None else data
 
     def open_known(self, ino: Ino) -> None:
-        """Begin to read a file that the caller has all bytes of."""
+        """Open a file for reading whose bytes the kernel already has."""
         self._use(ino, writing=False)
 
     def open_draft(self, draft: Draft, *, writing: bool) -> None:
-        """Begin to use a draft."""
+        """Open a draft."""
         self._use(draft.ino, writing)
 
     def _use(self, ino: Ino, writing: bool) -> OpenFile:
@@ -122,7 +121,7 @@ class Files:
         return file
 
     def release(self, ino: Ino, *, writing: bool) -> bool:
-        """End one use of a file; true if it was the last one for writing."""
+        """Close a file once. Return whether this was the last writer."""
         file = self._open[ino]
         file.users -= 1
         file.writers -= writing
@@ -142,7 +141,7 @@ class Files:
         data = bytes(spool.small)
         kept = self._cache.node(node.ino)
         if file.download is not None and kept is not None and kept.crc is not None:
-            # It is in its file: no need to hold it in memory too.
+            # It is in the cache now: do not keep it in memory as well.
             file.download.release()
             file.download = None
         return data
@@ -150,12 +149,12 @@ class Files:
     # -- reading -------------------------------------------------------------------------------------------
 
     async def read(self, ino: Ino, offset: int, size: int) -> bytes:
-        """Bytes of an open file; fewer than ``size`` only at its end."""
+        """Return bytes of an open file: fewer than ``size`` only at its end. Raises ImapfsError."""
         file = self._open[ino]
         if file.fd < 0 and file.data is None and file.download is None:
             data = await self._locate(ino, file)
             if data is not None:
-                # Not to be kept: the kernel keeps it, so that it hardly asks twice.
+                # Not kept here: the kernel keeps it, and will hardly ask twice.
                 return data[offset : offset + size]
         if file.fd >= 0:
             return os.pread(file.fd, size, offset)
@@ -168,7 +167,7 @@ class Files:
         return os.pread(spool.fd, size, offset)
 
     async def _locate(self, ino: Ino, file: OpenFile) -> bytes | None:
-        """All bytes of a small message; of any other file have either a descriptor or a download."""
+        """Return all bytes of a small message. For any other file, set its descriptor or its download."""
         draft = self._spool.get(ino)
         if draft is not None:
             file.fd = _open_draft(draft)
@@ -183,7 +182,7 @@ class Files:
         if fd is not None:
             self._verified.add(ino)
             if file.fd >= 0 or not file.users:
-                os.close(fd)  # another reader was quicker, or the last one gave up
+                os.close(fd)  # another reader was faster, or the last one has given up
             else:
                 file.fd = fd
             return None
@@ -194,6 +193,7 @@ class Files:
     # -- writing -------------------------------------------------------------------------------------------
 
     async def write(self, ino: Ino, offset: int, data: bytes) -> int:
+        """Write to an open file, and return the number of bytes. Raises ImapfsError."""
         draft, fd = await self._for_writing(ino, keep=None)
         try:
             view, at = memoryview(data), offset
@@ -206,7 +206,7 @@ class Files:
         return len(data)
 
     async def truncate(self, ino: Ino, size: int) -> None:
-        """Set the size of a file, open or not."""
+        """Set the size of a file, whether it is open or not. Raises ImapfsError."""
         self._use(ino, writing=True)
         try:
             draft, fd = await self._for_writing(ino, keep=size)
@@ -221,7 +221,7 @@ class Files:
     def _wrote(self, draft: Draft) -> None:
         draft.touch()
         if self._spool.get(draft.ino) is not draft:
-            return  # deleted, and only here for who has it open
+            return  # deleted: it lives only until it is closed
         if not draft.dirty or draft.state in {"sending", "unsent"}:
             draft.dirty = True
             if draft.state != "local":
@@ -229,32 +229,32 @@ class Files:
             draft.save()
 
     async def _for_writing(self, ino: Ino, keep: int | None) -> tuple[Draft, int]:
-        """The draft of an open file and its descriptor, made from the message if there is none yet.
+        """Return the draft of an open file and its descriptor. A message becomes a draft with this call.
 
-        ``keep``: how many bytes of the message are wanted; None for all.
+        ``keep`` is the number of bytes to copy from the message; None for all.
         """
         file = self._open[ino]
         if file.orphan is not None:
             return file.orphan, file.fd
         draft = self._spool.get(ino)
         if draft is None:
-            draft = await self._begin(ino, keep)
+            draft = await self._start_version(ino, keep)
             file.forget_source()
         if file.fd < 0:
             file.fd = _open_draft(draft)
         return draft, file.fd
 
-    async def _begin(self, ino: Ino, keep: int | None) -> Draft:
+    async def _start_version(self, ino: Ino, keep: int | None) -> Draft:
         node = self._cache.node(ino)
         if node is None:
             raise MessageGone("it was removed on the server")
         content = b""
         if keep != 0:
             content = (await self._downloads.contents(node))[:keep]
-            # Somebody else may have begun while this one was waiting.
-            begun = self._spool.get(ino)
-            if begun is not None:
-                return begun
+            # Another writer may have created the draft meanwhile.
+            existing = self._spool.get(ino)
+            if existing is not None:
+                return existing
         draft = self._tree.new_version(node)
         try:
             draft.file.write_bytes(content)
@@ -264,15 +264,15 @@ class Files:
         return draft
 
     async def flush(self, ino: Ino) -> None:
-        """Make what was written to a message survive a power cut: the program is told so by close()."""
+        """Make what was written to a message survive a power cut. The result is that of close()."""
         draft = self._spool.get(ino)
         if draft is not None and draft.dirty and draft.state != "local":
             await draft.secure()
 
-    # -- what happens to open files ------------------------------------------------------------------------
+    # -- changes of open files -----------------------------------------------------------------------------
 
     def on_changes(self, changes: Changes) -> None:
-        """Keep the bytes of open messages that were removed. Those of uploaded drafts have moved."""
+        """Keep the bytes of open messages that were removed; find those of uploaded drafts again."""
         for node in changes.gone:
             self._keep_removed(node)
         for ino in changes.uploaded:

@@ -1,10 +1,10 @@
-"""What each operation on the mount does: `rename` is what ``mv`` does, `unlink` is what ``rm`` does.
+"""What each operation on the mount does: `rename` is ``mv``, `unlink` is ``rm``.
 
-A message changes on the server first and in the cache then. A draft changes in the spool, and is uploaded
+A message changes on the server first and then in the cache. A draft changes in the spool, and is uploaded
 when it is complete: when its last writer closes it, when it gets the name of a message, or at fsync.
 
-The operations take entries of the tree (`imapfs.fs.tree`), and do the same whichever directory shows them.
-All methods run on the trio thread. Failures are `imapfs.errors`. Nothing here knows the kernel's interface.
+The operations work on entries of the tree (`imapfs.fs.tree`), whichever directory shows them. All methods run
+on the trio thread and raise `imapfs.errors`. This module does not know the kernel's interface.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from imapfs.errors import (
 )
 from imapfs.fs.drafts import Drafts
 from imapfs.fs.files import Files, Opening
-from imapfs.fs.refresh import Refresher
+from imapfs.fs.refresh import DirectoryRefresher
 from imapfs.fs.replace import Replacement, Replacer
 from imapfs.fs.space import Space, SpaceReporter
 from imapfs.fs.tree import MESSAGE_SUFFIX, Entry, MailTree, is_message_name
@@ -54,9 +54,9 @@ from imapfs.sync.upload import Uploader
 log = logging.getLogger(__name__)
 
 _ANSWER_IN_TIME: Final = 0.2
-"""Part of a request's timeout that is kept for the answer to the program, after waiting for an upload."""
+"""Fraction of a request's timeout that is reserved for the answer after the wait for an upload."""
 _NOISE: Final = {b"RCS", b"CVS", b"SCCS", b"BitKeeper", b"autorun.inf", b"desktop.ini"}
-"""Names that programs look up in every directory. No mailbox is likely to have them."""
+"""Names that programs look up in every directory, and that no mailbox is likely to have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +71,12 @@ class _Before:
 
 
 class Filesystem:
-    """The operations on one mounted account. ``timeout`` is that of a request, in seconds."""
+    """The operations on one mounted account. ``timeout`` limits a request, in seconds."""
 
     def __init__(
         self,
         tree: MailTree,
-        refresher: Refresher,
+        refresher: DirectoryRefresher,
         files: Files,
         drafts: Drafts,
         replacer: Replacer,
@@ -109,21 +109,21 @@ class Filesystem:
 
     @property
     def late_errno(self) -> int:
-        """The errno of a request that has taken too long."""
+        """Return the errno for a request that has taken too long."""
         return errno.EBUSY if self._pool.state is Connectivity.THROTTLED else errno.ETIMEDOUT
 
     # -- looking -------------------------------------------------------------------------------------------
 
     def getattr(self, ino: Ino) -> Entry:
-        """Return what stat shows of a file or directory, also of a deleted file that is still open."""
+        """Return the entry of a file or directory, also of a deleted file that is still open."""
         return self._files.deleted_entry(ino) or self._tree.entry(ino)
 
     def known(self, parent: Ino, name: bytes) -> Entry | None:
-        """Return what a directory has under a name as far as is known, without asking the server."""
+        """Return the entry that a directory has under a name, without asking the server."""
         return self._tree.child(parent, name)
 
     async def lookup(self, parent: Ino, name: bytes) -> Entry:
-        """Return what a directory has under a name; the server is asked for what is not known."""
+        """Return the entry that a directory has under a name; ask the server if the name is not known."""
         directory = self._tree.directory(parent).ino
         found = self._tree.child(directory, name)
         if found is None and not name.startswith(b".") and name not in _NOISE:
@@ -138,13 +138,13 @@ class Filesystem:
         await self._refresher.opened(self._tree.directory(ino))
 
     def closedir(self, ino: Ino) -> None:
-        """End one use of a directory."""
+        """Close a directory once."""
         self._refresher.closed(self._tree.inside(ino))
 
     async def readdir(self, ino: Ino, after: int) -> list[Entry]:
-        """Return entries with inodes above ``after``, in the order of inodes; none at the end.
+        """Return entries with inodes above ``after``, ordered by inode; an empty list at the end.
 
-        In a mailbox that is listed for the first time the entries come as they arrive.
+        While a mailbox is listed for the first time, entries are returned as they arrive.
         """
         directory = self._tree.directory(ino).ino
         while not (page := self._tree.page(directory, after)):
@@ -159,9 +159,9 @@ class Filesystem:
     # -- reading and writing -------------------------------------------------------------------------------
 
     def open(self, ino: Ino, *, writing: bool, wanted: bool) -> Opening:
-        """Begin to use a file. Its exact size is known when this returns, or after its result was awaited.
+        """Open a file. Its exact size is known on return, or once the returned awaitable has finished.
 
-        ``wanted``: all bytes are of use to the caller, and are returned if they are few.
+        ``wanted``: return all bytes of a small message.
         """
         draft = self._spool.get(ino)
         if draft is not None:
@@ -174,10 +174,10 @@ class Filesystem:
         return self._files.open(node, writing=writing, wanted=wanted)
 
     async def create(self, parent: Ino, name: bytes, mode: int) -> Entry:
-        """Make a new, empty file, open for writing."""
+        """Create an empty file, open for writing."""
         directory = self._tree.directory(parent).ino
         if self._tree.child(directory, name) is not None:
-            raise Exists("there is a file of that name")
+            raise Exists("a file with this name exists")
         if is_message_name(name):
             self._locator.mailbox(directory)
         path = self._cache.path(directory)
@@ -192,31 +192,31 @@ class Filesystem:
         return Entry.of_draft(draft)
 
     def release(self, ino: Ino, *, writing: bool) -> None:
-        """End one use of a file. When the last writer is done, what was written is complete."""
+        """Close a file once. When the last writer closes it, it is complete."""
         last = self._files.release(ino, writing=writing)
         draft = self._spool.get(ino)
         if last and draft is not None:
             self._complete(draft)
 
     async def truncate(self, ino: Ino, size: int, *, is_open: bool) -> None:
-        """Set the size of a file. ``is_open``: by a descriptor; else the file may be complete after this."""
+        """Set the size of a file. If not ``is_open`` (by a descriptor), this may make it complete."""
         await self._files.truncate(ino, size)
         draft = self._spool.get(ino)
         if not is_open and draft is not None and not self._files.is_written(ino):
             self._complete(draft)
 
     def _complete(self, draft: Draft, *, now: bool = False) -> bool:
-        """Submit a draft for uploading if there is something to upload; return whether there is."""
+        """Submit a draft for upload, unless there is nothing to upload. Return whether it was submitted."""
         if draft.state in {"local", "unsent"} or (draft.state == "open" and not draft.dirty):
             return False
         if draft.dirty and draft.size == 0:
-            return False  # an empty file is not a message: more will come
+            return False  # an empty file is not a message: the program will write to it later
         draft.dirty = False
         self._uploader.submit(draft, now=now)
         return True
 
     async def fsync(self, ino: Ino) -> None:
-        """Return when a file is safe: a message on the server, any other file on this disk."""
+        """Wait until a file is safe: a message on the server, any other file on this disk."""
         draft = self._spool.get(ino)
         if draft is None:
             return
@@ -225,13 +225,17 @@ class Filesystem:
             await self._uploader.deliver(draft)
 
     async def fsync_directory(self) -> None:
-        """Return when everything that can be uploaded is on the server."""
+        """Wait until everything that can be uploaded is on the server."""
         await self._uploader.drain()
 
     def set_attributes(
         self, ino: Ino, *, mode: int | None, mtime: int | None, owner: int | None, group: int | None
     ) -> None:
-        """chmod, utimens (mtime in nanoseconds) and chown. They are kept here: a server cannot store them."""
+        """Do what chmod, utimens (mtime in nanoseconds) and chown ask for.
+
+        Mode and mtime are kept here, because a server cannot store them. Raises NotPermitted for an owner or
+        a group that is not the user's own.
+        """
         if (owner is not None and owner != os.getuid()) or (
             group is not None and group not in {os.getgid(), *os.getgroups()}
         ):
@@ -252,27 +256,28 @@ class Filesystem:
     async def rename(
         self, parent: Ino, name: bytes, new_parent: Ino, new_name: bytes, *, keep_existing: bool
     ) -> None:
-        """What ``mv`` does.
+        """Do what ``mv`` asks for.
 
-        A directory: RENAME. A message: within its mailbox a name that is kept here, else MOVE. A draft: a new
-        place; the name of a message makes it complete, and the server is waited for. What had the new name is
-        replaced: a message goes the way of rm, after everything else has worked.
+        A directory: RENAME. A message: MOVE to another mailbox; within its mailbox only its name changes,
+        which is kept here. A draft: its place changes; if its new name is that of a message, it is complete,
+        and this waits for the upload. The file that had the new name before is replaced: if it is a message,
+        it is removed as by ``rm``, after everything else has succeeded.
         """
         here, there = self._tree.directory(parent).ino, self._tree.directory(new_parent).ino
         source, target = self._tree.child(here, name), self._tree.child(there, new_name)
         if source is None:
             raise NotFound("no such file")
         if target is not None and keep_existing:
-            raise Exists("there is a file of that name")
+            raise Exists("a file with this name exists")
         if target is not None and target.ino == source.ino:
             return
         if source.is_dir:
             if target is not None:
-                raise NotEmpty("there is a file or mailbox of that name")
+                raise NotEmpty("a file or mailbox with this name exists")
             await self._rename_directory(self._tree.node(source.ino), there, new_name)
             return
         if target is not None and target.is_dir:
-            raise IsADirectory("there is a directory of that name")
+            raise IsADirectory("a directory with this name exists")
         if source.draft is not None and await self._rename_draft(source.draft, there, new_name):
             return
         # A message, or a draft that was uploaded before it could be renamed.
@@ -282,7 +287,7 @@ class Filesystem:
         with await self._replacer.prepare(there, new_name) as replaced:
             target = replaced.message
             if target is not None and target.ino == message.ino:
-                target = None  # an editor puts its backup in place of what was not uploaded yet
+                target = None  # an editor restores its backup in place of what is not uploaded yet
             if message.parent != there:
                 await self._mover.move(message.ino, there, new_name)
             else:
@@ -295,11 +300,11 @@ class Filesystem:
             await self._replacer.remove(target)
 
     async def _rename_draft(self, draft: Draft, there: Ino, new_name: bytes) -> bool:
-        """Rename a draft; false if it is a message now, which is still to be renamed."""
+        """Rename a draft. Return False if it has become a message, which the caller has to rename."""
         if is_message_name(new_name):
             self._locator.mailbox(there)
         if self._cache.node(draft.ino) is not None and draft.parent != there:
-            # A message with changes on their way cannot move before they have arrived.
+            # A message with changes that are not on the server yet cannot move before they are.
             await self._settle(draft)
             return False
         if not await self._uploader.withdraw(draft):
@@ -312,12 +317,12 @@ class Filesystem:
             self._replacer.resubmit(draft)
             raise
         if base is not None and base != draft.base:
-            # It was to replace that message, and replaces another one now, or none.
+            # The draft was to replace that message. Now it replaces another one, or none.
             await self._uploader.discard(base)
         return True
 
     async def _place_draft(self, draft: Draft, replaced: Replacement, there: Ino, new_name: bytes) -> None:
-        """Give a draft that was withdrawn another place, and have it uploaded if that completes it."""
+        """Give a withdrawn draft another place, and upload it if that makes it complete."""
         becomes_message = is_message_name(new_name)
         target = replaced.message
         if replaced.draft is not None and replaced.draft.base is not None and target is None:
@@ -342,42 +347,45 @@ class Filesystem:
                 await self._mover.remove(target.ino)
             return
         if target is not None:
-            # Only now that the draft says what it replaces: hidden, it would not be seen again after a kill.
+            # Only after the draft has noted what it replaces: after a kill, a hidden message that no draft
+            # replaces is shown again.
             self._cache.hide(target.ino)
         if is_version:
             self._cache.rename(draft.ino, new_name)
-            if target is not None:
-                await self._replacer.remove(target)
-                target = None
-        if not self._complete(draft, now=True):
-            draft.save()
-            return
         try:
-            await self._wait_for_server(draft)
+            if self._complete(draft, now=True):
+                await self._wait_for_server(draft)
+            else:
+                draft.save()
         except ImapfsError:
-            # It goes back to where it was: a rename either happens or does not.
+            # The draft goes back to where it was: a rename either succeeds or changes nothing.
             draft.state = "unsent" if before.state == "sending" else before.state
             draft.base = before.base
             self._spool.rename(draft, before.parent, before.name, before.path)
+            if is_version:
+                self._cache.rename(draft.ino, before.name)
             if target is not None and self._cache.node(target.ino) is not None:
                 self._cache.rename(target.ino, new_name)
             raise
+        if is_version and target is not None:
+            # The upload itself removes only the old version of the renamed message.
+            await self._replacer.remove(target)
 
     async def _wait_for_server(self, draft: Draft) -> None:
         """Wait until a draft is uploaded or refused, but not for a server that is away or slow."""
-        # The program has to have its answer before the request times out.
+        # The program needs its answer before the request times out.
         deadline = trio.current_effective_deadline() - self._timeout * _ANSWER_IN_TIME
         with trio.move_on_at(deadline):
             try:
                 await self._uploader.deliver(draft)
                 return
             except (ConnectionLost, Throttled) as error:
-                log.info("%s is uploaded later: %s", draft.shown, error)
+                log.info("%s will be uploaded later: %s", draft.shown, error)
         if self._spool.get(draft.ino) is draft:
             await draft.secure()
 
     async def _settle(self, draft: Draft) -> None:
-        """Have a new version of a message on the server."""
+        """Upload a new version of a message, or drop it if nothing was written. Raises Refused."""
         if self._complete(draft, now=True):
             await self._uploader.deliver(draft)
         elif draft.state == "open":
@@ -388,10 +396,10 @@ class Filesystem:
     # -- rm ------------------------------------------------------------------------------------------------
 
     async def unlink(self, parent: Ino, name: bytes) -> None:
-        """What ``rm`` does.
+        """Do what ``rm`` asks for.
 
-        A message goes to Trash or is expunged, by the account's policy. A draft is deleted with the message
-        that it replaces.
+        A message goes to Trash or is expunged, as the account is configured. A draft is deleted together with
+        the message that it replaces.
         """
         directory = self._tree.directory(parent).ino
         found = self._tree.child(directory, name)
@@ -404,7 +412,7 @@ class Filesystem:
             return
         with await self._replacer.prepare(directory, name) as deleted:
             message = deleted.message
-            # An editor's backup has another name, and stays.
+            # An editor's backup has another name, and is kept.
             if message is not None and message.name in {None, name}:
                 with contextlib.suppress(MessageGone):
                     await self._mover.remove(message.ino)
@@ -416,42 +424,42 @@ class Filesystem:
         """CREATE a mailbox."""
         directory = self._tree.directory(parent).ino
         if self._tree.child(directory, name) is not None:
-            raise Exists("there is a file of that name")
+            raise Exists("a file with this name exists")
         await self._folders.create(self._server_name(directory, name))
         made = self._cache.child(directory, name)
         if made is None:
-            raise Refused("the server took the name of the mailbox for another one")
+            raise Refused("the server created the mailbox under another name")
         return Entry.of_node(made)
 
     def _server_name(self, parent: Ino, name: bytes) -> bytes:
         """Return the server's name for a mailbox in ``parent``. Raises NotPermitted, Invalid."""
         if name.startswith(b"."):
-            # Among them .Trash-1000: file managers then offer to delete permanently, which is an unlink.
-            raise NotPermitted("a mailbox cannot begin with a dot")
+            # Such as .Trash-1000. File managers then offer to delete permanently, which is an unlink.
+            raise NotPermitted("the name of a mailbox cannot begin with a dot")
         component = server_component(name)
         delimiter = self._sync.delimiter
         if component is None or (delimiter and delimiter in component):
-            raise Invalid("the server cannot have a mailbox of that name")
+            raise Invalid("the server cannot have a mailbox with this name")
         if parent == ROOT:
             return self._sync.prefix + component
         mailbox = self._cache.mailbox(parent)
         if mailbox is None or mailbox.server_name is None or not mailbox.delimiter:
-            raise NotPermitted("there can be no mailbox in this directory")
+            raise NotPermitted("this directory cannot contain mailboxes")
         if mailbox.server_name + mailbox.delimiter == self._sync.prefix:
-            raise NotPermitted("mailboxes in this mailbox are shown beside it: make it there")
+            raise NotPermitted("mailboxes below this one are shown beside it: create it there")
         return mailbox.server_name + mailbox.delimiter + component
 
     def _changeable(self, directory: Ino, what: str) -> Mailbox:
-        """Return the mailbox of a directory. Raises NotPermitted for INBOX and for a mere ancestor."""
+        """Return the mailbox of a directory. Raises NotPermitted for INBOX and for a mere parent."""
         mailbox = self._cache.mailbox(directory)
         if mailbox is None or mailbox.server_name is None or is_inbox(mailbox.server_name):
-            # RENAME INBOX moves its messages and leaves it there (RFC 9051 section 6.3.6), and some servers
-            # lose them.
+            # RENAME INBOX moves its messages and keeps the mailbox (RFC 9051 section 6.3.6). Some servers
+            # lose the messages.
             raise NotPermitted(f"this mailbox cannot be {what}")
         return mailbox
 
     async def rmdir(self, parent: Ino, name: bytes) -> None:
-        """DELETE a mailbox, if it is empty on the server and here."""
+        """DELETE a mailbox if it is empty, on the server and here. Raises NotEmpty."""
         found = self._tree.child(self._tree.directory(parent).ino, name)
         if found is None:
             raise NotFound("no such directory")

@@ -1,8 +1,7 @@
-"""How fresh a directory is before it is shown.
+"""How fresh a directory is when it is shown.
 
-Opening a directory asks the server for changes, unless it was asked a moment ago or reports changes without
-being asked. Looking up an unknown name does the same. If the server does not answer soon, what is known is
-shown.
+Opening a directory asks the server for changes, unless it was asked a moment ago or reports changes on its
+own. Looking up an unknown name does the same. If the server does not answer soon, the cache is shown.
 """
 
 import math
@@ -20,11 +19,11 @@ from imapfs.sync.watching import Push
 MAX_AGE: Final = 5.0
 """Seconds for which a listing is shown without asking the server again."""
 _MAX_PATIENCE: Final = 3.0
-"""Seconds that a known listing waits for the server's answer before it is shown as it is."""
+"""Seconds to wait for the server before a cached listing is shown."""
 
 
-class Refresher:
-    """Brings what is about to be shown up to date. ``timeout`` is that of a request, in seconds."""
+class DirectoryRefresher:
+    """Brings directories up to date before they are shown. ``timeout`` limits a request, in seconds."""
 
     def __init__(
         self,
@@ -43,16 +42,16 @@ class Refresher:
         self._patience = min(_MAX_PATIENCE, timeout / 2)
 
     async def opened(self, directory: Node) -> None:
-        """Bring a directory up to date that a program has opened; it is in use until `closed`."""
+        """Bring a directory up to date that a program opens. It is in use until `closed`."""
         await self._refresh(directory)
         self._watching.opened(directory.ino)
 
     def closed(self, directory: Ino) -> None:
-        """End one use of a directory."""
+        """Note that a program has closed a directory."""
         self._watching.closed(directory)
 
     def used(self, mailbox: Ino) -> None:
-        """Note that a message of a mailbox is read."""
+        """Note that a program reads a message of a mailbox."""
         self._watching.used(mailbox)
 
     async def _refresh(self, directory: Node) -> None:
@@ -63,27 +62,27 @@ class Refresher:
             if mailbox.complete:
                 await self._wait(messages)
             if self._sync.freshness.is_watched(directory.ino):
-                return  # changes of the list of mailboxes are shown when they come
+                return  # changes of the list of mailboxes are shown when they arrive
         await self._wait(tree)
 
     async def mailbox(self, ino: Ino) -> None:
-        """Bring the messages of a known mailbox up to date."""
+        """Bring the messages of a mailbox up to date that was listed before."""
         await self._wait(self._sync.refresh_mailbox(ino, MAX_AGE))
 
     async def _wait(self, refresh: Refresh | None) -> None:
-        """Wait for a refresh, but not long, and ignore its result.
+        """Wait a limited time for a refresh, and ignore its result. Do not wait if the server is away.
 
-        Do not wait at all where the server is away. The patience counts from the start of the refresh, so
-        that a second request does not wait for what the first has waited for in vain.
+        The limit counts from the start of the refresh: if one request has waited in vain, the next does not
+        wait again.
         """
         if refresh is not None and not self._pool.is_away:
             with trio.move_on_at(refresh.started + self._patience):
                 await refresh.finished()
 
     async def appears(self, directory: Ino, name: bytes, *, is_message: bool) -> Entry | None:
-        """Look for a name that is not known: the server may have it. None if it has not, or not soon.
+        """Ask the server for an unknown name. Return its entry, or None if none is found in time.
 
-        Raises why the directory is not known, if it is not.
+        If the directory was never listed, raises the error of the attempt to list it.
         """
         refresh, known = self._news_of(directory, is_message=is_message)
         found = None
@@ -98,7 +97,7 @@ class Refresher:
         return found
 
     def _news_of(self, directory: Ino, *, is_message: bool) -> tuple[Refresh | None, bool]:
-        """Return the refresh that can bring a new name, and whether all other names are known."""
+        """Return the refresh that may find a new name, and whether the directory was listed before."""
         if not is_message:
             return self._sync.refresh_tree(MAX_AGE), True
         ino = self._tree.inside(directory)
@@ -111,9 +110,9 @@ class Refresher:
         return self._sync.refresh_mailbox(ino, MAX_AGE), bool(mailbox.complete)
 
     async def more(self, directory: Ino) -> bool:
-        """Wait until the first listing of a mailbox has more entries; false if it is complete.
+        """Wait for more entries of a mailbox that is listed for the first time; False at the end.
 
-        Raises what ended the listing.
+        Raises the error that ended the listing.
         """
         ino = self._tree.inside(directory)
         mailbox = self._cache.mailbox(ino)

@@ -1,11 +1,11 @@
-"""Replacing files: what happens to the file that had a name before.
+"""What happens to a file when another file gets its name.
 
-Nothing is removed before its successor is in place. A draft that is replaced is set aside and comes back if
-the operation fails. A message that is replaced is hidden, and removed from the server last; the draft that
-takes its place says so on disk (`Draft.base`) before that.
+Nothing is removed before its successor is in place. A draft that is being replaced is set aside, and restored
+if the operation fails. A message is hidden, and removed from the server at the very end. Before it is hidden,
+the draft that replaces it notes this on disk (`Draft.base`).
 
-Editors write a file anew after renaming the old one to a backup. What comes under the old name within a few
-seconds is a new version of that message.
+Some editors rename a file to a backup and then write a new file. A file that is created under the old name
+within a few seconds is a new version of that message.
 """
 
 import math
@@ -21,18 +21,21 @@ from imapfs.sync.locate import Locator
 from imapfs.sync.upload import Uploader
 
 _MAX_EDITOR_PAUSE: Final = 10.0
-"""Seconds between an editor's renaming of a file to its backup and its writing of the new one."""
+"""Seconds between the rename of a file to its backup and the creation of the new file by an editor."""
 
 
 class Replacement:
-    """What has a name that is about to be given to another file, or to be deleted."""
+    """The file whose name is about to be given to another file, or that is about to be deleted.
+
+    Used as a context manager around the operation, whose failure restores the file.
+    """
 
     def __init__(self, replacer: "Replacer", draft: Draft | None, message: Node | None) -> None:
         self._replacer = replacer
         self.draft = draft
-        """The draft, withdrawn from uploading."""
+        """The draft, withdrawn from upload."""
         self.message = message
-        """The message, or the one that the draft is a new version of."""
+        """The message, or the message that the draft is a new version of."""
 
     def __enter__(self) -> "Replacement":
         if self.draft is not None:
@@ -70,16 +73,16 @@ class Replacer:
         """Directory and name that a message had before an editor renamed it -> the message, and when."""
 
     async def prepare(self, directory: Ino, name: bytes) -> Replacement:
-        """Withdraw from uploading what has a name, so that it can be replaced.
+        """Return what has a name, so that it can be replaced. A draft is withdrawn from upload.
 
-        Raises ConnectionLost where only the server knows whether it was uploaded already.
+        Raises ConnectionLost if only the server knows whether the draft was already uploaded.
         """
         target = self._tree.child(directory, name)
         if target is None or target.draft is None:
             return Replacement(self, None, target and target.node)
         if not await self._uploader.withdraw(target.draft):
             uploaded = self._tree.child(directory, name)
-            return Replacement(self, None, uploaded.node if uploaded and not uploaded.draft else None)
+            return Replacement(self, None, uploaded and uploaded.node)
         return Replacement(self, target.draft, self._version_of(target.draft))
 
     def _version_of(self, draft: Draft) -> Node | None:
@@ -96,7 +99,7 @@ class Replacer:
         self._spool.set_aside(draft)
 
     def delete(self, draft: Draft) -> None:
-        """Delete a draft; programs that have it open keep it."""
+        """Delete a draft. Programs that have it open can still use it."""
         self._files.deleted(draft)
         self._spool.forget(draft)
 
@@ -106,14 +109,14 @@ class Replacer:
         self.resubmit(draft)
 
     def resubmit(self, draft: Draft) -> None:
-        """Undo that a draft was withdrawn from uploading, after a failure."""
+        """Submit a withdrawn draft for upload again, after a failure."""
         if self._spool.get(draft.ino) is draft and draft.state == "sending":
             self._uploader.submit(draft)
 
     # -- messages ------------------------------------------------------------------------------------------
 
     def make_version(self, draft: Draft, old: Node) -> None:
-        """Let a draft replace a message when it is uploaded. It takes over flags unless it has its own."""
+        """Have a draft replace a message when it is uploaded. It takes over the flags if it has none."""
         if (found := self._tree.reference(old)) is not None:
             draft.base, flags = found
             draft.flags = draft.flags or flags
@@ -128,17 +131,17 @@ class Replacer:
     # -- editors -------------------------------------------------------------------------------------------
 
     def note_renamed(self, directory: Ino, name: bytes, new_name: bytes, ino: Ino) -> None:
-        """Note that a message has a backup's name now, if it has."""
+        """Note that a message was renamed, if its new name is that of an editor's backup."""
         if is_message_name(name) and not is_message_name(new_name):
             self._renamed[directory, name] = ino, time.monotonic()
 
     def just_renamed(self, directory: Ino, name: bytes) -> Node | None:
-        """Return the message that had this name until a moment ago, once."""
+        """Return the message that an editor has just renamed from this name. It is returned only once."""
         ino, at = self.forget_renamed(directory, name)
         if ino is None or time.monotonic() - at > _MAX_EDITOR_PAUSE:
             return None
         return self._cache.node(ino)
 
     def forget_renamed(self, directory: Ino, name: bytes) -> tuple[Ino | None, float]:
-        """Forget that a message had this name; return which one, and when it was renamed."""
+        """Forget the message that had this name; return it, and when it was renamed."""
         return self._renamed.pop((directory, name), (None, -math.inf))

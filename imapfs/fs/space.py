@@ -1,4 +1,4 @@
-"""The space that statfs shows: the account's quota, or the disk with the cache where it has none."""
+"""The space that statfs shows: the account's quota, or if it has none, the disk that holds the cache."""
 
 import math
 import os
@@ -14,9 +14,9 @@ from imapfs.imap.session import Quota, Session
 from imapfs.log import report
 
 _MAX_AGE: Final = 60.0
-"""Seconds for which a quota is shown without asking again."""
+"""Seconds for which a quota is shown without asking the server again."""
 _MAX_PATIENCE: Final = 3.0
-"""Seconds to wait for the server's answer before the last known quota is shown."""
+"""Seconds to wait for the server before the last known quota is shown."""
 
 
 class Space(NamedTuple):
@@ -27,7 +27,10 @@ class Space(NamedTuple):
 
 
 class SpaceReporter:
-    """Asks for the quota (RFC 9208, resource STORAGE) in the background. ``timeout`` is that of a request."""
+    """Asks for the quota (RFC 9208, resource STORAGE) in the background.
+
+    ``timeout`` limits a request, in seconds.
+    """
 
     def __init__(self, pool: SessionPool, directory: Path, nursery: trio.Nursery, timeout: float) -> None:
         self._pool = pool
@@ -38,7 +41,7 @@ class SpaceReporter:
         self._asked_at = -math.inf
 
     async def space(self) -> Space:
-        """Return the quota as far as it is known soon, else the space of the disk."""
+        """Return the quota if it is known or the server answers soon, else the space on the disk."""
         if time.monotonic() - self._asked_at > _MAX_AGE:
             self._asked_at = time.monotonic()
             answered = trio.Event()
@@ -54,6 +57,6 @@ class SpaceReporter:
         try:
             self._quota = await self._pool.run(partial(Session.quota, mailbox=b"INBOX"))
         except Exception as error:
-            report(error, "the quota is not known")
+            report(error, "cannot get the quota")
         finally:
             answered.set()

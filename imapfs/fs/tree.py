@@ -1,17 +1,17 @@
-"""The tree: what each directory entry is, and where each file is shown.
+"""The directory tree: what each entry is, and where each file is shown.
 
 A mailbox is a directory. A message in it is a regular file with exactly the bytes of BODY[]. Beside messages
-there are drafts: files that are not on the server, or not yet. A draft that is a new version of a message has
-the inode and the name of that message, and hides it. This module merges the two once, as `Entry`; what an
-operation does with an entry is decided in `imapfs.fs.filesystem`.
+there are drafts: files that are not on the server, or not yet. A draft that is a new version of a message
+has the inode and the name of that message, and hides it. This module merges drafts and messages, in one
+place, into `Entry`. `imapfs.fs.filesystem` decides what an operation does with an entry.
 
-`Tree` is what a further view of the same messages has to offer. The inode of a message is the same in each
-tree, so that the operations on it are the same. The inode of a directory is in one tree only: the kernel
-would take a second place for a rename.
+`Tree` is the interface of a view of the messages; further views can be added. A message has the same inode in
+every tree, so that the same operations apply to it. A directory's inode is in one tree only: if it appeared
+at a second place, the kernel would move it there.
 
-All methods run on the trio thread and answer from what is known, without a question to the server. Inode 1 is
-the mountpoint: the root of the account, or of the subtree that is mounted. Only the methods of a tree
-translate between it and the inode in the cache.
+All methods run on the trio thread and answer from the cache and the spool, without asking the server. Inode 1
+is the mountpoint: the root of the account, or of the mounted subtree. Only the methods of a tree translate
+between it and the inode in the cache.
 """
 
 import math
@@ -31,7 +31,7 @@ _MAX_PAGE: Final = 500
 
 
 def is_message_name(name: bytes) -> bool:
-    """Return whether a new file of this name is to become a message. Other files stay local."""
+    """Return whether a new file with this name becomes a message. Other files stay local."""
     return name.lower().endswith(MESSAGE_SUFFIX) and not name.startswith(b".")
 
 
@@ -39,7 +39,7 @@ class Entry(NamedTuple):
     """A directory entry and what stat shows of it."""
 
     ino: Ino
-    """As the kernel knows it: `ROOT` for the mountpoint."""
+    """Inode for the kernel: `ROOT` for the mountpoint."""
     name: bytes
     is_dir: bool
     size: int
@@ -49,38 +49,38 @@ class Entry(NamedTuple):
     ctime: int
     """Nanoseconds since the epoch."""
     mode: int | None
-    """Permission bits that the user has set."""
+    """Permission bits, if the user has set them."""
     draft: Draft | None = None
     node: Node | None = None
-    """The directory, or the message; beside a draft, the message that it is a new version of in place."""
+    """The directory or the message; None for a draft."""
 
     @classmethod
     def of_node(cls, node: Node) -> "Entry":
-        """A directory or a message."""
+        """Return the entry of a directory or a message."""
         shown = node.size, node.mtime, node.ctime, node.mode
         return cls(node.ino, node.name or b"", node.is_dir, *shown, None, node)
 
     @classmethod
-    def of_draft(cls, draft: Draft, node: Node | None = None, size: int | None = None) -> "Entry":
-        """A draft. ``size`` is needed once its file is deleted."""
+    def of_draft(cls, draft: Draft, size: int | None = None) -> "Entry":
+        """Return the entry of a draft. ``size`` in bytes is needed once its file is deleted."""
         size = draft.size if size is None else size
-        return cls(draft.ino, draft.name, False, size, draft.mtime, draft.ctime, draft.mode, draft, node)
+        return cls(draft.ino, draft.name, False, size, draft.mtime, draft.ctime, draft.mode, draft)
 
 
 class Tree(Protocol):
     """A view of the account's messages as directories and files."""
 
     def entry(self, ino: Ino) -> Entry:
-        """Return what an inode is. Raises MessageGone."""
+        """Return the entry of an inode. Raises MessageGone."""
 
     def child(self, parent: Ino, name: bytes) -> Entry | None:
-        """Return what a directory has under a name."""
+        """Return the entry that a directory has under a name."""
 
     def page(self, directory: Ino, after: int) -> list[Entry]:
-        """Return entries with inodes above ``after``, in the order of inodes; none at the end."""
+        """Return entries with inodes above ``after``, ordered by inode; an empty list at the end."""
 
     def places(self, node: Node) -> list[tuple[Ino, bytes]]:
-        """Return the directory and the name of each place that shows a node, or did until it was removed."""
+        """Return directory and name of each place that shows a node, or showed it until it was removed."""
 
 
 class MailTree:
@@ -100,19 +100,21 @@ class MailTree:
         return self._root
 
     def mount_below(self, directory: Ino) -> None:
-        """Have ``directory`` as the root. Called before anything is shown."""
+        """Make ``directory`` the root. Called at most once, before the tree is used."""
         self._root = directory
 
     def inside(self, ino: Ino) -> Ino:
-        """Return the inode in the cache for an inode of the kernel's."""
+        """Return the inode in the cache for an inode of the kernel."""
         return self._root if ino == ROOT else ino
 
-    def outside(self, ino: Ino) -> Ino:
-        """Return the kernel's inode for an inode in the cache."""
-        return ROOT if ino == self._root else ino
+    def outside(self, ino: Ino) -> Ino | None:
+        """Return the kernel's inode for an inode in the cache; None for the root above a mounted subtree."""
+        if ino == self._root:
+            return ROOT
+        return None if ino == ROOT else ino
 
     def path(self, directory: Ino) -> tuple[bytes, ...] | None:
-        """Return the names from the mountpoint down to a directory of the kernel's; None if it is gone."""
+        """Return the names from the mountpoint down to a directory of the kernel; None if it is gone."""
         return self._path(self.inside(directory))
 
     def _path(self, ino: Ino) -> tuple[bytes, ...] | None:
@@ -122,24 +124,24 @@ class MailTree:
         return path[len(top) :]
 
     def place(self, directory: Ino, name: bytes) -> Place | None:
-        """Return the place of an entry of a directory in the cache; None if it is not in the mount."""
-        path = self._path(directory)
-        return None if path is None else Place(self.outside(directory), path, name)
+        """Return the place of an entry of a directory in the cache; None if it is outside the mount."""
+        shown, path = self.outside(directory), self._path(directory)
+        return None if shown is None or path is None else Place(shown, path, name)
 
     def places(self, node: Node) -> list[tuple[Ino, bytes]]:
         """See `Tree`."""
-        is_above = node.parent == ROOT != self._root
-        return [] if node.name is None or is_above else [(self.outside(node.parent), node.name)]
+        directory = self.outside(node.parent)
+        return [] if node.name is None or directory is None else [(directory, node.name)]
 
     def path_of(self, draft: Draft) -> str:
-        """Return the path of a draft below the mountpoint, for people and programs."""
+        """Return the path of a draft, relative to the mountpoint."""
         path = (*draft.path, draft.name)[len(self._cache.path(self._root)) :]
         return b"/".join(path).decode("utf-8", "replace")
 
     # -- entries -------------------------------------------------------------------------------------------
 
     def node(self, ino: Ino) -> Node:
-        """Return the directory or message that an inode is in the cache. Raises MessageGone."""
+        """Return the directory or message with an inode. Raises MessageGone."""
         node = self._cache.node(self.inside(ino))
         if node is None:
             raise MessageGone("it was removed on the server")
@@ -149,7 +151,7 @@ class MailTree:
         """Return a directory. Raises MessageGone, NotADirectory."""
         node = self.node(ino)
         if not node.is_dir:
-            raise NotADirectory("a message is no directory")
+            raise NotADirectory("it is a file")
         return node
 
     def entry(self, ino: Ino) -> Entry:
@@ -157,22 +159,35 @@ class MailTree:
         draft = self._spool.get(ino)
         if draft is not None:
             return Entry.of_draft(draft)
-        return self._shown(self.node(ino))
+        found = Entry.of_node(self.node(ino))
+        return found if found.ino != self._root else found._replace(ino=ROOT)
 
     def _shown(self, node: Node) -> Entry:
-        entry = Entry.of_node(node)
-        return entry if node.ino != self._root else entry._replace(ino=ROOT)
+        """Return the entry of a directory or message, with the attributes of its inode."""
+        shown = Entry.of_node(node)
+        draft = self._spool.get(node.ino)
+        if draft is None:
+            return shown
+        # The draft was begun while the message was being moved, and stayed behind. An inode has one size.
+        return shown._replace(size=draft.size, mtime=draft.mtime, ctime=draft.ctime, mode=draft.mode)
 
     def child(self, parent: Ino, name: bytes) -> Entry | None:
         """See `Tree`."""
         directory = self.inside(parent)
         draft = self._spool.child(directory, name)
         if draft is not None:
-            return Entry.of_draft(draft, self._cache.node(draft.ino))
+            return Entry.of_draft(draft)
         node = self._cache.child(directory, name)
-        if node is None or (not node.is_dir and self._is_twin(node, self._uncertain(directory))):
+        if node is None or self._is_elsewhere(directory, node):
             return None
-        return Entry.of_node(node)
+        if not node.is_dir and self._is_twin(node, self._uncertain(directory)):
+            return None
+        return self._shown(node)
+
+    def _is_elsewhere(self, directory: Ino, node: Node) -> bool:
+        """Return whether a message in a directory has a new version there under another name."""
+        draft = self._spool.get(node.ino)
+        return draft is not None and self._spool.child(directory, draft.name) is draft
 
     def page(self, directory: Ino, after: int) -> list[Entry]:
         """See `Tree`."""
@@ -180,11 +195,12 @@ class MailTree:
         nodes = self._cache.children(inside, after, _MAX_PAGE)
         is_last = len(nodes) < _MAX_PAGE
         end = math.inf if is_last else nodes[-1].ino
-        drafts = {d.ino: d for d in self._spool.within(inside) if after < d.ino <= end}
-        names = {draft.name for draft in drafts.values()}
+        within = self._spool.within(inside)
+        names = {draft.name for draft in within}
+        drafts = {draft.ino: draft for draft in within if after < draft.ino <= end}
         uncertain = self._uncertain(inside)
         page = [
-            Entry.of_node(node)
+            self._shown(node)
             for node in nodes
             if node.ino not in drafts
             and node.name not in names
@@ -200,7 +216,7 @@ class MailTree:
     # -- drafts and messages -------------------------------------------------------------------------------
 
     def reference(self, node: Node) -> tuple[Base, str] | None:
-        """Return a message as the one that a draft replaces, and its flags; None if it is not a message."""
+        """Return a message as the base of a draft, and its flags; None if the node is not a message."""
         details = self._cache.details(node.ino)
         mailbox = self._cache.mailbox(node.parent)
         if details is None or mailbox is None or mailbox.server_name is None:
@@ -218,7 +234,7 @@ class MailTree:
         return draft
 
     def _uncertain(self, directory: Ino) -> Sequence[Draft]:
-        """Drafts whose upload to the mailbox of a directory has an unknown outcome."""
+        """Return the drafts whose upload to the mailbox of a directory has an unknown outcome."""
         found = [d for d in self._spool if d.attempt is not None and not self._uploader.is_being_sent(d)]
         if found:
             mailbox = self._cache.mailbox(directory)
@@ -227,9 +243,9 @@ class MailTree:
         return found
 
     def _is_twin(self, node: Node, uncertain: Sequence[Draft]) -> bool:
-        """Return whether a message is probably what one of these drafts has become.
+        """Return whether a message is probably the result of one of these uploads.
 
-        It is not shown beside the draft: if it were moved or deleted, the upload could not be found, and
+        It is not shown beside the draft. If a program moved or deleted it, the upload could not be found, and
         would be repeated.
         """
         return any(

@@ -1,8 +1,8 @@
-"""Extended attributes of a mounted account: what each means, read and written.
+"""Extended attributes of messages, drafts and mailboxes: what each means, read and written.
 
-Flags are ``user.imap.flags`` as a whole, ``user.imap.seen`` and the like one by one, and ``user.xdg.tags``,
-which file managers edit, for the keywords. The ``user.xdg.origin.*`` and ``user.mime_type`` names follow the
-freedesktop conventions.
+``user.imap.flags`` has all flags of a message, ``user.imap.seen`` and the like have one each, and
+``user.xdg.tags``, which file managers can edit, has the keywords. The names ``user.xdg.origin.*`` and
+``user.mime_type`` follow the freedesktop.org conventions.
 """
 
 import re
@@ -11,7 +11,7 @@ from functools import partial
 from typing import Final
 
 from imapfs.errors import Invalid, NoAttribute, NotPermitted, NotSupported
-from imapfs.fs.refresh import Refresher
+from imapfs.fs.refresh import DirectoryRefresher
 from imapfs.fs.tree import MailTree
 from imapfs.imap.grammar import format_iso
 from imapfs.imap.pool import SessionPool
@@ -40,10 +40,10 @@ _MAILBOX_NUMBERS: Final = (
     b"user.imap.unseen",
 )
 _FLAG = re.compile(r"\\?[!#$&'+,\-./0-9:;<=>?@A-Z^_`a-z|~\[}]+")
-"""RFC 9051 section 9: flag-keyword is an atom; ``[`` and ``}`` are legal in one, ``]`` is not everywhere."""
+"""RFC 9051 section 9: flag-keyword is an atom, which may have ``[`` and ``}``. Some servers refuse ``]``."""
 
 Change = Callable[[list[str]], tuple[set[str], set[str]]]
-"""From the flags that a message has: those to add and those to remove."""
+"""Takes the flags of a message, and returns those to add and those to remove."""
 
 
 class ExtendedAttributes:
@@ -52,7 +52,7 @@ class ExtendedAttributes:
     def __init__(
         self,
         tree: MailTree,
-        refresher: Refresher,
+        refresher: DirectoryRefresher,
         cache: Cache,
         spool: Spool,
         pool: SessionPool,
@@ -107,7 +107,7 @@ class ExtendedAttributes:
         return _message(details, self._cache.mailbox(details.parent))
 
     async def _directory(self, ino: Ino, *, ask: bool) -> dict[bytes, bytes]:
-        """Return the attributes of a directory; with ``ask`` those for which the server may be asked."""
+        """Return the attributes of a directory; ``ask``: those that may need the server."""
         ino = self._tree.node(ino).ino
         mailbox = self._cache.mailbox(ino)
         if mailbox is None or mailbox.server_name is None:
@@ -126,31 +126,31 @@ class ExtendedAttributes:
                 "UNSEEN": unseen,
             }
         else:
-            # A mailbox that was never listed need not be listed only to be counted.
+            # STATUS is enough: there is no need to list a mailbox only to count its messages.
             numbers = await self._pool.run(partial(Session.status, mailbox=name))
         return {f"user.imap.{key.lower()}".encode(): b"%d" % number for key, number in numbers.items()}
 
     # -- writing -------------------------------------------------------------------------------------------
 
     async def set(self, ino: Ino, name: bytes, value: bytes) -> None:
-        """Set an attribute: a change of flags, on the server if the file is there."""
+        """Set an attribute. This changes flags, on the server if the file is a message."""
         if not name.startswith(b"user."):
             raise NotSupported("only user attributes")
         if name == _STATE:
             if value != b"sending":
-                raise Invalid("the only state to set is 'sending', which tries again")
+                raise Invalid("the only state that can be set is 'sending', which tries the upload again")
             self._retry(ino)
             return
         await self._change(ino, _change(name, value))
 
     async def remove(self, ino: Ino, name: bytes) -> None:
-        """Remove an attribute: the flags that it stands for."""
+        """Remove an attribute, which removes the flags that it stands for."""
         if name in _SYSTEM_FLAGS or name in {_FLAGS, _TAGS}:
             await self._change(ino, _change(name, b""))
             return
         if self._file(ino) is None or name not in (self._file(ino) or {}):
             raise NoAttribute("no such attribute")
-        raise NotPermitted("this attribute follows from the message")
+        raise NotPermitted("this attribute cannot be removed")
 
     async def _change(self, ino: Ino, change: Change) -> None:
         draft = self._spool.get(ino)
@@ -158,29 +158,29 @@ class ExtendedAttributes:
             if self._tree.node(ino).is_dir:
                 raise NotSupported("a mailbox has no flags")
             await self._flags.change(ino, change)
-            # Somebody may have begun a new version meanwhile, with the flags as they were.
+            # A program may have begun a new version meanwhile, with the previous flags.
             draft = self._spool.get(ino)
         if draft is not None:
             draft.change_flags(change)
 
     def _retry(self, ino: Ino) -> None:
-        """Upload again what was refused."""
+        """Try to upload a refused draft again."""
         draft = self._spool.get(ino)
         if draft is None or draft.state != "unsent":
-            raise Invalid("it is not unsent")
+            raise Invalid("it is not in the state 'unsent'")
         draft.dirty = False
         self._uploader.submit(draft, now=True)
 
 
 def _change(name: bytes, value: bytes) -> Change:
-    """What setting an attribute does to the flags. Raises NotSupported, Invalid."""
+    """Return the change of flags that setting an attribute means. Raises NotSupported, Invalid."""
     try:
         text = value.decode()
     except UnicodeDecodeError:
-        raise Invalid("flags are text") from None
+        raise Invalid("flags must be UTF-8 text") from None
     if name in _SYSTEM_FLAGS:
         if text.strip() not in {"", "0", "1"}:
-            raise Invalid("the value is 1 or 0")
+            raise Invalid("the value must be 1 or 0")
         return partial(_one, _SYSTEM_FLAGS[name], text.strip() == "1")
     if name == _FLAGS:
         return partial(_all, _checked(text.split()), lambda _: True)
@@ -196,15 +196,15 @@ def _change(name: bytes, value: bytes) -> Change:
 def _checked(flags: list[str]) -> list[str]:
     for flag in flags:
         if not _FLAG.fullmatch(flag) or flag.lower() == "\\recent":
-            raise Invalid(f"{flag} cannot be a flag")
+            raise Invalid(f"{flag} is not a valid flag")
     return flags
 
 
 def _one(flag: str, wanted: bool, has: list[str]) -> tuple[set[str], set[str]]:
-    there = {f for f in has if f.lower() == flag.lower()}
+    same = {f for f in has if f.lower() == flag.lower()}
     if wanted:
-        return (set() if there else {flag}), set()
-    return set(), there
+        return (set() if same else {flag}), set()
+    return set(), same
 
 
 def _all(wanted: list[str], concerned: Callable[[str], bool], has: list[str]) -> tuple[set[str], set[str]]:

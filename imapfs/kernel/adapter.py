@@ -1,11 +1,10 @@
-"""FUSE requests: from the kernel to `imapfs.fs` and back. The only module that knows pyfuse3.
+"""Passes FUSE requests from the kernel to `imapfs.fs`, and the answers back. Only this module knows pyfuse3.
 
-It decides nothing about mail. Nothing but a FUSEError leaves a handler, since any other exception would end
-the mount. What the kernel has cached is the business of `imapfs.kernel.invalidation`; the notifications
-themselves are sent here.
+It decides nothing about mail. A handler raises only FUSEError: any other exception would end the mount.
+`imapfs.kernel.invalidation` keeps track of what the kernel has cached; this module sends the notifications.
 
-LOCK ORDER: there are no locks here. A handler that needs a notification to be done waits for the thread that
-sends it, which waits for the kernel only.
+LOCK ORDER: there are no locks here. A handler that depends on a notification waits for the thread that sends
+it, which waits for the kernel only.
 """
 
 import errno
@@ -32,14 +31,14 @@ from pyfuse3 import (
 )
 
 from imapfs.errors import CacheError, ImapfsError, UsageError
-from imapfs.fs.events import Stream
+from imapfs.fs.events import EventStream
 from imapfs.fs.files import Files, Opening
 from imapfs.fs.filesystem import Filesystem
 from imapfs.fs.tree import Entry
 from imapfs.fs.xattrs import ExtendedAttributes
 from imapfs.kernel.caller import PROOF
 from imapfs.kernel.inotify import Announcer
-from imapfs.kernel.invalidation import Invalid, KernelCache
+from imapfs.kernel.invalidation import Invalidation, KernelCache
 from imapfs.kernel.status import ATTRIBUTE as STATUS
 from imapfs.kernel.status import MountStatus
 from imapfs.log import report
@@ -53,7 +52,7 @@ T = TypeVar("T")
 _TIMEOUT: Final = 86400.0
 """Seconds for which the kernel may use names and attributes without asking again."""
 _BLOCK: Final = 4096
-_TASKS: Final = 16
+_MIN_TASKS: Final = 16
 _MAX_PUSH: Final = 1 << 17
 """Bytes in one notification."""
 _DOT, _DOTDOT = 1, 2
@@ -64,7 +63,7 @@ Method = Callable[Concatenate["Adapter", P], Coroutine[Any, Any, T]]
 
 
 def prompt_handler(method: Method[P, T]) -> Method[P, T]:
-    """Around every FUSE handler: only FUSEError gets out. Alone where waiting is bounded within."""
+    """Let a FUSE handler raise only FUSEError. On its own for handlers that limit their own waiting."""
     name = method.__name__
 
     @functools.wraps(method)
@@ -96,7 +95,7 @@ def prompt_handler(method: Method[P, T]) -> Method[P, T]:
 
 
 def handler(method: Method[P, T]) -> Method[P, T]:
-    """Around every FUSE handler that may wait: bounded in time as well."""
+    """Like `prompt_handler`, and limit the time that the handler takes."""
 
     @functools.wraps(method)
     async def bounded(self: "Adapter", /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -131,7 +130,7 @@ class Adapter(pyfuse3.Operations):
         status: MountStatus,
         kernel: KernelCache,
         announcer: Announcer,
-        events: Stream,
+        events: EventStream,
         *,
         timeout: float,
         read_only: bool,
@@ -176,10 +175,10 @@ class Adapter(pyfuse3.Operations):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._invalidate_forever)
             try:
-                # With fewer, a task would be begun and ended for almost every request.
-                await pyfuse3.main(min_tasks=_TASKS)
+                # With fewer, almost every request would start and end a task.
+                await pyfuse3.main(min_tasks=_MIN_TASKS)
             except* ConnectionAbortedError:
-                # By a write to /sys/fs/fuse/connections. Some kernels report this at each unmount.
+                # By a write to /sys/fs/fuse/connections. Some kernels report this at every unmount.
                 log.info("the kernel has ended the connection")
             nursery.cancel_scope.cancel()
 
@@ -196,11 +195,11 @@ class Adapter(pyfuse3.Operations):
     # -- announcements -------------------------------------------------------------------------------------
 
     def answer_announcer(self, request: str, *args: Any) -> object:
-        """Answer a request of the announcer's own process: at once, and without any change."""
+        """Answer a request of the announcer's helper process: at once, and without changing anything."""
         announcer = self.announcer
         if request == "lookup":
             entry = self._known(announcer.lookup(*args[:2]))
-            # It may be about to vanish, or be gone already.
+            # It may be about to vanish, or may already be gone.
             entry.entry_timeout = entry.attr_timeout = 0
             return entry
         if request == "getattr":
@@ -244,7 +243,7 @@ class Adapter(pyfuse3.Operations):
         return self._known(await self._fs.lookup(Ino(parent_inode), name))
 
     def _known(self, attributes: Entry) -> EntryAttributes:
-        """An entry whose answer gives the kernel a reference to the inode."""
+        """Return an entry for an answer that gives the kernel a reference to the inode."""
         self._kernel.remember(attributes.ino)
         return self._entry(attributes)
 
@@ -280,7 +279,7 @@ class Adapter(pyfuse3.Operations):
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
         listing = self._listings[fh]
         if start_id < _DOTDOT:
-            # The kernel takes neither attributes nor references for these two.
+            # For these two the kernel uses neither attributes nor references.
             here = self._entry(self._fs.getattr(listing.ino))
             for name, position in ((b".", _DOT), (b"..", _DOTDOT)):
                 if start_id < position and not pyfuse3.readdir_reply(token, name, here, position):
@@ -302,7 +301,7 @@ class Adapter(pyfuse3.Operations):
                 position = found.ino
             listing.page, listing.index = (), 0
             if position != start_id:
-                return  # something to show: more is asked for when it is wanted
+                return  # the kernel asks again when it needs more
 
     def _continues(self, listing: _Listing, position: int) -> bool:
         """Return whether the page is current and continues right after ``position``."""
@@ -320,18 +319,18 @@ class Adapter(pyfuse3.Operations):
     # -- files ---------------------------------------------------------------------------------------------
 
     def _file_info(self, ino: Ino, flags: int) -> FileInfo:
-        """A handle says which file it is, and whether it was opened for writing."""
+        """Return a handle, which stands for the file and for whether it was opened for writing."""
         handle = self._next_file << 1 | (flags & os.O_ACCMODE != os.O_RDONLY)
         self._next_file += 1
         self._handles[handle] = ino
-        # What the kernel has of a file stays good until it is told otherwise.
+        # What the kernel has cached of a file is valid until a notification says otherwise.
         return FileInfo(fh=FileHandleT(handle), keep_cache=True)
 
     @prompt_handler
     async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> FileInfo:
         ino, writing = Ino(inode), flags & os.O_ACCMODE != os.O_RDONLY
         if inode in self._kernel.pushed and flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
-            # The kernel has all of it: what is read twice comes here the second time.
+            # The kernel has all of it. The second read of a file takes this path.
             self._files.open_known(ino)
             return self._file_info(ino, flags)
         opening = self._fs.open(ino, writing=writing, wanted=inode not in self._kernel.pushed and not writing)
@@ -351,8 +350,8 @@ class Adapter(pyfuse3.Operations):
     async def _opened(self, ino: Ino, opening: Opening, flags: int) -> bytes | None:
         data = await opening if isinstance(opening, Awaitable) else opening
         if ino in self._kernel.resized:
-            # Before the first read: the kernel would cut off or pad at the size that it knows.
-            await trio.to_thread.run_sync(_invalidate, Invalid(attributes={ino}))
+            # Before the first read: the kernel would truncate or pad the file to the size that it knows.
+            await trio.to_thread.run_sync(_invalidate, Invalidation(attributes={ino}))
             self._kernel.resized.discard(ino)
         if flags & os.O_TRUNC:
             await self._files.truncate(ino, 0)
@@ -360,10 +359,10 @@ class Adapter(pyfuse3.Operations):
         return data
 
     def _push(self, inode: InodeT, data: bytes) -> None:
-        """Give the kernel the bytes before it asks.
+        """Give the kernel the bytes before it asks for them.
 
-        Safe here only because nobody else has the file open: a reader that waits for a page of it would hold
-        the page's lock, and this thread is the one that has to answer it.
+        This is safe only while no other program has the file open. A reader that waits for a page of the
+        file would hold the lock of that page, and only this thread could answer it.
         """
         if self._files.is_shared(Ino(inode)):
             return
@@ -393,7 +392,7 @@ class Adapter(pyfuse3.Operations):
     @prompt_handler
     async def flush(self, fh: FileHandleT) -> None:
         if self._read_only:
-            raise FUSEError(errno.ENOSYS)  # for good: then the kernel does not ask at each close
+            raise FUSEError(errno.ENOSYS)  # the kernel then never sends it again
         if fh & 1:
             with trio.fail_after(self.timeout):
                 await self._files.flush(self._handles[fh])
@@ -422,7 +421,7 @@ class Adapter(pyfuse3.Operations):
         ino = Ino(inode)
         if fields.update_size:
             await self._fs.truncate(ino, attr.st_size, is_open=fh is not None)
-        # With a new size the kernel sends the time of day along, which nobody asked for.
+        # With a new size the kernel also sends the current time, which no program has set.
         sets_time = fields.update_mtime and not fields.update_size
         if sets_time or fields.update_mode or fields.update_uid or fields.update_gid:
             self._fs.set_attributes(
@@ -512,8 +511,8 @@ class Adapter(pyfuse3.Operations):
             await self._xattrs.remove(Ino(inode), name)
 
 
-def _invalidate(batch: Invalid) -> None:
-    """In a thread: may wait until requests under way in the same directory are answered."""
+def _invalidate(batch: Invalidation) -> None:
+    """Notify the kernel. Called in a thread: this may wait for requests in the same directories."""
     for parent, name, ino in [*batch.entries, *((*entry, 0) for entry in batch.names)]:
         try:
             pyfuse3.invalidate_entry(InodeT(parent), pyfuse3.FileNameT(name), InodeT(ino))

@@ -1,13 +1,14 @@
-"""Makes system calls on a mount in place of its daemon: a program by itself, run by `imapfs.kernel.inotify`.
+"""A helper program that makes system calls in a mount for its daemon. `imapfs.kernel.inotify` runs it.
 
-It is a process because a thread cannot do this. If the daemon is killed while a thread of its own waits for
-an answer, that thread keeps the descriptor of the device open at which nobody answers any more: the process
-never ends, and the mount hangs. This process has no such descriptor: when the daemon dies, so does the
-connection to the kernel, and the call fails.
+A thread of the daemon could not do this. If the daemon is killed while one of its own threads waits for an
+answer in the mount, that thread keeps /dev/fuse open and is never answered: the process never ends, and the
+mount hangs. This process does not have /dev/fuse open: when the daemon dies, the kernel ends the connection,
+and the call fails.
 
-Reads a JSON list a line, ``[call, directory, inode of the directory, name, ...]``, and answers each with the
-errno in a line, 0 for done. Names are bytes as latin-1 text, directories relative to the mountpoint. Ends
-when its input does. Imports nothing of the package, so that it can be started without it.
+Each line of its input is a JSON list, ``[call, directory, inode of the directory, name, ...]``. The answer is
+a line with the errno, 0 for success. Names are bytes as latin-1 text; directories are relative to the
+mountpoint. The program ends when its input does. It imports nothing of this package, so that it starts
+quickly.
 """
 
 import contextlib
@@ -19,24 +20,24 @@ from collections.abc import Iterator
 from typing import Final
 
 PROOF: Final = "user.imapfs.announcer"
-"""The extended attribute of the mountpoint that only this process can read."""
+"""Extended attribute of the mountpoint that only this process can read."""
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Caller:
-    """System calls in one mount, and never in another file system that happens to be at the same place."""
+    """Makes system calls in one mount, and never in another file system with the same path."""
 
     def __init__(self, mountpoint: bytes) -> None:
         self._mountpoint = mountpoint
         self._device = -1
 
     def call(self, what: str, *arguments: str | int) -> None:
-        """Raises OSError."""
+        """Make one system call, or prove that this process is the helper of the mount. Raises OSError."""
         with contextlib.ExitStack() as stack:
-            # Each time anew, because a descriptor that stays open would keep the mount from being ended.
+            # For each call: a descriptor that stays open would keep the mount busy.
             root = stack.enter_context(_opened(self._mountpoint, None))
             if what == "prove":
-                # Both of the same descriptor: who answers the one is the device of the other.
+                # One descriptor for both: the device is that of the mount that has given the proof.
                 os.getxattr(f"/proc/self/fd/{root}", PROOF)
                 self._device = os.fstat(root).st_dev
                 return
@@ -61,7 +62,7 @@ def _make(what: str, places: list[tuple[int, bytes]]) -> None:
     elif what == "rmdir":
         os.rmdir(name, dir_fd=directory)
     elif what == "utime":
-        # The owner may always do this, also with a file that is closed to writing.
+        # The owner is always allowed to do this, even if the file is not writable.
         os.utime(name, dir_fd=directory, follow_symlinks=False)
     else:
         ((target, new_name),) = more

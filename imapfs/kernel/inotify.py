@@ -1,20 +1,19 @@
-"""Tells those who watch a directory with inotify of what other clients did to it.
+"""Makes inotify report what other clients did to a mailbox.
 
-FUSE has no notification for that: the kernel makes an inotify event only of a system call. So a process of
-the daemon's makes the system call that fits (`mknod` for an arrival, `unlink` for an expunge, ...) in the
-mount, and the daemon, which sees the request, knows it for its own and changes nothing: it is an announcement
-of what has happened already.
+FUSE has no notification for this: the kernel makes an inotify event only for a system call. So a helper
+process of the daemon makes the matching system call in the mount (`mknod` for an arrival, `unlink` for an
+expunge, ...). The daemon recognises the request as its own and changes nothing: the request only announces
+what has already happened.
 
-NEVER A CHANGE. A request is an announcement by where it comes from: the process id that the kernel gives with
-it, which is proven once to be the one that we know, and is nobody else's until that process is reaped. What
-it asks that is not the one announcement of this moment is refused; what anybody else asks is not looked at
-here. And when the request comes, the tables must say that it has happened: what has come is there, what has
-gone is not.
+NEVER A CHANGE. A request is an announcement because of its process id, which the kernel supplies. That id is
+proven once to be the helper's, and no other process can have it until the helper is reaped. Of the helper's
+requests only the one announcement that is expected at that moment is answered; all others are refused. When
+it comes, the cache must still agree: what has arrived exists, and what was removed does not.
 
-NEVER A DEADLOCK. The caller holds the lock of the directory in the kernel while it waits, hence it is
-answered at once, from memory. It is a process and not a thread: see `caller`. Nothing in the daemon
-but the one task here ever waits for it. A user's request in the same directory may keep it waiting: what is
-to be announced waits then, up to `_MOST` events.
+NEVER A DEADLOCK. The helper holds the kernel's lock on the directory while it waits, so it is answered at
+once and from memory. It is a process and not a thread for the reason given in `caller`. In the daemon only
+the task of `Announcer.run` waits for it. A user's request in the same directory may delay the helper; up to
+`_MAX_WAITING` events are queued meanwhile.
 """
 
 import errno
@@ -31,7 +30,7 @@ from typing import Final
 import trio
 
 from imapfs.errors import NotFound, NotPermitted
-from imapfs.fs.events import Event, Kind, Place
+from imapfs.fs.events import Event, EventKind, Place
 from imapfs.fs.filesystem import Filesystem
 from imapfs.fs.tree import Entry, MailTree
 from imapfs.kernel import caller
@@ -41,12 +40,12 @@ from imapfs.waiting import Flag
 
 log = logging.getLogger(__name__)
 
-_MOST: Final = 10_000
-"""Events that wait. The kernel's own queue for one who watches has 16,384 (max_queued_events)."""
-_FAILURES: Final = 3
-"""How often in a row the caller may die before there are no announcements any more."""
-_PATIENCE: Final = 5.0
-"""Seconds to wait at the end of the mount for the caller's end."""
+_MAX_WAITING: Final = 10_000
+"""Events in the queue. The kernel's queue for one inotify instance has 16,384 (max_queued_events)."""
+_MAX_FAILURES: Final = 3
+"""Consecutive failures of the helper process after which announcements end."""
+_MAX_END_PATIENCE: Final = 5.0
+"""Seconds to wait for the helper process to end once the mount has ended."""
 _CALLS: Final = {
     "arrived": "mknod",
     "expunged": "unlink",
@@ -60,11 +59,11 @@ _CALLS: Final = {
 
 @dataclass(slots=True)
 class _Expected:
-    """The one announcement that is being made."""
+    """The announcement that is being made."""
 
     event: Event
-    asked: bool = False
-    """Whether its request has come, whatever the answer."""
+    requested: bool = False
+    """Whether its request has come, however it was answered."""
 
 
 class Announcer:
@@ -87,22 +86,22 @@ class Announcer:
         self._news = Flag()
         self._overflow = False
         self._failures = 0
-        self._asked = False
-        """Whether the request of the event that is being announced has come: then it is not tried again."""
+        self._requested = False
+        """Whether the request for the current event has come, so that the event is not announced again."""
         self._expected: _Expected | None = None
-        # On a mount that the kernel knows to be read-only the calls fail before they come here.
+        # In a read-only mount the kernel refuses the calls before they reach the daemon.
         self._active = not read_only
 
     def offer(self, event: Event) -> None:
-        """Have an event announced, if anybody can be watching."""
+        """Queue an event for announcement if its directory can have watchers."""
         source = event.source or event.place
-        # The kernel has each directory that is watched in its caches.
+        # The kernel keeps the inode of a watched directory in its cache.
         is_held = any(self._kernel.holds(place.directory) for place in (event.place, source))
         if not self._active or not is_held:
             return
-        if len(self._waiting) >= _MOST:
+        if len(self._waiting) >= _MAX_WAITING:
             if not self._overflow:
-                log.info("more than %d changes at once: inotify does not tell of all", _MOST)
+                log.info("more than %d changes at once: inotify does not report all of them", _MAX_WAITING)
             self._overflow = True
             return
         self._overflow = False
@@ -112,18 +111,18 @@ class Announcer:
     # -- making the calls ----------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Announce until cancelled. Raises nothing: a mount is of use without announcements too."""
+        """Announce events until cancelled. Raises nothing: the mount works without announcements."""
         try:
-            while self._failures < _FAILURES:
+            while self._failures < _MAX_FAILURES:
                 try:
                     await self._run()
                 except (OSError, ValueError, trio.BrokenResourceError) as error:
                     self._failures += 1
-                    log.info("a change was not announced to inotify: %s", error)
+                    log.info("inotify did not report a change: %s", error)
                     await self._end_process()
-            log.warning("changes made elsewhere are not announced to inotify any more")
+            log.warning("inotify no longer reports changes by other clients")
         except Exception:
-            log.exception("internal error: changes are not announced to inotify any more")
+            log.exception("internal error: inotify no longer reports changes by other clients")
         finally:
             self._active = False
             self._waiting.clear()
@@ -131,8 +130,8 @@ class Announcer:
                 self._process.kill()
 
     async def end(self) -> None:
-        """Wait for the caller to end. Only once the mount is gone: until then it may wait for an answer."""
-        with trio.move_on_after(_PATIENCE):
+        """End the helper process. Call this once the mount has ended: before, it may wait for an answer."""
+        with trio.move_on_after(_MAX_END_PATIENCE):
             await self._end_process()
 
     async def _run(self) -> None:
@@ -142,31 +141,31 @@ class Announcer:
                 try:
                     await self._announce(event)
                 except BaseException:
-                    if not self._asked:
+                    if not self._requested:
                         self._waiting.appendleft(event)
                     raise
                 self._failures = 0
             await self._news.wait()
 
     async def _announce(self, event: Event) -> None:
-        """Raises OSError, ValueError or BrokenResourceError if there can be no announcements."""
-        self._asked = False
+        """Announce one event. Raises OSError, ValueError, BrokenResourceError if the helper process fails."""
+        self._requested = False
         if self._process is None:
             await self._start_process()
         arguments = self._arguments(event)
-        if arguments is None or not self._is_so(event):
-            return  # it was undone before it was told
-        # The kernel may know a new name, for somebody has looked: before it makes one, it asks again.
+        if arguments is None or not self._is_current(event):
+            return  # undone before it was announced
+        # The kernel may have the new name in its cache, but looks it up again before it creates an entry.
         expected = self._expected = _Expected(event)
         try:
             code = await self._call(_CALLS[event.kind], *arguments)
         finally:
-            self._expected, self._asked = None, expected.asked
+            self._expected, self._requested = None, expected.requested
         if code:
             log.debug("%s %s was not announced: %s", event.kind, event.place, os.strerror(code))
 
     def _arguments(self, event: Event) -> list[str | int] | None:
-        """Where to make the call; None if a directory is not there any more."""
+        """Return where to make the call; None if a directory no longer exists."""
         found: list[str | int] = []
         for place in (event.source, event.place):
             if place is not None:
@@ -177,34 +176,34 @@ class Announcer:
                 found += [directory.decode("latin-1"), place.directory, place.name.decode("latin-1")]
         return found
 
-    def _is_so(self, event: Event) -> bool:
-        """Whether it has happened, and nothing else since, as far as names go."""
-        there = self._find(event.place)
+    def _is_current(self, event: Event) -> bool:
+        """Return whether the names in the cache are still those that the event led to."""
+        found = self._find(event.place)
         if event.kind in {"expunged", "deleted"}:
-            return there is None
-        left = event.source is None or self._find(event.source) is None
-        return there is not None and there.ino == event.ino and left
+            return found is None
+        has_left = event.source is None or self._find(event.source) is None
+        return found is not None and found.ino == event.ino and has_left
 
     def _find(self, place: Place) -> Entry | None:
         return self._fs.known(place.directory, place.name)
 
     async def _start_process(self) -> None:
         self._process = await trio.lowlevel.open_process(
-            # -I and -S: it needs nothing but itself, and starts in a few milliseconds.
+            # With -I and -S it starts in a few milliseconds; it needs only the standard library.
             [sys.executable, "-I", "-S", caller.__file__, os.fsencode(self._mountpoint)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd="/",
-            # Ctrl-C in the terminal is for the daemon, which then ends this.
+            # Ctrl-C in the terminal is for the daemon, which then ends this process.
             start_new_session=True,
         )
         code = await self._call("prove")
         if code:
-            raise OSError(code, f"the mount does not know its own process: {os.strerror(code)}")
+            raise OSError(code, f"the mount does not recognise its helper process: {os.strerror(code)}")
 
     async def _call(self, what: str, *arguments: str | int) -> int:
-        """The errno of a system call."""
+        """Have the helper make a system call, and return its errno; 0 for success."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -214,12 +213,12 @@ class Announcer:
         while not answer.endswith(b"\n"):
             more = await process.stdout.receive_some()
             if not more:
-                raise BrokenPipeError(errno.EPIPE, "the process that announces has ended")
+                raise BrokenPipeError(errno.EPIPE, "the helper process has ended")
             answer += more
         return int(answer)
 
     async def _end_process(self) -> None:
-        """The process id is known for ours until the process is reaped, and may be anybody's after that."""
+        """Kill and reap the helper. From then on another process can have its id."""
         process = self._process
         if process is not None:
             process.kill()
@@ -229,14 +228,14 @@ class Announcer:
                 if stream is not None:
                     await stream.aclose()
 
-    # -- answering their requests --------------------------------------------------------------------------
+    # -- answering its requests ----------------------------------------------------------------------------
 
     def is_own(self, pid: int) -> bool:
-        """Whether a request comes from the process that announces; then it is answered here, or refused."""
+        """Return whether a request comes from the helper process, so that only this class may answer it."""
         return self._process is not None and self._process.pid == pid
 
     def lookup(self, parent: Ino, name: bytes) -> Entry:
-        """What the caller is to see: everything as it was just before the event. Raises NotFound."""
+        """Return what a directory had under a name just before the event. Raises NotFound."""
         event = self._expected.event if self._expected is not None else None
         if event is not None:
             place, here = event.place, (parent, name)
@@ -247,43 +246,46 @@ class Announcer:
                 if event.gone is not None:
                     return Entry.of_node(event.gone)
                 if event.kind != "flags":
-                    raise NotFound("it is about to be announced")
+                    raise NotFound("not announced yet")
         found = self._fs.known(parent, name)
         if found is None:
             raise NotFound("no such file")
         return found
 
     def make(self, parent: Ino, name: bytes, *, directory: bool) -> Entry:
-        """mknod or mkdir of what is there already. Raises NotPermitted, as all that follow."""
+        """Answer mknod or mkdir of what has arrived.
+
+        This and the following methods raise NotPermitted unless their announcement is expected.
+        """
         event = self._claim({"created"} if directory else {"arrived"}, (parent, name))
         return self._fs.getattr(event.ino)
 
     def remove(self, parent: Ino, name: bytes, *, directory: bool) -> None:
-        """unlink or rmdir of what is gone."""
+        """Answer unlink or rmdir of what was removed."""
         self._claim({"deleted"} if directory else {"expunged"}, (parent, name))
 
     def rename(self, parent: Ino, name: bytes, new_parent: Ino, new_name: bytes) -> None:
-        """rename of what has another name already."""
+        """Answer rename of what has already moved."""
         self._claim({"moved", "renamed"}, (parent, name), (new_parent, new_name))
 
     def touch(self, ino: Ino) -> Entry:
-        """utimensat of a message that has other flags."""
+        """Answer utimensat of a message whose flags changed."""
         expected = self._expected
         if expected is None or expected.event.kind != "flags" or expected.event.ino != ino:
-            raise NotPermitted("nothing of the kind is to be announced")
-        expected.asked = True
+            raise NotPermitted("no such announcement is expected")
+        expected.requested = True
         return self._fs.getattr(ino)
 
-    def _claim(self, kinds: set[Kind], *entries: tuple[Ino, bytes]) -> Event:
-        """The event that a request announces: the one that is expected, if it is still so."""
+    def _claim(self, kinds: set[EventKind], *entries: tuple[Ino, bytes]) -> Event:
+        """Return the event that a request announces, if it is the expected one and still current."""
         expected = self._expected
         if expected is None or expected.event.kind not in kinds:
-            raise NotPermitted("nothing of the kind is to be announced")
+            raise NotPermitted("no such announcement is expected")
         event = expected.event
         places = [event.place] if event.source is None else [event.source, event.place]
         if [(place.directory, place.name) for place in places] != list(entries):
-            raise NotPermitted("something else is to be announced")
-        expected.asked = True
-        if not self._is_so(event):
-            raise NotPermitted("it is not so any more")
+            raise NotPermitted("another announcement is expected")
+        expected.requested = True
+        if not self._is_current(event):
+            raise NotPermitted("it has changed since")
         return event

@@ -1,9 +1,8 @@
 """What the kernel has cached of the mount, and what it must drop.
 
 The kernel may keep names and attributes for as long as it likes, because it is notified of each change. A
-notification can wait for a request under way in the same directory, so it is sent from a thread and never
-from a handler: here what has to be dropped is only collected, in `Invalid`. This module does not know
-pyfuse3.
+notification can wait for a request in the same directory, so it is sent from a thread and never from a
+handler. This module only collects, in `Invalidation`, what the kernel has to drop; it does not know pyfuse3.
 """
 
 from collections import Counter
@@ -16,7 +15,7 @@ from imapfs.waiting import Flag
 
 
 @dataclass(slots=True)
-class Invalid:
+class Invalidation:
     """What the kernel has to drop. Inodes are those that the kernel knows."""
 
     attributes: set[Ino] = field(default_factory=set)
@@ -25,7 +24,7 @@ class Invalid:
     entries: list[tuple[Ino, bytes, Ino]] = field(default_factory=list)
     """Directory, name and inode of what was removed."""
     names: list[tuple[Ino, bytes]] = field(default_factory=list)
-    """Directory and name of what has moved from there."""
+    """Former directory and name of what was moved."""
 
     def __bool__(self) -> bool:
         return bool(self.attributes or self.contents or self.entries or self.names)
@@ -39,15 +38,15 @@ class KernelCache:
         self._lookups: dict[Ino, int] = {}
         """Inode -> references that the kernel holds (the nlookup of FORGET)."""
         self.pushed: set[Ino] = set()
-        """Files whose bytes the kernel was given."""
+        """Files whose bytes were given to the kernel."""
         self.resized: set[Ino] = set()
-        """Files of which the kernel may know a size that is not the exact one."""
-        self._invalid = Invalid()
+        """Files whose size in the kernel's cache may be inexact."""
+        self._invalid = Invalidation()
         self._news = Flag()
         self._listed: Counter[Ino] = Counter()
-        """Directory -> how often its entries changed."""
+        """Directory -> number of changes of its entries."""
         self._sizes = 0
-        """How often the size of a message changed."""
+        """Number of changes of sizes of messages."""
 
     # -- references ----------------------------------------------------------------------------------------
 
@@ -55,7 +54,7 @@ class KernelCache:
         return len(self._lookups)
 
     def holds(self, ino: Ino) -> bool:
-        """Return whether the kernel has an inode in its caches."""
+        """Return whether the kernel may have an inode in its cache."""
         return ino == ROOT or ino in self._lookups
 
     def remember(self, ino: Ino) -> None:
@@ -63,7 +62,7 @@ class KernelCache:
         self._lookups[ino] = self._lookups.get(ino, 0) + 1
 
     def forget(self, ino: Ino, n: int) -> None:
-        """Note that the kernel has given up ``n`` references."""
+        """Note that the kernel has dropped ``n`` references."""
         left = self._lookups.get(ino, 0) - n
         if left > 0:
             self._lookups[ino] = left
@@ -75,7 +74,7 @@ class KernelCache:
     # -- changes -------------------------------------------------------------------------------------------
 
     def listing_version(self, directory: Ino) -> tuple[int, int]:
-        """Return what differs after entries of a directory, or sizes, have changed."""
+        """Return a value that changes whenever entries of the directory, or any sizes, change."""
         return self._listed[directory], self._sizes
 
     def on_changes(self, changes: Changes) -> None:
@@ -98,19 +97,21 @@ class KernelCache:
 
     def _drop_entries(self, changes: Changes) -> None:
         tree, invalid = self._tree, self._invalid
-        directories = {tree.outside(changes.directory), *(tree.outside(m.parent) for m in changes.moved)}
+        changed = (tree.outside(d) for d in (changes.directory, *(moved.parent for moved in changes.moved)))
+        directories = {directory for directory in changed if directory is not None}
         self._listed.update(directories)
         for node in changes.gone:
             if node.ino in self._lookups:
                 invalid.entries += [(*place, node.ino) for place in tree.places(node)]
         for moved in changes.moved:
-            if moved.ino in self._lookups:
-                invalid.names.append((tree.outside(moved.parent), moved.name))
+            before = tree.outside(moved.parent)
+            if moved.ino in self._lookups and before is not None:
+                invalid.names.append((before, moved.name))
         invalid.attributes |= directories
 
-    async def next_invalid(self) -> Invalid:
+    async def next_invalid(self) -> Invalidation:
         """Wait until the kernel has to drop something, and return all of it."""
         while not self._invalid:
             await self._news.wait()
-        batch, self._invalid = self._invalid, Invalid()
+        batch, self._invalid = self._invalid, Invalidation()
         return batch

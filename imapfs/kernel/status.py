@@ -1,4 +1,4 @@
-"""What a mount says of itself: the JSON of the attribute ``user.imapfs.status`` on the mountpoint."""
+"""The status of a mount: the JSON in the extended attribute ``user.imapfs.status`` of the mountpoint."""
 
 import json
 import math
@@ -82,7 +82,7 @@ class MountStatus:
         }
 
     def _next_try(self) -> dict[str, object]:
-        """When the next attempt to connect is due: a time, and seconds from now; None if none is."""
+        """Return when the next attempt to connect is due: as a time, and in seconds from now."""
         wait = self._pool.retry_in
         if wait is None or math.isinf(wait):
             return {"retry_at": None, "retry_in": None}

@@ -692,3 +692,32 @@ def test_a_refused_change_in_place_can_be_discarded(filled: Account, start: Star
     files.write(target, plain(1), sync=True)
     files.end()
     assert everything(filled) == {"INBOX": inbox(1, 2, 3)}
+
+
+def test_a_refused_rename_of_a_change_leaves_its_name(filled: Account, start: Start) -> None:
+    files = start(filled, expected_log=["no mail message"])
+    target = files.file(1)
+    names = sorted(files.listdir("INBOX"))
+    with files.open(target, "w") as file:
+        file.write(NO_MAIL)
+        fails_with(errno.EINVAL, files.rename, target, "INBOX/other.eml")
+    assert sorted(files.listdir("INBOX")) == names
+    assert files.read(target) == NO_MAIL
+    files.write(target, plain(1), sync=True)
+    files.end()
+    assert everything(filled) == {"INBOX": inbox(1, 2, 3)}
+
+
+def test_a_refused_rename_of_a_change_leaves_what_it_was_to_replace(filled: Account, start: Start) -> None:
+    files = start(filled, delete="expunge", expected_log=["no mail message"])
+    target, other = files.file(1), files.file(2)
+    with files.open(target, "w") as file:
+        file.write(NO_MAIL)
+        fails_with(errno.EINVAL, files.rename, target, other)
+    assert files.read(target) == NO_MAIL
+    assert files.read(other) == plain(2)
+    assert everything(filled) == {"INBOX": inbox(1, 2, 3)}
+    files.write(target, plain(10), sync=True)
+    files.rename(target, other)
+    files.end()
+    assert sorted(message.content for message in held(filled).values()) == sorted([plain(3), plain(10)])

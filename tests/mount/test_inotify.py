@@ -20,7 +20,7 @@ from pyfuse3 import FUSEError
 
 from imapfs.daemon.feed import Feed
 from imapfs.errors import NotPermitted
-from imapfs.fs.events import SOCKET, Event, Place, Stream, address
+from imapfs.fs.events import SOCKET, Event, EventStream, Place, address
 from imapfs.kernel import caller
 from imapfs.kernel.adapter import Adapter
 from imapfs.kernel.inotify import Announcer
@@ -350,7 +350,9 @@ def test_announcements_go_on_with_another_process(user: Account, mount: Mounter)
 def test_only_what_is_expected_is_answered() -> None:
     unused: Any = None
     announcer = Announcer(unused, unused, unused, Path("/"), read_only=False)
-    adapter = Adapter(unused, unused, unused, unused, unused, announcer, Stream(), timeout=1, read_only=False)
+    adapter = Adapter(
+        unused, unused, unused, unused, unused, announcer, EventStream(), timeout=1, read_only=False
+    )
     parent, name = Ino(2), b"1.eml"
     for request, arguments in (
         ("mknod", (parent, name, 0o600, 0)),
@@ -487,7 +489,7 @@ async def test_reader_that_is_slow_is_told_what_it_lost(tmp_path: Path) -> None:
 
 
 def test_change_by_a_request_is_told_only_if_the_request_fails() -> None:
-    stream, seen = Stream(), list[Event]()
+    stream, seen = EventStream(), list[Event]()
     stream.subscribe(seen.append)
     with stream.request((Ino(2), b"1.eml")):
         stream.publish(event(1))

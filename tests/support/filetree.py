@@ -19,7 +19,7 @@ import trio
 from imapfs.daemon import mount as daemon
 from imapfs.errors import ImapfsError, NotFound
 from imapfs.fs.event_source import EventSource
-from imapfs.fs.events import Stream
+from imapfs.fs.events import EventStream
 from imapfs.fs.tree import Entry
 from imapfs.imap.pool import SessionPool
 from imapfs.kernel.invalidation import KernelCache
@@ -327,7 +327,7 @@ class ModelTree(FileTree):
             async with trio.open_nursery() as background:
                 background.start_soon(pool.keep_connected)
                 self.model = daemon.build_model(config, pool, cache, background)
-                source = EventSource(self.model.tree, cache, Stream())
+                source = EventSource(self.model.tree, cache, EventStream())
                 daemon.subscribe(self.model, KernelCache(self.model.tree), source)
                 try:
                     await daemon.start(self.model, background)
