@@ -43,6 +43,7 @@ from imapfs.sync.folders import Folders
 from imapfs.sync.locate import Locator
 from imapfs.sync.move import Mover
 from imapfs.sync.prefetch import FetchAhead
+from imapfs.sync.replaced import ReplacedMessages
 from imapfs.sync.synchroniser import Synchroniser
 from imapfs.sync.upload import Uploader
 from imapfs.sync.watching import Push
@@ -83,6 +84,7 @@ class Model:
     sync: Synchroniser
     mover: Mover
     uploader: Uploader
+    replaced: ReplacedMessages
     watching: Push
     tree: MailTree
     files: Files
@@ -97,6 +99,7 @@ def build_model(config: MountConfig, pool: SessionPool, cache: Cache, background
     bodies = BodyStore(cache, config.cache_size)
     spool = Spool(cache.directory / "spool")
     journal = Journal(cache.directory / "journal.json")
+    spool.hand_over_removals(journal)
     sync = Synchroniser(pool, cache, spool, background, hub)
     downloads = Downloader(pool, cache, bodies, sync, background, hub)
     prefetcher = FetchAhead(cache, downloads.start_ahead, config.fetch_ahead)
@@ -104,22 +107,25 @@ def build_model(config: MountConfig, pool: SessionPool, cache: Cache, background
     mover = Mover(pool, cache, sync, locator, journal, config.delete, hub)
     flags = FlagChanger(pool, cache, sync, locator, hub)
     folders = Folders(pool, cache, sync, locator)
-    uploader = Uploader(pool, cache, bodies, spool, sync, locator, mover, flags, downloads, background, hub)
+    replaced = ReplacedMessages(cache, spool, journal, locator, mover, downloads, background, hub)
+    uploader = Uploader(
+        pool, cache, bodies, spool, sync, locator, replaced, flags, downloads, background, hub
+    )  # fmt: skip
     watching = Push(pool, cache, sync, background, config.poll)
     tree = MailTree(cache, spool, uploader)
     refresher = Refresher(tree, cache, pool, sync, watching, config.timeout)
     files = Files(cache, bodies, downloads, prefetcher, spool, tree)
-    drafts = Drafts(tree, cache, spool, hub)
-    replacer = Replacer(tree, cache, spool, files, locator, uploader)
+    drafts = Drafts(tree, cache, spool, journal, hub)
+    replacer = Replacer(tree, cache, spool, files, locator, uploader, replaced)
     reporter = SpaceReporter(pool, cache.directory, background, config.timeout)
     fs = Filesystem(
         tree, refresher, files, drafts, replacer, reporter, cache, spool, pool, sync, locator, mover,
-        folders, uploader, config.timeout,
+        folders, uploader, replaced, config.timeout,
     )  # fmt: skip
     xattrs = ExtendedAttributes(tree, refresher, cache, spool, pool, flags, uploader)
     return Model(
-        config, pool, cache, bodies, spool, hub, sync, mover, uploader, watching, tree, files, drafts,
-        fs, xattrs,
+        config, pool, cache, bodies, spool, hub, sync, mover, uploader, replaced, watching, tree, files,
+        drafts, fs, xattrs,
     )  # fmt: skip
 
 
@@ -233,6 +239,7 @@ async def start(model: Model, background: trio.Nursery) -> None:
     if not model.config.read_only:
         background.start_soon(model.mover.recover_forever)
         model.uploader.resume()
+        background.start_soon(model.replaced.remove_all)
         background.start_soon(_upload_when_online, model.pool, model.uploader)
     background.start_soon(model.bodies.sweep)
     model.watching.start(model.tree.root)
@@ -283,7 +290,7 @@ async def end(model: Model) -> None:
     """Upload what can be uploaded, then release everything."""
     if not model.config.read_only:
         with trio.move_on_after(model.config.timeout):
-            await model.uploader.drain()
+            await model.fs.fsync_directory()
     waiting = model.uploader.pending()
     if waiting:
         log.warning("%d files are not on the server yet: the next mount sends them", len(waiting))

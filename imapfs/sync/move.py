@@ -29,7 +29,7 @@ from imapfs.imap.session import Session
 from imapfs.log import report
 from imapfs.model import DeletePolicy, Ino, ModSeq, Uid
 from imapfs.store.cache import Cache, Details, Node
-from imapfs.store.journal import Journal, JournalEntry
+from imapfs.store.journal import Journal, PendingMove
 from imapfs.sync.changes import ChangeHub, Changes
 from imapfs.sync.locate import Locator, ServerMailbox
 from imapfs.sync.synchroniser import Synchroniser
@@ -86,7 +86,7 @@ class Mover:
         self._policy = policy
         self._hub = hub
         self._interrupted = Flag()
-        if journal.left:
+        if journal.interrupted:
             self._interrupted.set()
 
     async def move(self, ino: Ino, target: Ino, name: bytes) -> None:
@@ -147,7 +147,7 @@ class Mover:
 
     async def _transfer(self, node: Node, target: Ino) -> "_Transfer":
         source, destination = self._locator.mailbox(node.parent), self._locator.mailbox(target)
-        for entry in self._journal.left:
+        for entry in self._journal.interrupted:
             if entry.source == source.ref(_uid(node)):
                 # Copied by an earlier attempt, perhaps: a second copy would stay for ever.
                 await self._recover(entry)
@@ -163,7 +163,7 @@ class Mover:
             raise
         finally:
             if transfer.entry is not None:
-                self._journal.left.append(transfer.entry)
+                self._journal.interrupted.append(transfer.entry)
                 self._interrupted.set()
         return transfer
 
@@ -192,27 +192,27 @@ class Mover:
 
     async def recover(self) -> bool:
         """Try to finish interrupted moves; return False if some have to wait for the server."""
-        for entry in list(self._journal.left):
+        for entry in list(self._journal.interrupted):
             names = (entry.source.mailbox, entry.target)
             mailboxes = [self._cache.mailbox_named(name) for name in names]
             async with self._sync.changing(*(mailbox.ino for mailbox in mailboxes if mailbox is not None)):
-                if entry not in self._journal.left:
+                if entry not in self._journal.interrupted:
                     continue
                 try:
                     await self._recover(entry)
                 except ImapfsError as error:
                     report(error, "an interrupted move is not finished yet")
-        return not self._journal.left
+        return not self._journal.interrupted
 
-    async def _recover(self, entry: JournalEntry) -> None:
+    async def _recover(self, entry: PendingMove) -> None:
         """Finish one move. The caller has its mailboxes in exclusive use."""
         recovery = _Recovery(entry)
         try:
             await self._pool.run(recovery.run)
         except MailboxGone:
             log.info("an interrupted move cannot be finished: its mailbox is gone")
-        self._journal.remove(entry)
-        self._journal.left.remove(entry)
+        self._journal.finish(entry)
+        self._journal.interrupted.remove(entry)
         source = self._cache.mailbox_named(entry.source.mailbox)
         if recovery.finished and source is not None and source.uidvalidity == entry.source.uidvalidity:
             node = self._locator.find(entry.source)
@@ -255,7 +255,7 @@ class _Transfer:
         # The size that is known may be the true one, and not what the server says of the copy.
         size = 0 if details.message_id else node.size
         self._wanted = Fingerprint(size, details.date, details.message_id)
-        self.entry: JournalEntry | None = None
+        self.entry: PendingMove | None = None
         """Set as long as there may be a copy beside the original."""
         self.uid: int | None = None
         """The UID in the target, once it is known."""
@@ -289,7 +289,7 @@ class _Transfer:
             session.examine(self._target.name)
             self._uidnext = session.next_uid()
             session.select(self._source.name, self._source.uidvalidity)
-            entry = JournalEntry(
+            entry = PendingMove(
                 self._source.ref(uid),
                 self._target.name,
                 self._uidnext,
@@ -297,7 +297,7 @@ class _Transfer:
                 self._wanted.date,
                 self._wanted.message_id,
             )
-            self._journal.add(entry)
+            self._journal.begin(entry)
             self.entry = entry
         self._sent = True
         self.uid = session.copy(uid, self._target.name)
@@ -314,7 +314,7 @@ class _Transfer:
 
     def _forget_entry(self) -> None:
         if self.entry is not None:
-            self._journal.remove(self.entry)
+            self._journal.finish(self.entry)
             self.entry = None
 
     def _settle(self, session: Session, uid: Uid) -> bool:
@@ -362,7 +362,7 @@ def _metadata(session: Session, uids: Iterable[int]) -> list[FetchData]:
 class _Recovery:
     """Finishes a move of an earlier process: if the copy is there, the original goes."""
 
-    def __init__(self, entry: JournalEntry) -> None:
+    def __init__(self, entry: PendingMove) -> None:
         self._entry = entry
         self.finished = False
         self.original_stays = False

@@ -51,7 +51,7 @@ from imapfs.sync.changes import ChangeHub, Changes
 from imapfs.sync.download import Downloader
 from imapfs.sync.flags import FlagChanger
 from imapfs.sync.locate import Locator, ServerMailbox
-from imapfs.sync.move import Mover
+from imapfs.sync.replaced import ReplacedMessages
 from imapfs.sync.synchroniser import Synchroniser, new_message
 from imapfs.waiting import Delays
 
@@ -123,7 +123,7 @@ class Uploader:
         spool: Spool,
         sync: Synchroniser,
         locator: Locator,
-        mover: Mover,
+        replaced: ReplacedMessages,
         flags: FlagChanger,
         downloads: Downloader,
         nursery: trio.Nursery,
@@ -135,7 +135,7 @@ class Uploader:
         self._spool = spool
         self._sync = sync
         self._locator = locator
-        self._mover = mover
+        self._replaced = replaced
         self._flags = flags
         self._nursery = nursery
         self._downloads = downloads
@@ -146,8 +146,6 @@ class Uploader:
         self._being_sent: set[Ino] = set()
         self._in_flight: dict[Ino, trio.Event] = {}
         """Draft that must not be touched -> set when that is over."""
-        self._removing = trio.Lock()
-        self._removes_later = False
 
     # -- for those who have drafts -------------------------------------------------------------------------
 
@@ -218,8 +216,6 @@ class Uploader:
         for job in jobs:
             with contextlib.suppress(ImapfsError):
                 await job.wait()
-        await self._remove_all_old()
-        await self._mover.recover()
 
     def hurry(self) -> None:
         """Try now what waits for the server."""
@@ -241,25 +237,6 @@ class Uploader:
             if draft.state == "sending":
                 # What the cache had adopted already is found again by its attempt.
                 self.submit(draft)
-        self._nursery.start_soon(self._remove_all_old)
-
-    async def _remove_all_old(self) -> None:
-        try:
-            async with self._removing:
-                for draft in list(self._spool.sent):
-                    await self._remove_old(draft)
-        finally:
-            if self._spool.sent and not self._removes_later:
-                self._removes_later = True
-                self._nursery.start_soon(self._remove_later)
-
-    async def _remove_later(self) -> None:
-        """Try again to remove old versions, as until then other clients see two messages."""
-        delays = Delays(1.0, _MAX_RETRY)
-        while self._spool.sent:
-            await delays.sleep()
-            await self._remove_all_old()
-        self._removes_later = False
 
     # -- the worker of a mailbox ---------------------------------------------------------------------------
 
@@ -329,7 +306,7 @@ class Uploader:
                     async with self._sync.changing(mailbox):
                         await self._append(mailbox, ready)
             if ready:
-                await self._remove_all_old()
+                await self._replaced.remove_all()
         except (ConnectionLost, AuthenticationFailed, Throttled):
             raise
         except Exception as error:
@@ -398,7 +375,7 @@ class Uploader:
     async def _unchanged(self, draft: Draft, fit: Fit, old: Node) -> None:
         """The new version is the old one: nothing is to be done on the server."""
         if old.ino != draft.ino and old.name is not None:
-            await self._keep_backup(draft, old, old.name)
+            await self._replaced.keep_backup(old, old.name)
         if not fit.is_current(draft):
             return  # written to since: what comes of that is looked at when it is complete
         if old.ino != draft.ino:
@@ -499,7 +476,7 @@ class Uploader:
         if fit.is_current(draft):
             self._hub.publish(Changes(box.ino, gone=[_as_node(draft, uid)]))
             if draft.base is not None:
-                self._note_old_version(draft, draft.base)
+                self._replaced.note(draft.base.ref)
             self._spool.forget(draft)
             self._finish(draft, altered=True)
 
@@ -523,7 +500,7 @@ class Uploader:
             return
         if draft.base is not None:
             # Before its bytes go: what is left then says that the old version has to go too.
-            self._note_old_version(draft, draft.base)
+            self._replaced.note(draft.base.ref)
         same = fit.clean and message.size == len(fit.data)
         if same:
             if fit.converted:
@@ -553,7 +530,7 @@ class Uploader:
     def _go_on(self, draft: Draft, box: ServerMailbox, message: NewMessage) -> None:
         """A draft was written to while it was sent: it is a new version of what it has become."""
         if draft.base is not None:
-            self._note_old_version(draft, draft.base)
+            self._replaced.note(draft.base.ref)
         draft.base = Base(box.ref(message.uid), message.date, message.zone)
         draft.attempt = None
         draft.save()
@@ -562,18 +539,6 @@ class Uploader:
             del self._jobs[draft.ino]
             job.settle(None)
 
-    async def discard(self, old: Base) -> None:
-        """Remove a message that something else has replaced, now or later."""
-        self._spool.owe(self._cache.new_ino(), old)
-        await self._remove_all_old()
-
-    def _note_old_version(self, draft: Draft, old: Base) -> None:
-        """A draft is a message now, whose old version is to be removed from the server next.
-
-        The note has a number of its own: that of the draft may soon be another draft's.
-        """
-        self._spool.owe(self._cache.new_ino(), old, draft.path)
-
     def _finish(self, draft: Draft, *, altered: bool) -> None:
         job = self._jobs.pop(draft.ino, None)
         same, other = ([], [draft.ino]) if altered else ([draft.ino], [])
@@ -581,37 +546,6 @@ class Uploader:
         self._cache.touch_directory(draft.parent)
         if job is not None:
             job.settle(None)
-
-    async def _remove_old(self, draft: Draft) -> None:
-        """The new version is safe: the old one goes the way of rm.
-
-        If it is shown under another name, as an editor's backup, it stays there as a local file.
-        """
-        assert draft.base is not None
-        try:
-            old = await self._locator.find_listed(draft.base.ref)
-            if old is not None and old.name is not None and self._cache.is_named(old.parent, old.uid or 0):
-                await self._keep_backup(draft, old, old.name)
-            if old is not None:
-                await self._mover.remove(old.ino)
-        except (MessageGone, MailboxGone):
-            pass
-        except Exception as error:
-            report(error, "the old version of a message is not removed yet")
-            return
-        self._spool.sent.remove(draft)
-        self._spool.forget(draft)
-
-    async def _keep_backup(self, draft: Draft, old: Node, name: bytes) -> None:
-        content = await self._downloads.contents(old)
-        self._cache.hide(old.ino)
-        backup = self._spool.create(self._cache.new_ino(), old.parent, name, draft.path, 0o600)
-        await trio.to_thread.run_sync(backup.file.write_bytes, content)
-        backup.state = "local"
-        backup.save()
-        # The message goes next.
-        await backup.secure()
-        self._hub.publish(Changes(old.parent, gone=[old.without_body()], replaced=[name]))
 
 
 def _as_node(draft: Draft, uid: Uid) -> Node:
