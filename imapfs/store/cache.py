@@ -586,17 +586,18 @@ class Cache:
             self._changed(db, {Ino(old), mailbox}, now)
         return gone
 
-    def twin(self, mailbox: Ino, message: NewMessage) -> Node | None:
-        """A message of another mailbox that looks the same: by Message-ID, INTERNALDATE and size."""
-        if not message.message_id:
-            return None
+    def messages_with_id(self, message_id: str, date: int, besides: Ino) -> list[Node]:
+        """Return the messages with this Message-ID and INTERNALDATE in other mailboxes than ``besides``.
+
+        Ordered by inode number, without those that are not shown.
+        """
         with self._database.read() as db:
-            row = db.execute(
+            rows = db.execute(
                 f"SELECT {_NODE} FROM node WHERE date = ? AND uid IS NOT NULL AND message_id = ?"
-                " AND (exact OR size = ?) AND parent <> ? AND name IS NOT NULL ORDER BY ino",
-                (message.date, message.message_id, message.size, mailbox),
-            ).fetchone()
-        return Node._make(row) if row else None
+                " AND parent <> ? AND name IS NOT NULL ORDER BY ino",
+                (date, message_id, besides),
+            ).fetchall()
+        return [Node._make(row) for row in rows]
 
     def relocate(self, ino: Ino, mailbox: Ino, message: NewMessage) -> bytes:
         """Another client has moved a message to this mailbox, where it is ``message``; its new name there.

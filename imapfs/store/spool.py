@@ -48,6 +48,10 @@ class Attempt:
     digest: str
     """SHA-256 of these bytes without the line ends at the very end, which servers add and drop."""
 
+    def ref(self, uid: Uid) -> MessageRef:
+        """Return the identity of the message in the same mailbox that has ``uid``."""
+        return MessageRef(self.mailbox, self.uidvalidity, uid)
+
 
 @dataclass(frozen=True, slots=True)
 class Base:

@@ -9,7 +9,6 @@ COPY that the end of the process cut in two: such moves are in the journal while
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -22,8 +21,7 @@ from imapfs.errors import (
     Refused,
     Throttled,
 )
-from imapfs.headers import parse_headers
-from imapfs.imap.grammar import FetchData, parse_date
+from imapfs.imap.grammar import FetchData
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
 from imapfs.log import report
@@ -31,6 +29,7 @@ from imapfs.model import DeletePolicy, Ino, ModSeq, Uid
 from imapfs.store.cache import Cache, Details, Node
 from imapfs.store.journal import Journal, PendingMove
 from imapfs.sync.changes import ChangeHub, Changes
+from imapfs.sync.identify import Fingerprint, find_copy
 from imapfs.sync.locate import Locator, ServerMailbox
 from imapfs.sync.synchroniser import Synchroniser
 from imapfs.waiting import Delays, Flag
@@ -40,29 +39,6 @@ log = logging.getLogger(__name__)
 _FIRST_RETRY: Final = 1.0
 """Seconds until an interrupted move is tried again; doubled each time, up to"""
 _MAX_RETRY: Final = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """What tells a copy of a message from other messages."""
-
-    size: int
-    """As the server gives it; 0 where that is not known."""
-    date: int
-    """INTERNALDATE, seconds since the epoch."""
-    message_id: str
-
-    def matches(self, other: "Fingerprint") -> bool:
-        """Whether the other is a copy. Different messages may have one Message-ID: the size must fit too.
-        Without a Message-ID, date and size have to do."""
-        if self.message_id or other.message_id:
-            return self.message_id == other.message_id and self.size in {0, other.size}
-        return self.date == other.date and self.size == other.size
-
-    @classmethod
-    def of(cls, data: FetchData) -> "Fingerprint":
-        date, _ = parse_date(data.date or b"")
-        return cls(data.size or 0, date, parse_headers(data.body or b"").message_id)
 
 
 class Mover:
@@ -177,8 +153,8 @@ class Mover:
             log.info("a move was interrupted, looking at its outcome: %s", error)
             await self._pool.run(transfer.run, source.name)
 
-    def _known(self, mailbox: Ino, uid: int) -> bool:
-        return self._cache.message(mailbox, Uid(uid)) is not None
+    def _known(self, mailbox: Ino, uid: Uid) -> bool:
+        return self._cache.message(mailbox, uid) is not None
 
     # -- interrupted moves ---------------------------------------------------------------------------------
 
@@ -242,7 +218,7 @@ class _Transfer:
         node: Node,
         details: Details,
         journal: Journal,
-        known: Callable[[Ino, int], bool],
+        known: Callable[[Ino, Uid], bool],
     ) -> None:
         self._source = source
         self._target = target
@@ -333,18 +309,12 @@ class _Transfer:
             return True
         return False
 
-    def _find(self, session: Session) -> int | None:
-        """The message in the target, among what came after the move was begun."""
-        session.examine(self._target.name)
-        found: list[FetchData] = []
-        session.fetch_metadata_from(self._uidnext, found.append)
-        for data in found:
-            assert data.uid is not None
-            if data.uid < self._uidnext or trio.from_thread.run_sync(self._known, self._target.ino, data.uid):
-                continue
-            if self._wanted.matches(Fingerprint.of(data)):
-                return data.uid
-        return None
+    def _find(self, session: Session) -> Uid | None:
+        """Return the UID of the message in the target, or None if it is not there."""
+        return find_copy(session, self._target.name, self._uidnext, self._wanted, self._is_known)
+
+    def _is_known(self, uid: Uid) -> bool:
+        return trio.from_thread.run_sync(self._known, self._target.ino, uid)
 
     def _fingerprint(self, session: Session, uid: Uid) -> Fingerprint:
         found = _metadata(session, [uid])
@@ -360,21 +330,19 @@ def _metadata(session: Session, uids: Iterable[int]) -> list[FetchData]:
 
 
 class _Recovery:
-    """Finishes a move of an earlier process: if the copy is there, the original goes."""
+    """Finishes an interrupted move in a thread: if the copy is there, the original goes."""
 
-    def __init__(self, entry: PendingMove) -> None:
-        self._entry = entry
+    def __init__(self, move: PendingMove) -> None:
+        self._move = move
         self.finished = False
         self.original_stays = False
 
     def run(self, session: Session) -> None:
-        entry = self._entry
-        wanted = Fingerprint(entry.size, entry.date, entry.message_id)
-        session.examine(entry.target)
-        found: list[FetchData] = []
-        session.fetch_metadata_from(entry.uidnext, found.append)
-        if any((d.uid or 0) >= entry.uidnext and wanted.matches(Fingerprint.of(d)) for d in found):
-            session.select(entry.source.mailbox, entry.source.uidvalidity)
-            self.original_stays = not session.expunge(entry.source.uid)
+        """Look for the copy, and delete the original. Raises MailboxGone."""
+        move = self._move
+        wanted = Fingerprint(move.size, move.date, move.message_id)
+        if find_copy(session, move.target, move.uidnext, wanted) is not None:
+            session.select(move.source.mailbox, move.source.uidvalidity)
+            self.original_stays = not session.expunge(move.source.uid)
             self.finished = True
-            log.info("finished an interrupted move of message %d", entry.source.uid)
+            log.info("finished an interrupted move of message %d", move.source.uid)

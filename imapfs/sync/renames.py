@@ -19,6 +19,7 @@ from imapfs.model import Ino, Uid
 from imapfs.store.cache import Cache, Directory, Mailbox, NewMessage, Node
 from imapfs.store.spool import Spool
 from imapfs.sync.changes import Moved
+from imapfs.sync.identify import find_moved
 from imapfs.waiting import Signal
 
 _MOST: Final = 1000
@@ -102,7 +103,7 @@ class Arrivals:
         new = []
         for message in messages:
             known = self._cache.message(self._mailbox, message.uid)
-            twin = None if known is not None else self._cache.twin(self._mailbox, message)
+            twin = None if known is not None else find_moved(self._cache, self._mailbox, message)
             if twin is None:
                 new.append(message)
             else:

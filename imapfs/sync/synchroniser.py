@@ -31,6 +31,7 @@ from imapfs.store.cache import MAX_UID, Cache, Directory, Mailbox, NewMessage
 from imapfs.store.spool import Spool
 from imapfs.sync.changes import ChangeHub, Changes, Moved, Renamed
 from imapfs.sync.freshness import Freshness
+from imapfs.sync.identify import is_alike
 from imapfs.sync.renames import Arrivals, Crossing, find_renamed
 from imapfs.waiting import Signal
 
@@ -517,7 +518,7 @@ class _MailboxSync:
             node = self._on_trio(self._cache.message, self.ino, message.uid)
             if node is None:
                 continue
-            if node.date != message.date or not (node.exact or node.size == message.size):
+            if not is_alike(node, message):
                 raise _Stale
             checked = True
         return checked

@@ -604,7 +604,7 @@ def test_what_was_to_be_replaced_stays_when_the_server_refuses(
     user: Account, mount: Mounter, proxy: Proxy, source: str
 ) -> None:
     deliver(user)
-    mounted = mount(proxy.account(user), expected_log=["is not sent: .*OVERQUOTA"])
+    mounted = mount(proxy.account(user), expected_log=["is not uploaded: .*OVERQUOTA"])
     full = proxy.fault(b"APPEND|UID MOVE", b"NO [OVERQUOTA] full", times=None)
     target = mounted.path / "Work" / "target.eml"
     put(target, NEW)
@@ -627,7 +627,7 @@ def test_what_was_to_be_replaced_stays_when_the_server_refuses(
 
 def test_an_edit_stays_when_its_deletion_is_refused(user: Account, mount: Mounter, proxy: Proxy) -> None:
     deliver(user)
-    mounted = mount(proxy.account(user), expected_log=["is not sent: .*OVERQUOTA"])
+    mounted = mount(proxy.account(user), expected_log=["is not uploaded: .*OVERQUOTA"])
     path = file_of(mounted, 1)
     full = proxy.fault(b"APPEND|UID MOVE", b"NO [OVERQUOTA] full", times=None)
     path.write_bytes(EDITED.content)
