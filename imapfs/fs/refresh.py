@@ -14,7 +14,8 @@ from imapfs.fs.tree import Entry, MailTree
 from imapfs.imap.pool import SessionPool
 from imapfs.model import Ino
 from imapfs.store.cache import Cache, Node
-from imapfs.sync.synchroniser import Refresh, Synchroniser
+from imapfs.sync.refresh import Refresh
+from imapfs.sync.synchroniser import Synchroniser
 from imapfs.sync.watching import Push
 
 MAX_AGE: Final = 5.0

@@ -20,7 +20,7 @@ from imapfs.model import Ino
 from imapfs.store.cache import Cache, Details, Mailbox
 from imapfs.store.spool import Draft, Spool
 from imapfs.sync.flags import FlagChanger
-from imapfs.sync.synchroniser import display_name
+from imapfs.sync.tree import display_name
 from imapfs.sync.upload import Uploader
 
 _SYSTEM_FLAGS: Final = {

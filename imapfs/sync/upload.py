@@ -52,8 +52,9 @@ from imapfs.sync.changes import ChangeHub, Changes
 from imapfs.sync.download import Downloader
 from imapfs.sync.flags import FlagChanger
 from imapfs.sync.locate import Locator, ServerMailbox
+from imapfs.sync.mailbox import new_message
 from imapfs.sync.replaced import ReplacedMessages
-from imapfs.sync.synchroniser import Synchroniser, new_message
+from imapfs.sync.synchroniser import Synchroniser
 from imapfs.waiting import Delays
 
 log = logging.getLogger(__name__)

@@ -40,7 +40,8 @@ from imapfs.log import report
 from imapfs.model import ROOT, Ino, Uid
 from imapfs.names import is_inbox
 from imapfs.store.cache import Cache, Mailbox
-from imapfs.sync.synchroniser import Synchroniser, display_name
+from imapfs.sync.synchroniser import Synchroniser
+from imapfs.sync.tree import display_name
 from imapfs.waiting import Signal
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,8 @@ from imapfs.sync.changes import ChangeHub, Changes
 from imapfs.sync.flags import FlagChanger
 from imapfs.sync.locate import Locator
 from imapfs.sync.move import Mover
-from imapfs.sync.synchroniser import Synchroniser, plan_tree
+from imapfs.sync.synchroniser import Synchroniser
+from imapfs.sync.tree import plan_tree
 from tests.conftest import ExpectedLog
 from tests.support import compare
 from tests.support.accounts import hide, pool, until
@@ -514,7 +515,7 @@ def test_hostile_name_is_a_harmless_one(name: bytes) -> None:
 
 
 def test_too_deep_a_mailbox_is_left_out(expected_log: ExpectedLog) -> None:
-    expected_log("a mailbox is not shown, it is nested 5000 deep")
+    expected_log("a mailbox is not shown: it is nested 5000 levels deep")
     assert set(plan(b"/".join([b"x"] * 5000), b"INBOX")) == {b"INBOX"}
 
 
