@@ -15,7 +15,7 @@ from imapfs.model import Ino, Uid
 
 if TYPE_CHECKING:
     # Which the process of `imapfs watch` has no use for.
-    from imapfs.store.cache import Node
+    from imapfs.store.rows import Node
 
 SOCKET: Final = "events"
 """Name of the Unix socket in an account's cache directory at which the daemon sends events as lines."""

@@ -14,7 +14,8 @@ from imapfs.errors import CacheError, MessageGone
 from imapfs.fs.tree import Entry, MailTree
 from imapfs.model import Ino
 from imapfs.store.bodies import SMALL, BodyStore
-from imapfs.store.cache import Cache, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Node
 from imapfs.store.spool import Draft, Spool
 from imapfs.sync.changes import Changes
 from imapfs.sync.download import Download, Downloader

@@ -41,7 +41,8 @@ from imapfs.imap.backoff import Connectivity
 from imapfs.imap.pool import SessionPool
 from imapfs.model import ROOT, Ino
 from imapfs.names import is_inbox, server_component
-from imapfs.store.cache import Cache, Mailbox, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Mailbox, Node
 from imapfs.store.spool import Base, Draft, Spool
 from imapfs.store.spool import State as DraftState
 from imapfs.sync.changes import Renamed

@@ -13,7 +13,8 @@ import trio
 from imapfs.fs.tree import Entry, MailTree
 from imapfs.imap.pool import SessionPool
 from imapfs.model import Ino
-from imapfs.store.cache import Cache, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Node
 from imapfs.sync.refresh import Refresh
 from imapfs.sync.synchroniser import Synchroniser
 from imapfs.sync.watching import Push

@@ -15,7 +15,8 @@ from typing import Final
 from imapfs.fs.files import Files
 from imapfs.fs.tree import MailTree, is_message_name
 from imapfs.model import Ino
-from imapfs.store.cache import Cache, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Node
 from imapfs.store.spool import Draft, Spool
 from imapfs.sync.locate import Locator
 from imapfs.sync.replaced import ReplacedMessages

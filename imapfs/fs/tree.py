@@ -21,7 +21,8 @@ from typing import Final, NamedTuple, Protocol
 from imapfs.errors import MessageGone, NotADirectory
 from imapfs.fs.events import Place
 from imapfs.model import ROOT, Ino, MessageRef
-from imapfs.store.cache import Cache, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Node
 from imapfs.store.spool import Base, Draft, Spool
 from imapfs.sync.identify import may_be_upload
 from imapfs.sync.upload import Uploader

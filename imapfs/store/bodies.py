@@ -29,7 +29,8 @@ import trio
 from imapfs.errors import CacheError
 from imapfs.log import report
 from imapfs.model import Ino, Uid
-from imapfs.store.cache import Body, Cache, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Body, Node
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ class BodyStore:
         self._packs: dict[int, Pack] = {}
         self._open: dict[int, Pack] = {}
         """Packs with an open descriptor, the least recently used one first."""
-        for number, live, size, end in cache.packs():
+        for number, live, size, end in cache.bodies.packs():
             self.size += size
             if number is not None:
                 self._packs[number] = Pack(self._packs_at / str(number), number, live, end)
@@ -329,7 +330,7 @@ class BodyStore:
             stored.pack,
             stored.offset,
         ):
-            self._cache.forget_bodies([stored.ino])
+            self._cache.bodies.forget([stored.ino])
             self.drop([stored])
 
     def _note_use(self, ino: Ino) -> None:
@@ -345,14 +346,14 @@ class BodyStore:
     def flush_use(self) -> None:
         """Write down what was used since the last time: exact order within it does not matter."""
         if self._used:
-            self._cache.use_bodies(self._used)
+            self._cache.bodies.note_use(self._used)
             self._used.clear()
 
     # -- adding and removing -------------------------------------------------------------------------------
 
     def add(self, bodies: Sequence[Body]) -> None:
         """Note bodies that `Spool.keep` made permanent, and make room for them."""
-        unwanted = self._cache.add_bodies(bodies)
+        unwanted = self._cache.bodies.add(bodies)
         for body in bodies:
             self.size += body.size
             if body.pack is not None:
@@ -365,8 +366,8 @@ class BodyStore:
         """Make room, and some more, so that not every body that comes has to."""
         self.flush_use()
         room = min(self.limit // 20, _ROOM)
-        oldest = self._cache.oldest_bodies(self.size - self.limit + room)
-        self._cache.forget_bodies(node.ino for node in oldest)
+        oldest = self._cache.bodies.oldest(self.size - self.limit + room)
+        self._cache.bodies.forget(node.ino for node in oldest)
         self.drop(oldest)
 
     def take(self, path: Path, ino: Ino, uid: Uid) -> None:
@@ -425,7 +426,7 @@ class BodyStore:
         """
         try:
             inos = await trio.to_thread.run_sync(_old_files, self._large, self._started)
-            wanted = self._cache.cached(inos)
+            wanted = self._cache.bodies.cached(inos)
             for ino in inos:
                 if ino not in wanted:
                     _unlink(self.path(ino))

@@ -12,121 +12,17 @@ INVARIANTS
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from imapfs.model import ROOT, Ino, MessageRef, ModSeq, NameScheme, Uid, UidValidity
 from imapfs.names import message_name
+from imapfs.store.body_table import BodyTable
 from imapfs.store.database import Connection, Database, IntegrityError
+from imapfs.store.rows import MAILBOX_COLUMNS, NODE_COLUMNS, Details, Directory, Mailbox, NewMessage, Node
 
 MAX_UID: Final = (1 << 63) - 1
 """Above every UID of a server."""
-
-
-class Node(NamedTuple):
-    """A directory entry; columns as in the schema."""
-
-    ino: Ino
-    parent: Ino
-    name: bytes | None
-    uid: Uid | None
-    size: int
-    exact: int
-    date: int | None
-    mtime: int
-    ctime: int
-    mode: int | None
-    crc: int | None
-    pack: int | None
-    offset: int
-
-    @property
-    def is_dir(self) -> bool:
-        return self.uid is None
-
-    def without_body(self) -> "Node":
-        """The same entry for whoever removes it while its cached body stays."""
-        return self._replace(crc=None, pack=None, offset=0)
-
-
-_NODE: Final = "ino, parent, name, uid, size, exact, date, mtime, ctime, mode, crc, pack, offset"
-
-
-class NewMessage(NamedTuple):
-    """A message as the server lists it; columns as in the schema."""
-
-    uid: Uid
-    size: int
-    date: int
-    zone: int
-    flags: str
-    modseq: ModSeq
-    subject: str
-    sender: str
-    from_: str
-    message_id: str
-
-
-class Details(NamedTuple):
-    """What the extended attributes of a message show; columns as in the schema."""
-
-    parent: Ino
-    uid: Uid
-    date: int
-    zone: int
-    flags: str
-    modseq: ModSeq
-    subject: str
-    from_: str
-    message_id: str
-
-
-class Mailbox(NamedTuple):
-    """What a directory stands for on the server; columns as in the schema."""
-
-    ino: Ino
-    server_name: bytes | None
-    delimiter: bytes
-    selectable: int
-    special_use: str
-    uidvalidity: UidValidity
-    uidnext: int
-    modseq: ModSeq
-    complete: int
-
-    @property
-    def selectable_name(self) -> bytes | None:
-        """Return the name to select the mailbox by, or None for a directory that holds no messages."""
-        return self.server_name if self.selectable else None
-
-
-_MAILBOX: Final = (
-    "ino, server_name, delimiter, selectable, special_use, uidvalidity, uidnext, modseq, complete"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Directory:
-    """A directory that the account should have: entry names from the root, and what it stands for."""
-
-    path: tuple[bytes, ...]
-    server_name: bytes | None
-    delimiter: bytes
-    selectable: bool
-    special_use: str
-
-
-class Body(NamedTuple):
-    """A body that is complete and on disk, for a message that had this UID."""
-
-    ino: Ino
-    uid: Uid
-    size: int
-    crc: int
-    pack: int | None
-    """The pack that it is in; None if it has a file of its own."""
-    offset: int
 
 
 class Cache:
@@ -135,6 +31,7 @@ class Cache:
     def __init__(self, database: Database) -> None:
         self._database = database
         self.directory = database.directory
+        self.bodies = BodyTable(database)
 
     @classmethod
     def open(cls, directory: Path, names: NameScheme) -> "Cache":
@@ -159,13 +56,13 @@ class Cache:
 
     def node(self, ino: Ino) -> Node | None:
         with self._database.read() as db:
-            row = db.execute(f"SELECT {_NODE} FROM node WHERE ino = ?", (ino,)).fetchone()
+            row = db.execute(f"SELECT {NODE_COLUMNS} FROM node WHERE ino = ?", (ino,)).fetchone()
         return Node._make(row) if row else None
 
     def child(self, parent: Ino, name: bytes) -> Node | None:
         with self._database.read() as db:
             row = db.execute(
-                f"SELECT {_NODE} FROM node WHERE parent = ? AND name = ?", (parent, name)
+                f"SELECT {NODE_COLUMNS} FROM node WHERE parent = ? AND name = ?", (parent, name)
             ).fetchone()
         return Node._make(row) if row else None
 
@@ -173,7 +70,7 @@ class Cache:
         """Entries of a directory by inode number, beginning after ``after``."""
         with self._database.read() as db:
             rows = db.execute(
-                f"SELECT {_NODE} FROM node WHERE parent = ? AND ino > ? AND name IS NOT NULL"
+                f"SELECT {NODE_COLUMNS} FROM node WHERE parent = ? AND ino > ? AND name IS NOT NULL"
                 " ORDER BY ino LIMIT ?",
                 (parent, after, limit),
             ).fetchall()
@@ -184,7 +81,7 @@ class Cache:
         column, value = ("name", node.name) if by_name else ("ino", node.ino)
         with self._database.read() as db:
             rows = db.execute(
-                f"SELECT {_NODE} FROM node WHERE parent = ? AND {column} > ? AND uid IS NOT NULL"
+                f"SELECT {NODE_COLUMNS} FROM node WHERE parent = ? AND {column} > ? AND uid IS NOT NULL"
                 f" AND crc IS NULL AND name IS NOT NULL ORDER BY {column} LIMIT ?",
                 (node.parent, value, limit),
             ).fetchall()
@@ -193,7 +90,7 @@ class Cache:
     def message(self, mailbox: Ino, uid: Uid) -> Node | None:
         with self._database.read() as db:
             row = db.execute(
-                f"SELECT {_NODE} FROM node WHERE parent = ? AND uid = ?", (mailbox, uid)
+                f"SELECT {NODE_COLUMNS} FROM node WHERE parent = ? AND uid = ?", (mailbox, uid)
             ).fetchone()
         return Node._make(row) if row else None
 
@@ -209,14 +106,14 @@ class Cache:
 
     def mailbox(self, ino: Ino) -> Mailbox | None:
         with self._database.read() as db:
-            row = db.execute(f"SELECT {_MAILBOX} FROM mailbox WHERE ino = ?", (ino,)).fetchone()
+            row = db.execute(f"SELECT {MAILBOX_COLUMNS} FROM mailbox WHERE ino = ?", (ino,)).fetchone()
         return Mailbox._make(row) if row else None
 
     def mailboxes(self) -> list[Mailbox]:
         """All that the server lists."""
         with self._database.read() as db:
             rows = db.execute(
-                f"SELECT {_MAILBOX} FROM mailbox WHERE server_name IS NOT NULL ORDER BY ino"
+                f"SELECT {MAILBOX_COLUMNS} FROM mailbox WHERE server_name IS NOT NULL ORDER BY ino"
             ).fetchall()
         return [Mailbox._make(row) for row in rows]
 
@@ -258,7 +155,7 @@ class Cache:
         """The directories in a directory."""
         with self._database.read() as db:
             rows = db.execute(
-                f"SELECT {_NODE} FROM node WHERE parent = ? AND uid IS NULL ORDER BY ino", (parent,)
+                f"SELECT {NODE_COLUMNS} FROM node WHERE parent = ? AND uid IS NULL ORDER BY ino", (parent,)
             ).fetchall()
         return [Node._make(row) for row in rows]
 
@@ -368,7 +265,8 @@ class Cache:
                     (ino, parent, name, now, now),
                 )
                 db.execute(
-                    f"INSERT INTO mailbox ({_MAILBOX}) VALUES (?, ?, ?, ?, ?, 0, 0, 0, 0)", (ino, *values)
+                    f"INSERT INTO mailbox ({MAILBOX_COLUMNS}) VALUES (?, ?, ?, ?, ?, 0, 0, 0, 0)",
+                    (ino, *values),
                 )
                 added.append(Node(ino, parent, name, None, 0, 1, None, now, now, None, None, None, 0))
                 changed.add(parent)
@@ -385,7 +283,7 @@ class Cache:
     ) -> Iterator[tuple[tuple[bytes, ...], Node]]:
         """All directories below ``parent`` with their paths, children first."""
         rows = db.execute(
-            f"SELECT {_NODE} FROM node JOIN mailbox USING (ino) WHERE parent = ?", (parent,)
+            f"SELECT {NODE_COLUMNS} FROM node JOIN mailbox USING (ino) WHERE parent = ?", (parent,)
         ).fetchall()
         for row in rows:
             node = Node._make(row)
@@ -593,7 +491,7 @@ class Cache:
         """
         with self._database.read() as db:
             rows = db.execute(
-                f"SELECT {_NODE} FROM node WHERE date = ? AND uid IS NOT NULL AND message_id = ?"
+                f"SELECT {NODE_COLUMNS} FROM node WHERE date = ? AND uid IS NOT NULL AND message_id = ?"
                 " AND parent <> ? AND name IS NOT NULL ORDER BY ino",
                 (date, message_id, besides),
             ).fetchall()
@@ -639,7 +537,7 @@ class Cache:
     def mailbox_named(self, server_name: bytes) -> Mailbox | None:
         with self._database.read() as db:
             row = db.execute(
-                f"SELECT {_MAILBOX} FROM mailbox WHERE server_name = ?", (server_name,)
+                f"SELECT {MAILBOX_COLUMNS} FROM mailbox WHERE server_name = ?", (server_name,)
             ).fetchone()
         return Mailbox._make(row) if row else None
 
@@ -718,69 +616,6 @@ class Cache:
                 > 0
             )
 
-    def add_bodies(self, bodies: Sequence[Body]) -> list[Body]:
-        """Note that bodies are cached; those returned are of messages that are gone, or others by now."""
-        now = int(time.time())
-        with self._database.write() as db:
-            noted = db.executemany(
-                "UPDATE node SET size = ?, exact = 1, crc = ?, pack = ?, offset = ?, used = ?"
-                " WHERE ino = ? AND uid = ? AND crc IS NULL",
-                [(b.size, b.crc, b.pack, b.offset, now, b.ino, b.uid) for b in bodies],
-            ).rowcount
-            if noted == len(bodies):
-                return []
-            return [
-                body
-                for body in bodies
-                if not db.execute(
-                    "SELECT 1 FROM node WHERE ino = ? AND uid = ? AND crc IS NOT NULL"
-                    " AND pack IS ? AND offset = ?",
-                    (body.ino, body.uid, body.pack, body.offset),
-                ).fetchone()
-            ]
-
-    def packs(self) -> list[tuple[int | None, int, int, int]]:
-        """Of each pack of bodies: its number, how many are in it, their bytes, and where the last one ends.
-
-        What has a file of its own is together under None.
-        """
-        with self._database.read() as db:
-            return db.execute(
-                "SELECT pack, count(*), sum(size), max(offset + size) FROM node WHERE crc IS NOT NULL"
-                " GROUP BY pack"
-            ).fetchall()
-
-    def use_bodies(self, inos: Iterable[Ino]) -> None:
-        """Note that bodies were wanted now."""
-        now = int(time.time())
-        with self._database.write() as db:
-            db.executemany("UPDATE node SET used = ? WHERE ino = ?", [(now, ino) for ino in inos])
-
-    def forget_bodies(self, inos: Iterable[Ino]) -> None:
-        """Note that bodies are not cached."""
-        with self._database.write() as db:
-            db.executemany("UPDATE node SET crc = NULL WHERE ino = ?", [(ino,) for ino in inos])
-
-    def oldest_bodies(self, size: int) -> list[Node]:
-        """The messages with the least recently used bodies, which have ``size`` bytes together."""
-        chosen: list[Node] = []
-        with self._database.read() as db:
-            for row in db.execute(f"SELECT {_NODE} FROM node WHERE crc IS NOT NULL ORDER BY used, ino"):
-                if size <= 0:
-                    break
-                chosen.append(Node._make(row))
-                size -= chosen[-1].size
-        return chosen
-
-    def cached(self, inos: Sequence[Ino]) -> set[Ino]:
-        """Those of ``inos`` whose bodies are cached."""
-        with self._database.read() as db:
-            return {
-                Ino(ino)
-                for i in inos
-                for (ino,) in db.execute("SELECT ino FROM node WHERE ino = ? AND crc IS NOT NULL", (i,))
-            }
-
 
 def _take_inos(db: Connection, n: int) -> Ino:
     """The first of ``n`` consecutive inode numbers that were never used."""
@@ -812,7 +647,7 @@ def _free_name(db: Connection, parent: Ino, name: bytes) -> bytes:
 
 def _delete(db: Connection, where: str, values: tuple[int, ...]) -> list[Node]:
     rows = db.execute(
-        f"SELECT {_NODE} FROM node WHERE {where}",
+        f"SELECT {NODE_COLUMNS} FROM node WHERE {where}",
         values,
     ).fetchall()
     db.execute(f"DELETE FROM node WHERE {where}", values)

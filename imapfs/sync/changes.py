@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from imapfs.model import Ino
-from imapfs.store.cache import Node
+from imapfs.store.rows import Node
 
 
 class Renamed(NamedTuple):

@@ -24,7 +24,8 @@ from imapfs.imap.wire import Sink
 from imapfs.log import report
 from imapfs.model import Ino, Uid
 from imapfs.store.bodies import SMALL, BodyStore, Pack, Spool
-from imapfs.store.cache import Body, Cache, Mailbox, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Body, Mailbox, Node
 from imapfs.sync.changes import ChangeHub, Changes
 from imapfs.sync.synchroniser import Synchroniser
 from imapfs.waiting import Signal

@@ -21,7 +21,8 @@ from imapfs.headers import parse_headers
 from imapfs.imap.grammar import FetchData, parse_date
 from imapfs.imap.session import Session
 from imapfs.model import Ino, Uid
-from imapfs.store.cache import Cache, NewMessage, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import NewMessage, Node
 from imapfs.store.spool import Attempt
 
 _MAX_ADDED = 2

@@ -21,7 +21,8 @@ from imapfs.headers import parse_headers
 from imapfs.imap.grammar import FetchData, parse_date
 from imapfs.imap.session import MailboxState, Session
 from imapfs.model import Ino, ModSeq, Uid, UidValidity
-from imapfs.store.cache import MAX_UID, Cache, Mailbox, NewMessage
+from imapfs.store.cache import MAX_UID, Cache
+from imapfs.store.rows import Mailbox, NewMessage
 from imapfs.sync.changes import ChangeHub, Changes
 from imapfs.sync.identify import is_alike
 from imapfs.sync.refresh import Refresh

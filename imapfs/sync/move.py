@@ -26,8 +26,9 @@ from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
 from imapfs.log import report
 from imapfs.model import DeletePolicy, Ino, ModSeq, Uid
-from imapfs.store.cache import Cache, Details, Node
+from imapfs.store.cache import Cache
 from imapfs.store.journal import Journal, PendingMove
+from imapfs.store.rows import Details, Node
 from imapfs.sync.changes import ChangeHub, Changes
 from imapfs.sync.identify import Fingerprint, find_copy
 from imapfs.sync.locate import Locator, ServerMailbox

@@ -17,7 +17,8 @@ from imapfs.imap.grammar import FetchData
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
 from imapfs.model import Ino, Uid
-from imapfs.store.cache import Cache, Directory, Mailbox, NewMessage, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Directory, Mailbox, NewMessage, Node
 from imapfs.store.spool import Spool
 from imapfs.sync.changes import Moved
 from imapfs.sync.identify import find_moved

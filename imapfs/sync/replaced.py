@@ -10,8 +10,9 @@ import trio
 from imapfs.errors import MailboxGone, MessageGone
 from imapfs.log import report
 from imapfs.model import MessageRef
-from imapfs.store.cache import Cache, Node
+from imapfs.store.cache import Cache
 from imapfs.store.journal import Journal
+from imapfs.store.rows import Node
 from imapfs.store.spool import Spool
 from imapfs.sync.changes import ChangeHub, Changes
 from imapfs.sync.download import Downloader

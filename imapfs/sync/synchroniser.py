@@ -20,7 +20,8 @@ from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
 from imapfs.log import report
 from imapfs.model import ROOT, Ino
-from imapfs.store.cache import Cache, Directory, Mailbox
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Directory, Mailbox
 from imapfs.store.spool import Spool
 from imapfs.sync.changes import ChangeHub, Changes, Moved, Renamed
 from imapfs.sync.freshness import Freshness

@@ -7,7 +7,7 @@ from typing import Final
 
 from imapfs.imap.grammar import ListEntry
 from imapfs.names import decode_mailbox, entry_name, is_inbox
-from imapfs.store.cache import Directory
+from imapfs.store.rows import Directory
 
 log = logging.getLogger(__name__)
 

@@ -45,7 +45,8 @@ from imapfs.imap.session import Upload
 from imapfs.log import report
 from imapfs.model import Ino, Uid
 from imapfs.store.bodies import BodyStore
-from imapfs.store.cache import Cache, NewMessage, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import NewMessage, Node
 from imapfs.store.spool import Attempt, Base, Draft, Spool
 from imapfs.sync.append import AppendBatch, Payload, UploadSearch, make_payload
 from imapfs.sync.changes import ChangeHub, Changes

@@ -39,7 +39,8 @@ from imapfs.imap.session import Session
 from imapfs.log import report
 from imapfs.model import ROOT, Ino, Uid
 from imapfs.names import is_inbox
-from imapfs.store.cache import Cache, Mailbox
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Mailbox
 from imapfs.sync.synchroniser import Synchroniser
 from imapfs.sync.tree import display_name
 from imapfs.waiting import Signal

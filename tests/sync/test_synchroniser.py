@@ -15,8 +15,9 @@ from imapfs.errors import MailboxGone, MessageGone
 from imapfs.imap.grammar import ListEntry
 from imapfs.model import ROOT, Ino, ModSeq, Uid
 from imapfs.store.bodies import BodyStore
-from imapfs.store.cache import Body, Cache, Directory, NewMessage
+from imapfs.store.cache import Cache
 from imapfs.store.journal import Journal
+from imapfs.store.rows import Body, Directory, NewMessage
 from imapfs.store.spool import Spool
 from imapfs.sync.changes import ChangeHub, Changes
 from imapfs.sync.flags import FlagChanger

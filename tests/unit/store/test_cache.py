@@ -12,7 +12,8 @@ import trio
 from imapfs.errors import CacheError
 from imapfs.model import ROOT, Ino, ModSeq, Uid, UidValidity
 from imapfs.store.bodies import SMALL, BodyStore, Spool
-from imapfs.store.cache import Cache, Directory, NewMessage, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Directory, NewMessage, Node
 from tests.conftest import ExpectedLog
 
 DATE = 1_700_000_000

@@ -5,7 +5,7 @@ import mmap
 import pytest
 
 from imapfs.model import Ino, ModSeq, Uid, UidValidity
-from imapfs.store.cache import NewMessage, Node
+from imapfs.store.rows import NewMessage, Node
 from imapfs.store.spool import Attempt
 from imapfs.sync import upload
 from imapfs.sync.identify import Fingerprint, digest, is_alike, is_upload, may_be_upload
