@@ -43,8 +43,7 @@ from imapfs.model import ROOT, Ino
 from imapfs.names import is_inbox, server_component
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Mailbox, Node
-from imapfs.store.spool import Base, Draft, Spool
-from imapfs.store.spool import State as DraftState
+from imapfs.store.spool import Base, Draft, DraftState, Spool
 from imapfs.sync.changes import Renamed
 from imapfs.sync.folders import Folders
 from imapfs.sync.locate import Locator

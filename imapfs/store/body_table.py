@@ -1,4 +1,4 @@
-"""The columns of messages that say where their bodies are on disk; for `imapfs.store.bodies` only."""
+"""The part of the cache that says where bodies are on disk. Only `imapfs.store.bodies` uses it."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ class BodyTable:
         self._database = database
 
     def add(self, bodies: Sequence[Body]) -> list[Body]:
-        """Note that bodies are cached; those returned are of messages that are gone, or others by now."""
+        """Note that bodies are cached; return those whose message is gone, or has another UID or body."""
         now = int(time.time())
         with self._database.write() as db:
             noted = db.executemany(
@@ -36,9 +36,9 @@ class BodyTable:
             ]
 
     def packs(self) -> list[tuple[int | None, int, int, int]]:
-        """Of each pack of bodies: its number, how many are in it, their bytes, and where the last one ends.
+        """Return a row per pack: its number, the number of bodies, their bytes, and the end of the last one.
 
-        What has a file of its own is together under None.
+        The row with the number None is about bodies that have a file of their own.
         """
         with self._database.read() as db:
             return db.execute(
@@ -47,18 +47,18 @@ class BodyTable:
             ).fetchall()
 
     def note_use(self, inos: Iterable[Ino]) -> None:
-        """Note that bodies were wanted now."""
+        """Note that bodies were used now."""
         now = int(time.time())
         with self._database.write() as db:
             db.executemany("UPDATE node SET used = ? WHERE ino = ?", [(now, ino) for ino in inos])
 
     def forget(self, inos: Iterable[Ino]) -> None:
-        """Note that bodies are not cached."""
+        """Note that bodies are no longer cached."""
         with self._database.write() as db:
             db.executemany("UPDATE node SET crc = NULL WHERE ino = ?", [(ino,) for ino in inos])
 
     def oldest(self, size: int) -> list[Node]:
-        """The messages with the least recently used bodies, which have ``size`` bytes together."""
+        """Return the messages with the least recently used bodies, at least ``size`` bytes in all."""
         chosen: list[Node] = []
         with self._database.read() as db:
             for row in db.execute(
@@ -71,7 +71,7 @@ class BodyTable:
         return chosen
 
     def cached(self, inos: Sequence[Ino]) -> set[Ino]:
-        """Those of ``inos`` whose bodies are cached."""
+        """Return those of ``inos`` whose bodies are cached."""
         with self._database.read() as db:
             return {
                 Ino(ino)

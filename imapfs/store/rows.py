@@ -1,4 +1,4 @@
-"""Rows of the cache: what its queries return, and its changes take. Columns are explained in the schema."""
+"""Types of the rows in the cache. Their fields are the columns that `imapfs.store.database` explains."""
 
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -7,7 +7,7 @@ from imapfs.model import Ino, ModSeq, Uid, UidValidity
 
 
 class Node(NamedTuple):
-    """A directory entry; columns as in the schema."""
+    """A directory entry."""
 
     ino: Ino
     parent: Ino
@@ -25,10 +25,11 @@ class Node(NamedTuple):
 
     @property
     def is_dir(self) -> bool:
+        """Whether it is a directory, not a message."""
         return self.uid is None
 
     def without_body(self) -> "Node":
-        """The same entry for whoever removes it while its cached body stays."""
+        """Return the entry as one that has no cached body, for a removal that must not drop the body."""
         return self._replace(crc=None, pack=None, offset=0)
 
 
@@ -36,7 +37,7 @@ NODE_COLUMNS: Final = "ino, parent, name, uid, size, exact, date, mtime, ctime, 
 
 
 class NewMessage(NamedTuple):
-    """A message as the server lists it; columns as in the schema."""
+    """A message as the server lists it."""
 
     uid: Uid
     size: int
@@ -51,7 +52,7 @@ class NewMessage(NamedTuple):
 
 
 class Details(NamedTuple):
-    """What the extended attributes of a message show; columns as in the schema."""
+    """What the extended attributes of a message show."""
 
     parent: Ino
     uid: Uid
@@ -65,7 +66,7 @@ class Details(NamedTuple):
 
 
 class Mailbox(NamedTuple):
-    """What a directory stands for on the server; columns as in the schema."""
+    """The mailbox of a directory."""
 
     ino: Ino
     server_name: bytes | None
@@ -90,9 +91,10 @@ MAILBOX_COLUMNS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """A directory that the account should have: entry names from the root, and what it stands for."""
+    """A directory that the account should have, and its mailbox."""
 
     path: tuple[bytes, ...]
+    """Entry names from the root."""
     server_name: bytes | None
     delimiter: bytes
     selectable: bool
@@ -100,12 +102,12 @@ class Directory:
 
 
 class Body(NamedTuple):
-    """A body that is complete and on disk, for a message that had this UID."""
+    """A complete body on disk, of the message that had this inode number and UID."""
 
     ino: Ino
     uid: Uid
     size: int
     crc: int
     pack: int | None
-    """The pack that it is in; None if it has a file of its own."""
+    """The pack that has it, or None if it has a file of its own."""
     offset: int

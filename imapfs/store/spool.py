@@ -30,7 +30,7 @@ from imapfs.store.journal import Journal
 
 log = logging.getLogger(__name__)
 
-State = Literal["local", "open", "sending", "unsent"]
+DraftState = Literal["local", "open", "sending", "unsent"]
 """``local``: never uploaded. ``open``: being written. ``sending``: complete, to be uploaded. ``unsent``:
 refused by the server, or perhaps incomplete, so that a person has to decide."""
 
@@ -82,7 +82,7 @@ class Draft:
     ctime: int = 0
     """Nanoseconds since the epoch."""
     flags: str = ""
-    state: State = "open"
+    state: DraftState = "open"
     error: str = ""
     """Why it is unsent, or why the last attempt to upload it failed."""
     base: Base | None = None

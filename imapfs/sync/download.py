@@ -23,7 +23,7 @@ from imapfs.imap.session import Session
 from imapfs.imap.wire import Sink
 from imapfs.log import report
 from imapfs.model import Ino, Uid
-from imapfs.store.bodies import SMALL, BodyStore, Pack, Spool
+from imapfs.store.bodies import SMALL, BodyStore, IncomingBody, Pack
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Body, Mailbox, Node
 from imapfs.sync.changes import ChangeHub, Changes
@@ -42,10 +42,10 @@ class Download:
         self.error: ImapfsError | None = None
         self.done = False
         """Nothing more comes: the body is complete and kept, or ``error`` says why it is not."""
-        self._spool: Spool | None = None
+        self._spool: IncomingBody | None = None
         self._changed = Signal()
 
-    async def wait_for(self, end: int) -> Spool:
+    async def wait_for(self, end: int) -> IncomingBody:
         """Wait until the exact size is known and the bytes before ``end``, or all there are, have come.
 
         A small body counts only when it is complete. Raises what kept it from coming.
@@ -64,7 +64,7 @@ class Download:
         """Let everyone who waits look again."""
         self._changed.send()
 
-    def set_spool(self, spool: Spool) -> None:
+    def set_spool(self, spool: IncomingBody) -> None:
         """From now on the bytes come here; an earlier spool was of a connection that broke."""
         if self._spool is not None and self._spool is not spool:
             self._spool.discard()
@@ -175,7 +175,7 @@ class Downloader:
 
     # News from a batch, on the trio thread:
 
-    def sized(self, download: Download, spool: Spool) -> None:
+    def sized(self, download: Download, spool: IncomingBody) -> None:
         """The exact size of a large body is known."""
         if download.done:
             return
@@ -227,7 +227,7 @@ class Arrival(NamedTuple):
     """A body that is complete, and in its file unless ``body`` is None."""
 
     download: Download
-    spool: Spool
+    spool: IncomingBody
     body: Body | None
 
 
@@ -247,9 +247,9 @@ class _Batch:
         self._pack = pack
         self._mailbox = mailbox
         self._wanted = {int(d.node.uid): d for d in downloads if d.node.uid is not None}
-        self._spool: Spool | None = None
+        self._spool: IncomingBody | None = None
         """The body that is coming in, unless a download has it already."""
-        self._shown: Spool | None = None
+        self._shown: IncomingBody | None = None
         """The body that is coming in, where readers can see it."""
         self._arrived: deque[Arrival] = deque()
         self._token = trio.lowlevel.current_trio_token()
@@ -282,7 +282,7 @@ class _Batch:
     def _open(self, uid: int | None, size: int) -> Sink:
         if uid is None and len(self._wanted) == 1:
             (uid,) = self._wanted
-        spool = Spool(self._bodies, size)
+        spool = IncomingBody(self._bodies, size)
         download = None if uid is None else self._wanted.get(uid)
         if download is None or size <= SMALL:
             self._spool = spool
@@ -298,7 +298,7 @@ class _Batch:
             return
         spool = self._shown or self._spool
         if spool is None:
-            spool = self._spool = Spool(self._bodies, len(data))
+            spool = self._spool = IncomingBody(self._bodies, len(data))
             spool.write(data)
         try:
             body = spool.keep(download.node.ino, Uid(uid), self._pack)
@@ -323,7 +323,7 @@ class _Batch:
 class _Progress:
     """Passes a body on to its spool and tells those who wait for it."""
 
-    def __init__(self, spool: Spool, wake: Callable[[], object]) -> None:
+    def __init__(self, spool: IncomingBody, wake: Callable[[], object]) -> None:
         self._spool = spool
         self._wake = wake
 
