@@ -42,11 +42,11 @@ from imapfs.sync.flags import FlagChanger
 from imapfs.sync.folders import Folders
 from imapfs.sync.locate import Locator
 from imapfs.sync.move import Mover
-from imapfs.sync.prefetch import FetchAhead
+from imapfs.sync.prefetch import Prefetcher
 from imapfs.sync.replaced import ReplacedMessages
 from imapfs.sync.synchroniser import Synchroniser
 from imapfs.sync.upload import Uploader
-from imapfs.sync.watching import Push
+from imapfs.sync.watching import Watching
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Model:
     mover: Mover
     uploader: Uploader
     replaced: ReplacedMessages
-    watching: Push
+    watching: Watching
     tree: MailTree
     files: Files
     drafts: Drafts
@@ -102,7 +102,7 @@ def build_model(config: MountConfig, pool: SessionPool, cache: Cache, background
     spool.hand_over_removals(journal)
     sync = Synchroniser(pool, cache, spool, background, hub)
     downloads = Downloader(pool, cache, bodies, sync, background, hub)
-    prefetcher = FetchAhead(cache, downloads.start_ahead, config.fetch_ahead)
+    prefetcher = Prefetcher(cache, downloads.prefetch, config.fetch_ahead)
     locator = Locator(cache, sync)
     mover = Mover(pool, cache, sync, locator, journal, config.delete, hub)
     flags = FlagChanger(pool, cache, sync, locator, hub)
@@ -111,7 +111,7 @@ def build_model(config: MountConfig, pool: SessionPool, cache: Cache, background
     uploader = Uploader(
         pool, cache, bodies, spool, sync, locator, replaced, flags, downloads, background, hub
     )  # fmt: skip
-    watching = Push(pool, cache, sync, background, config.poll)
+    watching = Watching(pool, cache, sync, background, config.poll)
     tree = MailTree(cache, spool, uploader)
     refresher = Refresher(tree, cache, pool, sync, watching, config.timeout)
     files = Files(cache, bodies, downloads, prefetcher, spool, tree)

@@ -19,7 +19,7 @@ from imapfs.store.rows import Node
 from imapfs.store.spool import Draft, Spool
 from imapfs.sync.changes import Changes
 from imapfs.sync.download import Download, Downloader
-from imapfs.sync.prefetch import FetchAhead
+from imapfs.sync.prefetch import Prefetcher
 
 Opening = bytes | None | Awaitable[bytes | None]
 """All bytes of a small message, if they are wanted; or what to await for them."""
@@ -59,14 +59,14 @@ class Files:
         cache: Cache,
         bodies: BodyStore,
         downloads: Downloader,
-        ahead: FetchAhead,
+        prefetcher: Prefetcher,
         spool: Spool,
         tree: MailTree,
     ) -> None:
         self._cache = cache
         self._bodies = bodies
         self._downloads = downloads
-        self._ahead = ahead
+        self._prefetcher = prefetcher
         self._spool = spool
         self._tree = tree
         self._open: dict[Ino, OpenFile] = {}
@@ -102,7 +102,7 @@ class Files:
             if node.crc is None:
                 # Before what is fetched ahead of it.
                 file.download = file.download or self._downloads.start(node).acquire()
-            self._ahead.opened(node)
+            self._prefetcher.opened(node)
         if node.exact and not (wanted and node.size <= SMALL):
             return None
         data = self._bodies.load(node)

@@ -17,7 +17,7 @@ from imapfs.store.cache import Cache
 from imapfs.store.rows import Node
 from imapfs.sync.refresh import Refresh
 from imapfs.sync.synchroniser import Synchroniser
-from imapfs.sync.watching import Push
+from imapfs.sync.watching import Watching
 
 MAX_AGE: Final = 5.0
 """Seconds for which a listing is shown without asking the server again."""
@@ -34,7 +34,7 @@ class Refresher:
         cache: Cache,
         pool: SessionPool,
         sync: Synchroniser,
-        watching: Push,
+        watching: Watching,
         timeout: float,
     ) -> None:
         self._tree = tree

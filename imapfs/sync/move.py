@@ -67,13 +67,16 @@ class Mover:
             self._interrupted.set()
 
     async def move(self, ino: Ino, target: Ino, name: bytes) -> None:
-        """Move a message to another mailbox, where it has ``name``; inode and cached body stay."""
+        """Move a message to another mailbox, with ``name``; its inode number and cached body stay.
+
+        Raises ImapfsError.
+        """
         node = self._locator.message(ino)
         async with self._sync.changing(node.parent, target):
             node = self._locator.message(ino, node.parent)
             moved = await self._transfer(node, target)
             if moved.uid is None:
-                # The server did not say, and no look found it: the next listing will.
+                # The server did not name the UID, and it was not found: the next listing shows the message.
                 self._remove(node, stays=moved.original_stays)
                 self._sync.freshness.forget(target)
                 return
@@ -83,7 +86,10 @@ class Mover:
             self._publish(gone)
 
     async def remove(self, ino: Ino) -> None:
-        """Delete a message as the account's policy says: move it to Trash, or expunge it."""
+        """Delete a message as the account's policy says: move it to Trash, or expunge it.
+
+        Raises ImapfsError.
+        """
         node = self._locator.message(ino)
         trash = self._cache.special_use("\\Trash")
         if self._policy == "trash" and trash is not None and not self._is_within(node.parent, trash):
@@ -116,7 +122,7 @@ class Mover:
             self._publish(self._cache.remove_node(node.ino))
 
     def _note_deleted(self, node: Node) -> None:
-        """A message that could not be expunged is marked as deleted on the server."""
+        """Note in the cache that a message which could not be expunged has the flag \\Deleted."""
         uid = _uid(node)
         flags = self._cache.flags(node.parent).get(uid, "")
         if "\\deleted" not in flags.lower():
@@ -126,7 +132,7 @@ class Mover:
         source, destination = self._locator.mailbox(node.parent), self._locator.mailbox(target)
         for entry in self._journal.interrupted:
             if entry.source == source.ref(_uid(node)):
-                # Copied by an earlier attempt, perhaps: a second copy would stay for ever.
+                # An earlier attempt may have copied it: nothing would ever remove a second copy.
                 await self._recover(entry)
                 node = self._locator.message(node.ino)
                 break
@@ -148,7 +154,7 @@ class Mover:
         try:
             await self._pool.run(transfer.run, source.name, repeat=False)
         except Throttled:
-            # Perhaps between two of its commands; the pool waits as long as it was asked to.
+            # It may have been between two of its commands. The pool waits as long as the server asks.
             await self._pool.run(transfer.run, source.name)
         except ConnectionLost as error:
             log.info("a move was interrupted, looking at its outcome: %s", error)
@@ -210,7 +216,7 @@ def _uid(node: Node) -> Uid:
 
 
 class _Transfer:
-    """One move; `run` runs in a thread, and again if the connection breaks."""
+    """One move. `run` runs in a thread, and again if the connection breaks."""
 
     def __init__(
         self,
@@ -229,17 +235,17 @@ class _Transfer:
         self._known = known
         self._sent = False
         self._uidnext = target.uidnext
-        # The size that is known may be the true one, and not what the server says of the copy.
+        # The known size may be the exact one, not the one that the server announces for the copy.
         size = 0 if details.message_id else node.size
         self._wanted = Fingerprint(size, details.date, details.message_id)
         self.entry: PendingMove | None = None
-        """Set as long as there may be a copy beside the original."""
+        """The journal's entry, as long as there may be a copy beside the original."""
         self.uid: int | None = None
         """The UID in the target, once it is known."""
         self.original_stays = False
 
     def run(self, session: Session) -> None:
-        """Move the message, or find out that it is moved. Raises MessageGone if it is nowhere."""
+        """Move the message, or find out that it was moved. Raises MessageGone if it is nowhere."""
         uid = _uid(self._node)
         if self._sent and self._settle(session, uid):
             return
@@ -252,17 +258,18 @@ class _Transfer:
         self._sent = True
         self.uid = session.move(uid, self._target.name)
         if self.uid is None and not self._settle(session, uid):
-            # The connection did not know of the message yet, or the server moved nothing.
+            # The connection had not seen the message yet, or the server moved nothing.
             session.select(self._source.name, self._source.uidvalidity, afresh=True)
             self.uid = session.move(uid, self._target.name)
             if self.uid is None and not self._settle(session, uid):
                 raise Refused("the server did not move the message")
 
     def _copy(self, session: Session, uid: Uid) -> None:
-        """COPY, then delete: the journal has it between the two."""
+        """Copy the message, then delete the original; the journal has an entry in between."""
         if self.entry is None:
             self._wanted = self._fingerprint(session, uid)
-            # Not from the cache: what came since then may look like the copy, and the original would go.
+            # Not from the cache: a message that came since then may look like the copy, and the original
+            # would be deleted.
             session.examine(self._target.name)
             self._uidnext = session.next_uid()
             session.select(self._source.name, self._source.uidvalidity)
@@ -295,7 +302,7 @@ class _Transfer:
             self.entry = None
 
     def _settle(self, session: Session, uid: Uid) -> bool:
-        """Look what became of the move; true if nothing is left to do."""
+        """Look at the outcome of the move; return whether nothing is left to do."""
         session.select(self._source.name, self._source.uidvalidity, afresh=True)
         here = bool(_metadata(session, [uid]))
         self.uid = self._find(session)
