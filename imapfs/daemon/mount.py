@@ -42,10 +42,11 @@ from imapfs.sync.flags import FlagChanger
 from imapfs.sync.folders import Folders
 from imapfs.sync.locate import Locator
 from imapfs.sync.move import Mover
-from imapfs.sync.prefetch import FetchAhead
+from imapfs.sync.prefetch import Prefetcher
+from imapfs.sync.replaced import ReplacedMessages
 from imapfs.sync.synchroniser import Synchroniser
 from imapfs.sync.upload import Uploader
-from imapfs.sync.watching import Push
+from imapfs.sync.watching import Watching
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,8 @@ class Model:
     sync: Synchroniser
     mover: Mover
     uploader: Uploader
-    watching: Push
+    replaced: ReplacedMessages
+    watching: Watching
     tree: MailTree
     files: Files
     drafts: Drafts
@@ -100,29 +102,33 @@ def build_model(config: MountConfig, pool: SessionPool, cache: Cache, background
     bodies = BodyStore(cache, config.cache_size)
     spool = Spool(cache.directory / "spool")
     journal = Journal(cache.directory / "journal.json")
+    spool.hand_over_removals(journal)
     sync = Synchroniser(pool, cache, spool, background, hub)
     downloads = Downloader(pool, cache, bodies, sync, background, hub)
-    prefetcher = FetchAhead(cache, downloads.start_ahead, config.fetch_ahead)
+    prefetcher = Prefetcher(cache, downloads.prefetch, config.fetch_ahead)
     locator = Locator(cache, sync)
     mover = Mover(pool, cache, sync, locator, journal, config.delete, hub)
     flags = FlagChanger(pool, cache, sync, locator, hub)
     folders = Folders(pool, cache, sync, locator)
-    uploader = Uploader(pool, cache, bodies, spool, sync, locator, mover, flags, downloads, background, hub)
-    watching = Push(pool, cache, sync, background, config.poll)
+    replaced = ReplacedMessages(cache, spool, journal, locator, mover, downloads, background, hub)
+    uploader = Uploader(
+        pool, cache, bodies, spool, sync, locator, replaced, flags, downloads, background, hub
+    )  # fmt: skip
+    watching = Watching(pool, cache, sync, background, config.poll)
     tree = MailTree(cache, spool, uploader)
     refresher = DirectoryRefresher(tree, cache, pool, sync, watching, config.timeout)
     files = Files(cache, bodies, downloads, prefetcher, spool, tree)
-    drafts = Drafts(tree, cache, spool, hub)
-    replacer = Replacer(tree, cache, spool, files, locator, uploader)
+    drafts = Drafts(tree, cache, spool, journal, hub)
+    replacer = Replacer(tree, cache, spool, files, locator, uploader, replaced)
     reporter = SpaceReporter(pool, cache.directory, background, config.timeout)
     fs = Filesystem(
         tree, refresher, files, drafts, replacer, reporter, cache, spool, pool, sync, locator, mover,
-        folders, uploader, config.timeout,
+        folders, uploader, replaced, config.timeout,
     )  # fmt: skip
     xattrs = ExtendedAttributes(tree, refresher, cache, spool, pool, flags, uploader)
     return Model(
-        config, pool, cache, bodies, spool, hub, sync, mover, uploader, watching, tree, files, drafts,
-        fs, xattrs,
+        config, pool, cache, bodies, spool, hub, sync, mover, uploader, replaced, watching, tree, files,
+        drafts, fs, xattrs,
     )  # fmt: skip
 
 
@@ -236,6 +242,7 @@ async def start(model: Model, background: trio.Nursery) -> None:
     if not model.config.read_only:
         background.start_soon(model.mover.recover_forever)
         model.uploader.resume()
+        background.start_soon(model.replaced.remove_all)
         background.start_soon(_upload_when_online, model.pool, model.uploader)
     background.start_soon(model.bodies.sweep)
     model.watching.start(model.tree.root)
@@ -287,7 +294,7 @@ async def end(model: Model) -> None:
     """Upload what can be uploaded, and release everything."""
     if not model.config.read_only:
         with trio.move_on_after(model.config.timeout):
-            await model.uploader.drain()
+            await model.fs.fsync_directory()
     waiting = model.uploader.pending()
     if waiting:
         log.warning("files not on the server yet: %d; the next mount uploads them", len(waiting))

@@ -8,6 +8,7 @@ import logging
 
 from imapfs.fs.tree import MailTree
 from imapfs.store.cache import Cache
+from imapfs.store.journal import Journal
 from imapfs.store.spool import Draft, Spool
 from imapfs.sync.changes import ChangeHub, Changes, Renamed
 
@@ -17,10 +18,11 @@ log = logging.getLogger(__name__)
 class Drafts:
     """Keeps the drafts of a mount in directories that exist."""
 
-    def __init__(self, tree: MailTree, cache: Cache, spool: Spool, hub: ChangeHub) -> None:
+    def __init__(self, tree: MailTree, cache: Cache, spool: Spool, journal: Journal, hub: ChangeHub) -> None:
         self._tree = tree
         self._cache = cache
         self._spool = spool
+        self._journal = journal
         self._hub = hub
 
     def restore(self) -> None:
@@ -31,7 +33,7 @@ class Drafts:
     def _place_all(self) -> None:
         """Find the directories of all drafts by their paths."""
         # After a power cut the database may not know that it has assigned their inodes.
-        self._cache.reserve_inos(max((d.ino for d in (*self._spool, *self._spool.sent)), default=0))
+        self._cache.reserve_inos(max((d.ino for d in self._spool), default=0))
         for draft in self._spool:
             directory = self._cache.directory_at(draft.path)
             if directory is None:
@@ -41,7 +43,8 @@ class Drafts:
 
     def _show_hidden(self) -> None:
         """Show hidden messages again, except for those that are still to be removed."""
-        due = {draft.base.ref for draft in (*self._spool, *self._spool.sent) if draft.base is not None}
+        due = {draft.base.ref for draft in self._spool if draft.base is not None}
+        due.update(self._journal.removals)
         for ino, ref, flags in self._cache.hidden():
             if ref not in due and "\\deleted" not in flags.lower():
                 self._cache.show(ino)
@@ -65,8 +68,9 @@ class Drafts:
         self._hub.publish(Changes(root, added=[(draft.ino, name)]))
 
     def follow(self, change: Renamed) -> None:
-        """Update the drafts of a renamed mailbox and of the mailboxes below it."""
+        """Update what refers to a renamed mailbox, or to a mailbox below it."""
         self._spool.rename_mailbox(*change)
+        self._journal.rename_mailbox(*change)
         for draft in self._spool:
             path = self._cache.path(draft.parent)
             if path != draft.path:

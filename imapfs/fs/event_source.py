@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from imapfs.fs.events import Event, EventKind, EventStream, Place
 from imapfs.fs.tree import MailTree
 from imapfs.model import Ino
-from imapfs.store.cache import Cache, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Node
 from imapfs.sync.changes import Changes
 
 

@@ -15,7 +15,7 @@ from imapfs.model import Ino, Uid
 
 if TYPE_CHECKING:
     # Not at run time: `imapfs watch` does not need it.
-    from imapfs.store.cache import Node
+    from imapfs.store.rows import Node
 
 SOCKET: Final = "events"
 """Name of the Unix socket in an account's cache directory through which the daemon sends events."""

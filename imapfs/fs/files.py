@@ -14,11 +14,12 @@ from imapfs.errors import CacheError, MessageGone
 from imapfs.fs.tree import Entry, MailTree
 from imapfs.model import Ino
 from imapfs.store.bodies import SMALL, BodyStore
-from imapfs.store.cache import Cache, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Node
 from imapfs.store.spool import Draft, Spool
 from imapfs.sync.changes import Changes
 from imapfs.sync.download import Download, Downloader
-from imapfs.sync.prefetch import FetchAhead
+from imapfs.sync.prefetch import Prefetcher
 
 Opening = bytes | None | Awaitable[bytes | None]
 """All bytes of a small message, if they are wanted, or an awaitable for them."""
@@ -58,14 +59,14 @@ class Files:
         cache: Cache,
         bodies: BodyStore,
         downloads: Downloader,
-        ahead: FetchAhead,
+        prefetcher: Prefetcher,
         spool: Spool,
         tree: MailTree,
     ) -> None:
         self._cache = cache
         self._bodies = bodies
         self._downloads = downloads
-        self._ahead = ahead
+        self._prefetcher = prefetcher
         self._spool = spool
         self._tree = tree
         self._open: dict[Ino, OpenFile] = {}
@@ -100,7 +101,7 @@ class Files:
             if node.crc is None:
                 # Before the prefetcher asks for the messages that follow.
                 file.download = file.download or self._downloads.start(node).acquire()
-            self._ahead.opened(node)
+            self._prefetcher.opened(node)
         if node.exact and not (wanted and node.size <= SMALL):
             return None
         data = self._bodies.load(node)

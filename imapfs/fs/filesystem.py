@@ -41,13 +41,14 @@ from imapfs.imap.backoff import Connectivity
 from imapfs.imap.pool import SessionPool
 from imapfs.model import ROOT, Ino
 from imapfs.names import is_inbox, server_component
-from imapfs.store.cache import Cache, Mailbox, Node
-from imapfs.store.spool import Base, Draft, Spool
-from imapfs.store.spool import State as DraftState
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Mailbox, Node
+from imapfs.store.spool import Base, Draft, DraftState, Spool
 from imapfs.sync.changes import Renamed
 from imapfs.sync.folders import Folders
 from imapfs.sync.locate import Locator
 from imapfs.sync.move import Mover
+from imapfs.sync.replaced import ReplacedMessages
 from imapfs.sync.synchroniser import Synchroniser
 from imapfs.sync.upload import Uploader
 
@@ -89,6 +90,7 @@ class Filesystem:
         mover: Mover,
         folders: Folders,
         uploader: Uploader,
+        replaced: ReplacedMessages,
         timeout: float,
     ) -> None:
         self._tree = tree
@@ -105,6 +107,7 @@ class Filesystem:
         self._mover = mover
         self._folders = folders
         self._uploader = uploader
+        self._replaced = replaced
         self._timeout = timeout
 
     @property
@@ -225,8 +228,10 @@ class Filesystem:
             await self._uploader.deliver(draft)
 
     async def fsync_directory(self) -> None:
-        """Wait until everything that can be uploaded is on the server."""
+        """Wait until everything that can be done on the server is done."""
         await self._uploader.drain()
+        await self._replaced.remove_all()
+        await self._mover.recover()
 
     def set_attributes(
         self, ino: Ino, *, mode: int | None, mtime: int | None, owner: int | None, group: int | None
@@ -318,7 +323,7 @@ class Filesystem:
             raise
         if base is not None and base != draft.base:
             # The draft was to replace that message. Now it replaces another one, or none.
-            await self._uploader.discard(base)
+            await self._replaced.discard(base.ref)
         return True
 
     async def _place_draft(self, draft: Draft, replaced: Replacement, there: Ino, new_name: bytes) -> None:

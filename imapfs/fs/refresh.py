@@ -12,9 +12,11 @@ import trio
 from imapfs.fs.tree import Entry, MailTree
 from imapfs.imap.pool import SessionPool
 from imapfs.model import Ino
-from imapfs.store.cache import Cache, Node
-from imapfs.sync.synchroniser import Refresh, Synchroniser
-from imapfs.sync.watching import Push
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Node
+from imapfs.sync.refresh import Refresh
+from imapfs.sync.synchroniser import Synchroniser
+from imapfs.sync.watching import Watching
 
 MAX_AGE: Final = 5.0
 """Seconds for which a listing is shown without asking the server again."""
@@ -31,7 +33,7 @@ class DirectoryRefresher:
         cache: Cache,
         pool: SessionPool,
         sync: Synchroniser,
-        watching: Push,
+        watching: Watching,
         timeout: float,
     ) -> None:
         self._tree = tree

@@ -15,9 +15,11 @@ from typing import Final
 from imapfs.fs.files import Files
 from imapfs.fs.tree import MailTree, is_message_name
 from imapfs.model import Ino
-from imapfs.store.cache import Cache, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Node
 from imapfs.store.spool import Draft, Spool
 from imapfs.sync.locate import Locator
+from imapfs.sync.replaced import ReplacedMessages
 from imapfs.sync.upload import Uploader
 
 _MAX_EDITOR_PAUSE: Final = 10.0
@@ -62,6 +64,7 @@ class Replacer:
         files: Files,
         locator: Locator,
         uploader: Uploader,
+        replaced: ReplacedMessages,
     ) -> None:
         self._tree = tree
         self._cache = cache
@@ -69,6 +72,7 @@ class Replacer:
         self._files = files
         self._locator = locator
         self._uploader = uploader
+        self._replaced = replaced
         self._renamed: dict[tuple[Ino, bytes], tuple[Ino, float]] = {}
         """Directory and name that a message had before an editor renamed it -> the message, and when."""
 
@@ -126,7 +130,7 @@ class Replacer:
         found = self._tree.reference(message)
         if found is not None:
             self._cache.hide(message.ino)
-            await self._uploader.discard(found[0])
+            await self._replaced.discard(found[0].ref)
 
     # -- editors -------------------------------------------------------------------------------------------
 

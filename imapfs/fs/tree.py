@@ -21,8 +21,10 @@ from typing import Final, NamedTuple, Protocol
 from imapfs.errors import MessageGone, NotADirectory
 from imapfs.fs.events import Place
 from imapfs.model import ROOT, Ino, MessageRef
-from imapfs.store.cache import Cache, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Node
 from imapfs.store.spool import Base, Draft, Spool
+from imapfs.sync.identify import may_be_upload
 from imapfs.sync.upload import Uploader
 
 MESSAGE_SUFFIX: Final = b".eml"
@@ -235,7 +237,7 @@ class MailTree:
 
     def _uncertain(self, directory: Ino) -> Sequence[Draft]:
         """Return the drafts whose upload to the mailbox of a directory has an unknown outcome."""
-        found = [d for d in self._spool if d.attempt is not None and not self._uploader.is_being_sent(d)]
+        found = [d for d in self._spool if d.attempt is not None and not self._uploader.is_uploading(d)]
         if found:
             mailbox = self._cache.mailbox(directory)
             place = mailbox and (mailbox.server_name, mailbox.uidvalidity)
@@ -251,8 +253,7 @@ class MailTree:
         return any(
             node.ino != draft.ino
             and draft.attempt is not None
-            and (node.uid or 0) >= draft.attempt.uidnext
-            and 0 <= node.size - draft.attempt.size <= 2
+            and may_be_upload(draft.attempt, node.uid or 0, node.size)
             and not self._cache.is_named(node.parent, node.uid or 0)
             for draft in uncertain
         )

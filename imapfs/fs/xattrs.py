@@ -17,10 +17,11 @@ from imapfs.imap.grammar import format_iso
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
 from imapfs.model import Ino
-from imapfs.store.cache import Cache, Details, Mailbox
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Details, Mailbox
 from imapfs.store.spool import Draft, Spool
 from imapfs.sync.flags import FlagChanger
-from imapfs.sync.synchroniser import display_name
+from imapfs.sync.tree import display_name
 from imapfs.sync.upload import Uploader
 
 _SYSTEM_FLAGS: Final = {

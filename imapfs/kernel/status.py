@@ -13,7 +13,7 @@ from imapfs.kernel.invalidation import KernelCache
 from imapfs.model import MountConfig
 from imapfs.store.cache import Cache
 from imapfs.store.spool import Spool
-from imapfs.sync.watching import Push
+from imapfs.sync.watching import Watching
 
 ATTRIBUTE: Final = b"user.imapfs.status"
 
@@ -27,7 +27,7 @@ class MountStatus:
         pool: SessionPool,
         cache: Cache,
         spool: Spool,
-        watching: Push,
+        watching: Watching,
         tree: MailTree,
         kernel: KernelCache,
     ) -> None:

@@ -1,15 +1,15 @@
 """Message bodies on disk: written once, verified whenever they are used.
 
-Small bodies go one behind the other into a few large files, the packs: to create a file for each costs more
-than everything else that is done with it. Large ones have a file each. In a pack a body begins at a block of
-its own, so that what is removed can be given back to the disk where it is.
+Small bodies are appended to a few large files, the packs, because creating a file for each would cost more
+than everything else that is done with it. Large bodies have a file each. In a pack each body starts at a
+block of its own, so that its blocks can be returned to the file system when it is removed.
 
-A body is written first, and then noted in the database with its place and its CRC-32. Whatever a kill, a
-power cut or a full disk leaves behind therefore is either not noted (and written over or swept away) or fails
-the check (and is fetched again): wrong bytes are never served. No fsync is needed for that.
+A body is written first; then its place and its CRC-32 are noted in the database. So what a kill, a power cut
+or a full disk leaves behind is either not noted, and is overwritten or swept away, or fails the check, and is
+fetched again. Wrong bytes are never served, and no fsync is needed for that.
 
-Threads: a `Pack` that is lent belongs to the thread that fills it, a `Spool` likewise; all else to the trio
-thread.
+Threads: a `Pack` belongs to the thread that it is lent to, an `IncomingBody` to the thread that fills it, and
+all else to the trio thread.
 """
 
 import contextlib
@@ -29,30 +29,31 @@ import trio
 from imapfs.errors import CacheError
 from imapfs.log import report
 from imapfs.model import Ino, Uid
-from imapfs.store.cache import Body, Cache, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Body, Node
 
 log = logging.getLogger(__name__)
 
 SMALL: Final = 256 << 10
-"""Bodies up to this many bytes are handled as one piece of memory and go into packs."""
+"""Bodies up to this many bytes are kept in memory as a whole, and go into packs."""
 _CHUNK: Final = 1 << 20
 _BLOCK: Final = 4096
-_PACK: Final = 64 << 20
+_MAX_PACK: Final = 64 << 20
 """Bytes after which a pack is full."""
-_PACKS_OPEN: Final = 64
-_ROOM: Final = 64 << 20
-"""Most bytes that are evicted at once beyond what is needed."""
+_MAX_OPEN_PACKS: Final = 64
+_MAX_ROOM: Final = 64 << 20
+"""Maximum bytes that are evicted at once beyond what is needed."""
 _PUNCH_HOLE: Final = 0x03
 """FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE of linux/falloc.h."""
 
 _libc: Final = ctypes.CDLL(None)
-# Where there are two, the other one takes offsets of 32 bits.
+# If libc has both, the other one takes 32-bit offsets.
 _fallocate: Final = getattr(_libc, "fallocate64", _libc.fallocate)
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
-class Stored(Protocol):
-    """What says where a body is: a `Node` or a `Body`. ``crc`` is None if it is not cached."""
+class BodyPlace(Protocol):
+    """Where a body is: a `Node` or a `Body`. ``crc`` is None if it is not cached."""
 
     @property
     def ino(self) -> Ino: ...
@@ -73,19 +74,20 @@ class Pack:
         self.path = path
         self.number = number
         self.live = live
-        """Bodies in it that the database knows."""
+        """Number of bodies in it that the database knows."""
         self.end = -(-end // _BLOCK) * _BLOCK
         self.lent = False
         self._fd = -1
 
     @property
     def fd(self) -> int:
+        """Its descriptor, opened if necessary. Raises OSError."""
         if self._fd < 0:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         return self._fd
 
     def append(self, data: bytes | bytearray) -> int:
-        """Write a body; the offset where it is. Raises OSError."""
+        """Write a body; return its offset. Raises OSError."""
         offset, view = self.end, memoryview(data)
         at = offset
         while view:
@@ -95,7 +97,7 @@ class Pack:
         return offset
 
     def punch(self, offset: int, size: int) -> None:
-        """Give the blocks of a body back to the disk; where that cannot be they stay until the pack goes."""
+        """Return the blocks of a body to the file system, or leave them if it does not support that."""
         _fallocate(self.fd, _PUNCH_HOLE, offset, -(-size // _BLOCK) * _BLOCK)
 
     def close(self) -> None:
@@ -104,8 +106,8 @@ class Pack:
             self._fd = -1
 
 
-class Spool:
-    """A body on its way from the server to the disk. Used by one thread; others may look at ``written``."""
+class IncomingBody:
+    """A body on its way from the server to the disk. One thread fills it; others may read ``written``."""
 
     def __init__(self, store: "BodyStore", size: int) -> None:
         self._store = store
@@ -113,7 +115,7 @@ class Spool:
         self.written = 0
         self.crc = 0
         self.small: bytearray | None = bytearray() if size <= SMALL else None
-        """The bytes so far of a small body; a large one is in a file from the start."""
+        """The bytes of a small body so far; a large one is in a file from the start."""
         self.path: Path | None = None
         self.fd = -1
         if self.small is None:
@@ -124,7 +126,7 @@ class Spool:
             self.path = path
 
     def write(self, data: bytes) -> None:
-        """Take the next bytes. Raises CacheError if the disk does not."""
+        """Append bytes. Raises CacheError."""
         self.crc = zlib.crc32(data, self.crc)
         if self.small is not None:
             self.small += data
@@ -136,10 +138,10 @@ class Spool:
         self.written += len(data)
 
     def keep(self, ino: Ino, uid: Uid, pack: Pack) -> Body | None:
-        """Make it permanent as the body of ``ino``, in ``pack`` if it is small.
+        """Make it permanent as the body of ``ino``, in ``pack`` if it is small. Raises CacheError.
 
-        The descriptor of a large body stays open. None for a body that alone is larger than the cache may
-        be: it is there until `discard` only.
+        The descriptor of a large body stays open. Return None for a body that is larger than the cache may
+        be: it can be read until `discard` only.
         """
         if self.written > self._store.limit:
             return None
@@ -152,7 +154,7 @@ class Spool:
         return Body(ino, uid, self.written, self.crc, None, 0)
 
     def discard(self) -> None:
-        """Release what is not kept; safe at any point and more than once."""
+        """Release what is not permanent. May be called at any time, and more than once."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -162,7 +164,7 @@ class Spool:
 
 
 class BodyStore:
-    """The bodies of one account, at most ``limit`` bytes of them, least recently used first out."""
+    """The cached bodies of one account. Beyond ``limit`` bytes the least recently used ones are evicted."""
 
     def __init__(self, cache: Cache, limit: int) -> None:
         self._cache = cache
@@ -177,14 +179,14 @@ class BodyStore:
         self.size = 0
         self._packs: dict[int, Pack] = {}
         self._open: dict[int, Pack] = {}
-        """Packs with an open descriptor, the least recently used one first."""
-        for number, live, size, end in cache.packs():
+        """Packs with an open descriptor, ordered from the least recently used one."""
+        for number, live, size, end in cache.bodies.packs():
             self.size += size
             if number is not None:
                 self._packs[number] = Pack(self._packs_at / str(number), number, live, end)
         self._next_pack = max(self._packs, default=0) + 1
-        self._room = [pack for pack in self._packs.values() if pack.end < _PACK]
-        """Packs that are not full, to be lent."""
+        self._room = [pack for pack in self._packs.values() if pack.end < _MAX_PACK]
+        """Packs that have room and are not lent."""
         try:
             for directory in (self._large, self._packs_at, self._temporary):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -199,23 +201,23 @@ class BodyStore:
             self._evict()
 
     def close(self) -> None:
-        """Write down what was used, and release the packs."""
+        """Save the order of use, and close the packs."""
         self.flush_use()
         for pack in self._open.values():
             pack.close()
         self._open.clear()
 
     def path(self, ino: Ino) -> Path:
-        """Where the body of ``ino`` is, if it is large and cached."""
+        """Return where the body of ``ino`` is, if it is large and cached."""
         return self._large / str(ino)
 
     def temporary(self) -> Path:
-        """A new name beside the bodies."""
+        """Return a new path on the same file system as the bodies."""
         return self._temporary / str(next(self._serial))
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Turn what the disk says into CacheError."""
+        """Turn OSError into CacheError."""
         try:
             yield
         except OSError as error:
@@ -237,7 +239,7 @@ class BodyStore:
 
     @contextlib.contextmanager
     def lend_pack(self) -> Iterator[Pack]:
-        """A pack that is nobody else's for the time being."""
+        """Lend a pack to the caller alone."""
         if self._room:
             pack = self._room.pop()
         else:
@@ -246,7 +248,7 @@ class BodyStore:
             self._next_pack += 1
         pack.lent = True
         try:
-            # Here, so that two threads never open it at once. What speaks against it is for who writes to it.
+            # Here, so that two threads never open it at once. An error is raised again by the first write.
             with contextlib.suppress(OSError):
                 self._opened(pack)
             yield pack
@@ -254,16 +256,16 @@ class BodyStore:
             pack.lent = False
             if not pack.live:
                 self._remove_pack(pack)
-            elif pack.end < _PACK:
+            elif pack.end < _MAX_PACK:
                 self._room.append(pack)
 
     def _opened(self, pack: Pack) -> int:
-        """The descriptor of a pack; of others some may be closed for it. Raises OSError."""
+        """Return the descriptor of a pack; those of other packs may be closed for it. Raises OSError."""
         fd = pack.fd
         self._open.pop(pack.number, None)
         self._open[pack.number] = pack
-        if len(self._open) > _PACKS_OPEN:
-            for number, other in list(self._open.items())[: len(self._open) - _PACKS_OPEN]:
+        if len(self._open) > _MAX_OPEN_PACKS:
+            for number, other in list(self._open.items())[: len(self._open) - _MAX_OPEN_PACKS]:
                 if not other.lent:
                     other.close()
                     del self._open[number]
@@ -277,23 +279,23 @@ class BodyStore:
 
     # -- reading -------------------------------------------------------------------------------------------
 
-    def load(self, stored: Stored) -> bytes | None:
-        """The body of a small message, or None if it is not, or not intact, in the cache."""
-        if stored.crc is None or stored.pack is None:
+    def load(self, place: BodyPlace) -> bytes | None:
+        """Return the body of a small message, or None if the cache does not have it intact."""
+        if place.crc is None or place.pack is None:
             return None
-        pack = self._packs.get(stored.pack)
+        pack = self._packs.get(place.pack)
         data = b""
         if pack is not None:
             with contextlib.suppress(OSError):
-                data = os.pread(self._opened(pack), stored.size, stored.offset)
-        if pack is None or len(data) != stored.size or zlib.crc32(data) != stored.crc:
-            self._lost(stored)
+                data = os.pread(self._opened(pack), place.size, place.offset)
+        if pack is None or len(data) != place.size or zlib.crc32(data) != place.crc:
+            self._lost(place)
             return None
-        self._note_use(stored.ino)
+        self._note_use(place.ino)
         return data
 
     async def open(self, node: Node) -> int | None:
-        """A descriptor of the body of a large message, or None if it is not, or not intact, in the cache."""
+        """Return a descriptor of a large message's body, or None if the cache does not have it intact."""
         if node.crc is None or node.pack is not None:
             return None
         fd = self.pin(node)
@@ -312,25 +314,25 @@ class BodyStore:
         self._note_use(node.ino)
         return fd
 
-    def pin(self, stored: Stored) -> int | None:
-        """A descriptor of a large body, unverified, that outlives its removal; None if there is none."""
-        if stored.crc is None or stored.pack is not None:
+    def pin(self, place: BodyPlace) -> int | None:
+        """Return a descriptor of a large body, unverified, which stays valid when the body is removed."""
+        if place.crc is None or place.pack is not None:
             return None
         try:
-            return os.open(self.path(stored.ino), os.O_RDONLY | os.O_CLOEXEC)
+            return os.open(self.path(place.ino), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None
 
-    def _lost(self, stored: Stored) -> None:
-        log.warning("the cached body of file %d is damaged or gone: it is fetched again", stored.ino)
-        node = self._cache.node(stored.ino)
+    def _lost(self, place: BodyPlace) -> None:
+        log.warning("the cached body of file %d is damaged or gone: it is fetched again", place.ino)
+        node = self._cache.node(place.ino)
         if node is not None and (node.crc, node.pack, node.offset) == (
-            stored.crc,
-            stored.pack,
-            stored.offset,
+            place.crc,
+            place.pack,
+            place.offset,
         ):
-            self._cache.forget_bodies([stored.ino])
-            self.drop([stored])
+            self._cache.bodies.forget([place.ino])
+            self.drop([place])
 
     def _note_use(self, ino: Ino) -> None:
         self._used.add(ino)
@@ -338,21 +340,24 @@ class BodyStore:
             try:
                 self.flush_use()
             except CacheError as error:
-                # Full, the disk can be read all the same.
+                # A full disk can still be read.
                 self._used.clear()
-                report(error, "the order of use was not kept")
+                report(error, "the order of use was not saved")
 
     def flush_use(self) -> None:
-        """Write down what was used since the last time: exact order within it does not matter."""
+        """Save what was used since the last call; the order within that does not matter."""
         if self._used:
-            self._cache.use_bodies(self._used)
+            self._cache.bodies.note_use(self._used)
             self._used.clear()
 
     # -- adding and removing -------------------------------------------------------------------------------
 
     def add(self, bodies: Sequence[Body]) -> None:
-        """Note bodies that `Spool.keep` made permanent, and make room for them."""
-        unwanted = self._cache.add_bodies(bodies)
+        """Note bodies that `IncomingBody.keep` has made permanent, and evict others if necessary.
+
+        Raises CacheError.
+        """
+        unwanted = self._cache.bodies.add(bodies)
         for body in bodies:
             self.size += body.size
             if body.pack is not None:
@@ -362,15 +367,18 @@ class BodyStore:
             self._evict()
 
     def _evict(self) -> None:
-        """Make room, and some more, so that not every body that comes has to."""
+        """Make more room than is needed, so that not every new body has to."""
         self.flush_use()
-        room = min(self.limit // 20, _ROOM)
-        oldest = self._cache.oldest_bodies(self.size - self.limit + room)
-        self._cache.forget_bodies(node.ino for node in oldest)
+        room = min(self.limit // 20, _MAX_ROOM)
+        oldest = self._cache.bodies.oldest(self.size - self.limit + room)
+        self._cache.bodies.forget(node.ino for node in oldest)
         self.drop(oldest)
 
     def take(self, path: Path, ino: Ino, uid: Uid) -> None:
-        """Make a file that is complete elsewhere on this disk the body of a message; it may be gone then."""
+        """Make a complete file on the same file system the body of a message. It may be moved.
+
+        Raises CacheError.
+        """
         try:
             size = path.stat().st_size
             if size > self.limit:
@@ -392,54 +400,51 @@ class BodyStore:
         self.add([Body(ino, uid, size, crc, None, 0)])
 
     def rename(self, old: Ino, new: Ino) -> None:
-        """A message goes on under another inode."""
+        """Follow a message that has another inode number now."""
         with contextlib.suppress(FileNotFoundError):
             self.path(old).rename(self.path(new))
 
-    def drop(self, gone: Iterable[Stored]) -> None:
-        """Remove bodies that the database does not know any more; what has none is passed over."""
+    def drop(self, gone: Iterable[BodyPlace]) -> None:
+        """Remove bodies that the database no longer knows. Messages without a body are passed over."""
         packed = []
-        for stored in gone:
-            if stored.crc is None:
+        for place in gone:
+            if place.crc is None:
                 continue
-            self.size -= stored.size
-            if stored.pack is None:
-                _unlink(self.path(stored.ino))
-            elif (pack := self._packs.get(stored.pack)) is not None:
+            self.size -= place.size
+            if place.pack is None:
+                _unlink(self.path(place.ino))
+            elif (pack := self._packs.get(place.pack)) is not None:
                 pack.live -= 1
-                packed.append((pack, stored))
-        for pack, stored in packed:
+                packed.append((pack, place))
+        for pack, place in packed:
             if pack.live or pack.lent:
                 with contextlib.suppress(OSError):
                     self._opened(pack)
-                    pack.punch(stored.offset, stored.size)
+                    pack.punch(place.offset, place.size)
             elif pack.number in self._packs:
                 if pack in self._room:
                     self._room.remove(pack)
                 self._remove_pack(pack)
 
     async def sweep(self) -> None:
-        """Remove files that no message has: what a kill between rename and commit left behind.
-
-        Raises nothing: what stays behind is in nobody's way.
-        """
+        """Remove the files that a kill between rename and commit left behind. Raises nothing."""
         try:
             inos = await trio.to_thread.run_sync(_old_files, self._large, self._started)
-            wanted = self._cache.cached(inos)
+            wanted = self._cache.bodies.cached(inos)
             for ino in inos:
                 if ino not in wanted:
                     _unlink(self.path(ino))
             ours = {self._large, self._packs_at, self._temporary}
             for path in self.directory.iterdir():
                 if path not in ours:
-                    # Of a version that had another layout.
+                    # From a version with another layout.
                     await trio.to_thread.run_sync(shutil.rmtree, path)
         except Exception as error:
             report(error, "the cache was not swept")
 
 
 def _unlink(path: Path) -> None:
-    """Remove a file; one that cannot be removed only takes up room."""
+    """Remove a file. One that cannot be removed does no harm but take up room."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
@@ -459,7 +464,7 @@ def _check(fd: int, node: Node) -> bool:
 def _old_files(directory: Path, before: float) -> list[Ino]:
     found: list[Ino] = []
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
-        # A newer one may be on its way into the database.
+        # A newer file may not be in the database yet.
         found += [
             Ino(int(entry.name))
             for entry in entries

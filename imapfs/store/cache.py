@@ -3,138 +3,53 @@
 INVARIANTS
 - An inode number is never used again, not even after the database was rebuilt: numbers start at the time
   of creation.
-- Within a directory a name is unique, and so is a UID. A node without a name is not shown: a message that
-  was replaced or removed here and is still on the server.
-- ``crc`` of a message is set only after its whole body is in its file (see `imapfs.store.bodies`).
-- A message row is of the UIDVALIDITY in its mailbox's row: a change of it drops all rows of that mailbox
-  in the same transaction.
+- Within a directory a name is unique, and so is a UID. A node without a name is hidden: a message that was
+  replaced or removed through the mount and is still on the server.
+- ``crc`` of a message is set only after its whole body is on disk (see `imapfs.store.bodies`).
+- A message row belongs to the UIDVALIDITY in its mailbox's row: a change of UIDVALIDITY drops all message
+  rows of that mailbox in the same transaction.
+
+The module is longer than others because these invariants span both tables: a transaction on mailboxes names,
+hides and removes messages, and the other way round. Types of rows and the columns of bodies are elsewhere.
 """
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from imapfs.model import ROOT, Ino, MessageRef, ModSeq, NameScheme, Uid, UidValidity
 from imapfs.names import message_name
+from imapfs.store.body_table import BodyTable
 from imapfs.store.database import Connection, Database, IntegrityError
+from imapfs.store.rows import MAILBOX_COLUMNS, NODE_COLUMNS, Details, Directory, Mailbox, NewMessage, Node
 
 MAX_UID: Final = (1 << 63) - 1
 """Above every UID of a server."""
 
 
-class Node(NamedTuple):
-    """A directory entry; columns as in the schema."""
-
-    ino: Ino
-    parent: Ino
-    name: bytes | None
-    uid: Uid | None
-    size: int
-    exact: int
-    date: int | None
-    mtime: int
-    ctime: int
-    mode: int | None
-    crc: int | None
-    pack: int | None
-    offset: int
-
-    @property
-    def is_dir(self) -> bool:
-        return self.uid is None
-
-    def without_body(self) -> "Node":
-        """The same entry for whoever removes it while its cached body stays."""
-        return self._replace(crc=None, pack=None, offset=0)
-
-
-_NODE: Final = "ino, parent, name, uid, size, exact, date, mtime, ctime, mode, crc, pack, offset"
-
-
-class NewMessage(NamedTuple):
-    """A message as the server lists it; columns as in the schema."""
-
-    uid: Uid
-    size: int
-    date: int
-    zone: int
-    flags: str
-    modseq: ModSeq
-    subject: str
-    sender: str
-    from_: str
-    message_id: str
-
-
-class Details(NamedTuple):
-    """What the extended attributes of a message show; columns as in the schema."""
-
-    parent: Ino
-    uid: Uid
-    date: int
-    zone: int
-    flags: str
-    modseq: ModSeq
-    subject: str
-    from_: str
-    message_id: str
-
-
-class Mailbox(NamedTuple):
-    """What a directory stands for on the server; columns as in the schema."""
-
-    ino: Ino
-    server_name: bytes | None
-    delimiter: bytes
-    selectable: int
-    special_use: str
-    uidvalidity: UidValidity
-    uidnext: int
-    modseq: ModSeq
-    complete: int
-
-    @property
-    def selectable_name(self) -> bytes | None:
-        """Return the name to select the mailbox by, or None for a directory that holds no messages."""
-        return self.server_name if self.selectable else None
-
-
-_MAILBOX: Final = (
-    "ino, server_name, delimiter, selectable, special_use, uidvalidity, uidnext, modseq, complete"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Directory:
-    """A directory that the account should have: entry names from the root, and what it stands for."""
-
-    path: tuple[bytes, ...]
-    server_name: bytes | None
-    delimiter: bytes
-    selectable: bool
-    special_use: str
-
-
-class Body(NamedTuple):
-    """A body that is complete and on disk, for a message that had this UID."""
-
-    ino: Ino
-    uid: Uid
-    size: int
-    crc: int
-    pack: int | None
-    """The pack that it is in; None if it has a file of its own."""
-    offset: int
-
-
 class Cache:
-    """One account's metadata. All methods are synchronous, run on the trio thread, and raise CacheError."""
+    """One account's metadata. All methods are synchronous, run on the trio thread, and raise CacheError.
+
+    A message row changes its place in many ways. What has happened decides which method is right:
+
+    ================================================================  =============================
+    a user has renamed a message within its mailbox                   `rename`
+    this mount has moved a message to another mailbox                 `move`
+    another client has moved a message to another mailbox             `relocate`
+    a draft was uploaded and is a message now                         `adopt`
+    ... and it has the inode of its old version: before that          `displace`
+    a draft turned out to be the same as its old version              `give_inode`
+    a message was replaced, or could not be expunged                  `hide`, undone by `show`
+    another client has removed messages                               `remove`
+    this mount has removed a message                                  `remove_node`
+    ================================================================  =============================
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self.directory = database.directory
+        self.bodies = BodyTable(database)
 
     @classmethod
     def open(cls, directory: Path, names: NameScheme) -> "Cache":
@@ -152,53 +67,56 @@ class Cache:
 
     @property
     def is_gone(self) -> bool:
-        """Whether somebody has deleted the cache directory: what it is asked for it still knows."""
+        """Whether another program has deleted the cache directory. Queries still work then."""
         return self._database.is_gone
 
-    # -- looking -------------------------------------------------------------------------------------------
+    # -- queries -------------------------------------------------------------------------------------------
 
     def node(self, ino: Ino) -> Node | None:
+        """Return the directory or message with that inode number."""
         with self._database.read() as db:
-            row = db.execute(f"SELECT {_NODE} FROM node WHERE ino = ?", (ino,)).fetchone()
+            row = db.execute(f"SELECT {NODE_COLUMNS} FROM node WHERE ino = ?", (ino,)).fetchone()
         return Node._make(row) if row else None
 
     def child(self, parent: Ino, name: bytes) -> Node | None:
+        """Return the entry of a directory with that name."""
         with self._database.read() as db:
             row = db.execute(
-                f"SELECT {_NODE} FROM node WHERE parent = ? AND name = ?", (parent, name)
+                f"SELECT {NODE_COLUMNS} FROM node WHERE parent = ? AND name = ?", (parent, name)
             ).fetchone()
         return Node._make(row) if row else None
 
     def children(self, parent: Ino, after: int, limit: int) -> list[Node]:
-        """Entries of a directory by inode number, beginning after ``after``."""
+        """Return up to ``limit`` entries with inode numbers above ``after``, ordered by inode number."""
         with self._database.read() as db:
             rows = db.execute(
-                f"SELECT {_NODE} FROM node WHERE parent = ? AND ino > ? AND name IS NOT NULL"
+                f"SELECT {NODE_COLUMNS} FROM node WHERE parent = ? AND ino > ? AND name IS NOT NULL"
                 " ORDER BY ino LIMIT ?",
                 (parent, after, limit),
             ).fetchall()
         return [Node._make(row) for row in rows]
 
     def uncached_after(self, node: Node, by_name: bool, limit: int) -> list[Node]:
-        """Messages beside ``node`` whose bodies are not cached, those after it by name or by inode."""
+        """Return messages of the same mailbox without a cached body that follow by name, or by inode."""
         column, value = ("name", node.name) if by_name else ("ino", node.ino)
         with self._database.read() as db:
             rows = db.execute(
-                f"SELECT {_NODE} FROM node WHERE parent = ? AND {column} > ? AND uid IS NOT NULL"
+                f"SELECT {NODE_COLUMNS} FROM node WHERE parent = ? AND {column} > ? AND uid IS NOT NULL"
                 f" AND crc IS NULL AND name IS NOT NULL ORDER BY {column} LIMIT ?",
                 (node.parent, value, limit),
             ).fetchall()
         return [Node._make(row) for row in rows]
 
     def message(self, mailbox: Ino, uid: Uid) -> Node | None:
+        """Return the message with that UID."""
         with self._database.read() as db:
             row = db.execute(
-                f"SELECT {_NODE} FROM node WHERE parent = ? AND uid = ?", (mailbox, uid)
+                f"SELECT {NODE_COLUMNS} FROM node WHERE parent = ? AND uid = ?", (mailbox, uid)
             ).fetchone()
         return Node._make(row) if row else None
 
     def details(self, ino: Ino) -> Details | None:
-        """What is known of a message; None if it is none."""
+        """Return the details of a message, or None if there is no such message."""
         with self._database.read() as db:
             row = db.execute(
                 "SELECT parent, uid, date, zone, flags, modseq, subject, from_, message_id"
@@ -208,20 +126,21 @@ class Cache:
         return Details._make(row) if row else None
 
     def mailbox(self, ino: Ino) -> Mailbox | None:
+        """Return the mailbox of a directory."""
         with self._database.read() as db:
-            row = db.execute(f"SELECT {_MAILBOX} FROM mailbox WHERE ino = ?", (ino,)).fetchone()
+            row = db.execute(f"SELECT {MAILBOX_COLUMNS} FROM mailbox WHERE ino = ?", (ino,)).fetchone()
         return Mailbox._make(row) if row else None
 
     def mailboxes(self) -> list[Mailbox]:
-        """All that the server lists."""
+        """Return all mailboxes that the server lists."""
         with self._database.read() as db:
             rows = db.execute(
-                f"SELECT {_MAILBOX} FROM mailbox WHERE server_name IS NOT NULL ORDER BY ino"
+                f"SELECT {MAILBOX_COLUMNS} FROM mailbox WHERE server_name IS NOT NULL ORDER BY ino"
             ).fetchall()
         return [Mailbox._make(row) for row in rows]
 
     def special_use(self, use: str) -> Ino | None:
-        """The directory of the mailbox with this RFC 6154 attribute, if there is one."""
+        """Return the directory of the mailbox with this attribute (RFC 6154)."""
         with self._database.read() as db:
             row = db.execute(
                 "SELECT ino FROM mailbox WHERE special_use = ? AND selectable ORDER BY ino", (use,)
@@ -229,7 +148,7 @@ class Cache:
         return Ino(row[0]) if row else None
 
     def path(self, ino: Ino) -> tuple[bytes, ...]:
-        """Names of the directories from the root down to ``ino``, which is one; () for the root."""
+        """Return the names from the root down to a directory; () for the root."""
         names: list[bytes] = []
         with self._database.read() as db:
             while ino != ROOT:
@@ -241,7 +160,7 @@ class Cache:
         return tuple(reversed(names))
 
     def directory_at(self, path: tuple[bytes, ...]) -> Ino | None:
-        """The directory with this path from the root, if there is one."""
+        """Return the directory with this path from the root."""
         ino = ROOT
         for name in path:
             node = self.child(ino, name)
@@ -251,19 +170,22 @@ class Cache:
         return ino
 
     def family(self, ino: Ino) -> list[Ino]:
-        """A directory and all below it."""
+        """Return a directory and all directories below it."""
         return [ino, *(one for child in self.directories(ino) for one in self.family(child.ino))]
 
     def directories(self, parent: Ino) -> list[Node]:
-        """The directories in a directory."""
+        """Return the directories in a directory."""
         with self._database.read() as db:
             rows = db.execute(
-                f"SELECT {_NODE} FROM node WHERE parent = ? AND uid IS NULL ORDER BY ino", (parent,)
+                f"SELECT {NODE_COLUMNS} FROM node WHERE parent = ? AND uid IS NULL ORDER BY ino", (parent,)
             ).fetchall()
         return [Node._make(row) for row in rows]
 
     def rename_directory(self, ino: Ino, parent: Ino, name: bytes, old: bytes, new: bytes) -> None:
-        """A mailbox and all below it were renamed on the server, from ``old`` to ``new``."""
+        """Rename a mailbox and all below it as the server has done, from ``old`` to ``new``.
+
+        ``parent`` and ``name`` are the new place of its directory.
+        """
         now = time.time_ns()
         with self._database.write() as db:
             (was,) = db.execute("SELECT parent FROM node WHERE ino = ?", (ino,)).fetchone()
@@ -291,7 +213,7 @@ class Cache:
             self._changed(db, {Ino(was), parent}, now)
 
     def last_uid(self, mailbox: Ino, below: int = MAX_UID) -> int:
-        """The highest UID known under ``below``, or 0."""
+        """Return the highest known UID that is lower than ``below``, or 0."""
         with self._database.read() as db:
             (uid,) = db.execute(
                 "SELECT max(uid) FROM node WHERE parent = ? AND uid < ?", (mailbox, below)
@@ -299,7 +221,7 @@ class Cache:
         return int(uid or 0)
 
     def counts(self, mailbox: Ino) -> tuple[int, int]:
-        """Numbers of messages known, and of those without ``\\Seen``."""
+        """Return the number of messages known, and of those without ``\\Seen``."""
         with self._database.read() as db:
             messages, unseen = db.execute(
                 "SELECT count(*), coalesce(sum(flags NOT LIKE '%\\Seen%'), 0) FROM node"
@@ -309,14 +231,14 @@ class Cache:
         return int(messages), int(unseen)
 
     def flags(self, mailbox: Ino) -> dict[int, str]:
-        """UID -> flags of every message known."""
+        """Return the flags of every message known, by UID."""
         with self._database.read() as db:
             return dict(
                 db.execute("SELECT uid, flags FROM node WHERE parent = ? AND uid IS NOT NULL", (mailbox,))
             )
 
     def totals(self) -> tuple[int, int, int]:
-        """Numbers of messages known and bodies cached, and the bodies' bytes."""
+        """Return the number of messages known, of bodies cached, and of these bodies' bytes."""
         with self._database.read() as db:
             (messages,) = db.execute("SELECT count(uid) FROM node").fetchone()
             bodies, size = db.execute(
@@ -327,9 +249,9 @@ class Cache:
     # -- directories ---------------------------------------------------------------------------------------
 
     def set_tree(self, wanted: Sequence[Directory]) -> tuple[list[Node], list[Node]]:
-        """Make the directories be exactly ``wanted`` (parents before children): the added and the removed.
+        """Make the directories exactly ``wanted``, parents before children; return the added and the removed.
 
-        A directory that is no mailbox any more, though others are below it, loses its messages.
+        A directory whose mailbox no longer holds messages loses them.
         """
         added: list[Node] = []
         gone: list[Node] = []
@@ -368,7 +290,8 @@ class Cache:
                     (ino, parent, name, now, now),
                 )
                 db.execute(
-                    f"INSERT INTO mailbox ({_MAILBOX}) VALUES (?, ?, ?, ?, ?, 0, 0, 0, 0)", (ino, *values)
+                    f"INSERT INTO mailbox ({MAILBOX_COLUMNS}) VALUES (?, ?, ?, ?, ?, 0, 0, 0, 0)",
+                    (ino, *values),
                 )
                 added.append(Node(ino, parent, name, None, 0, 1, None, now, now, None, None, None, 0))
                 changed.add(parent)
@@ -383,9 +306,9 @@ class Cache:
     def _walk(
         self, db: Connection, parent: Ino, path: tuple[bytes, ...]
     ) -> Iterator[tuple[tuple[bytes, ...], Node]]:
-        """All directories below ``parent`` with their paths, children first."""
+        """Yield all directories below ``parent`` with their paths, children first."""
         rows = db.execute(
-            f"SELECT {_NODE} FROM node JOIN mailbox USING (ino) WHERE parent = ?", (parent,)
+            f"SELECT {NODE_COLUMNS} FROM node JOIN mailbox USING (ino) WHERE parent = ?", (parent,)
         ).fetchall()
         for row in rows:
             node = Node._make(row)
@@ -396,7 +319,7 @@ class Cache:
     def set_state(
         self, mailbox: Ino, uidvalidity: UidValidity, uidnext: int, modseq: ModSeq, *, complete: bool
     ) -> None:
-        """Note up to where a mailbox is known."""
+        """Note the state of a mailbox up to which all is known."""
         with self._database.write() as db:
             db.execute(
                 "UPDATE mailbox SET uidvalidity = ?, uidnext = ?, modseq = ?, complete = ? WHERE ino = ?",
@@ -404,7 +327,7 @@ class Cache:
             )
 
     def reset(self, mailbox: Ino, uidvalidity: UidValidity) -> list[Node]:
-        """Forget all messages of a mailbox: from now on its UIDs are of ``uidvalidity``."""
+        """Remove all messages of a mailbox, whose UIDVALIDITY is another one now; return them."""
         with self._database.write() as db:
             gone = self._empty(db, mailbox, uidvalidity)
             if gone:
@@ -428,9 +351,9 @@ class Cache:
     # -- messages ------------------------------------------------------------------------------------------
 
     def add_messages(self, mailbox: Ino, messages: Sequence[NewMessage]) -> list[tuple[Ino, bytes]]:
-        """Add messages not known yet; known ones only get their flags. The inode and name of each new one.
+        """Add messages; return the inode number and name of each. Messages that are known only get the flags.
 
-        Of what is said twice about a message the last counts.
+        If ``messages`` has a message twice, the last one counts.
         """
         messages = list({m.uid: m for m in messages}.values())
         with self._database.write() as db:
@@ -465,7 +388,7 @@ class Cache:
         return added
 
     def set_flags(self, mailbox: Ino, flags: Sequence[tuple[Uid, str, ModSeq]]) -> list[Ino]:
-        """Set flags and MODSEQ; the inodes of those whose flags differ from before."""
+        """Set flags and MODSEQ; return the inode numbers of the messages whose flags have changed."""
         with self._database.write() as db:
             return self._store_flags(db, mailbox, flags)
 
@@ -486,7 +409,7 @@ class Cache:
         return changed
 
     def remove(self, mailbox: Ino, ranges: Iterable[tuple[int, int]], limit: int) -> list[Node]:
-        """Remove messages whose UIDs are in ``ranges`` (both ends included), ``limit`` of them at most."""
+        """Remove up to ``limit`` messages with UIDs in ``ranges`` (both ends included); return them."""
         gone: list[Node] = []
         with self._database.write() as db:
             for low, high in ranges:
@@ -503,14 +426,17 @@ class Cache:
         return gone
 
     def remove_node(self, ino: Ino) -> list[Node]:
-        """Remove one node; what was removed."""
+        """Remove one node; return what was removed."""
         with self._database.write() as db:
             gone = _delete(db, "ino = ?", (ino,))
             self._changed(db, {g.parent for g in gone})
         return gone
 
     def rename(self, ino: Ino, name: bytes) -> None:
-        """Give a message a name of the user's own; whatever had it in that directory is shown no more."""
+        """Give a message a name that the user has chosen.
+
+        A message that has that name gets the one that follows from it.
+        """
         now = time.time_ns()
         with self._database.write() as db:
             (parent,) = db.execute("SELECT parent FROM node WHERE ino = ?", (ino,)).fetchone()
@@ -519,7 +445,7 @@ class Cache:
             self._changed(db, {Ino(parent)}, now)
 
     def hide(self, ino: Ino) -> None:
-        """Show a message no more, though it is on the server still."""
+        """Hide a message that is still on the server: it has no name then."""
         with self._database.write() as db:
             row = db.execute("SELECT parent FROM node WHERE ino = ?", (ino,)).fetchone()
             db.execute("UPDATE node SET name = NULL, alias = 1 WHERE ino = ?", (ino,))
@@ -527,7 +453,7 @@ class Cache:
                 self._changed(db, {Ino(row[0])})
 
     def hidden(self) -> list[tuple[Ino, MessageRef, str]]:
-        """Messages that are not shown: inode, identity on the server, flags."""
+        """Return inode number, identity and flags of the messages that are hidden."""
         with self._database.read() as db:
             rows = db.execute(
                 "SELECT node.ino, flags, server_name, uidvalidity, uid FROM node"
@@ -536,12 +462,12 @@ class Cache:
         return [(Ino(ino), MessageRef(*ref), flags) for ino, flags, *ref in rows]
 
     def show(self, ino: Ino) -> None:
-        """Undo `hide`: the message gets the name that follows from it."""
+        """Undo `hide`; the message gets the name that follows from it."""
         with self._database.write() as db:
             self._name_after_message(db, ino)
 
     def _yield_name(self, db: Connection, parent: Ino, name: bytes) -> None:
-        """Whichever message has ``name`` gets one that follows from it instead."""
+        """Free a name: a message that has it gets the one that follows from it."""
         for (ino,) in db.execute(
             "SELECT ino FROM node WHERE parent = ? AND name = ? AND uid IS NOT NULL", (parent, name)
         ).fetchall():
@@ -558,10 +484,10 @@ class Cache:
     def move(
         self, ino: Ino, mailbox: Ino, uid: Uid, name: bytes, *, original_stays: bool = False
     ) -> list[Node]:
-        """A message is in another mailbox now, under ``name``; its inode and cached body stay.
+        """Move a message to another mailbox, with ``uid`` and ``name``; inode number and body stay.
 
-        ``original_stays``: the server could only copy it, so that what it was copied from is there still,
-        not to be shown. Returns what a synchronisation may have listed the message as meanwhile.
+        ``original_stays``: the server could only copy the message, and the original, which is still there, is
+        to be hidden. Returns the row that a synchronisation may have added for the message meanwhile.
         """
         now = time.time_ns()
         with self._database.write() as db:
@@ -581,27 +507,28 @@ class Cache:
                 " WHERE ino = ?",
                 (mailbox, uid, name, now, ino),
             )
-            # The UID is unique in the mailbox: only now is it free for what stays.
+            # UIDs are unique in a mailbox: only now the original can have its UID again.
             db.execute("UPDATE node SET uid = -uid WHERE parent = ? AND uid < 0", (old,))
             self._changed(db, {Ino(old), mailbox}, now)
         return gone
 
-    def twin(self, mailbox: Ino, message: NewMessage) -> Node | None:
-        """A message of another mailbox that looks the same: by Message-ID, INTERNALDATE and size."""
-        if not message.message_id:
-            return None
+    def messages_with_id(self, message_id: str, date: int, besides: Ino) -> list[Node]:
+        """Return messages with this Message-ID and INTERNALDATE in other mailboxes than ``besides``.
+
+        They are ordered by inode number; hidden ones are left out.
+        """
         with self._database.read() as db:
-            row = db.execute(
-                f"SELECT {_NODE} FROM node WHERE date = ? AND uid IS NOT NULL AND message_id = ?"
-                " AND (exact OR size = ?) AND parent <> ? AND name IS NOT NULL ORDER BY ino",
-                (message.date, message.message_id, message.size, mailbox),
-            ).fetchone()
-        return Node._make(row) if row else None
+            rows = db.execute(
+                f"SELECT {NODE_COLUMNS} FROM node WHERE date = ? AND uid IS NOT NULL AND message_id = ?"
+                " AND parent <> ? AND name IS NOT NULL ORDER BY ino",
+                (date, message_id, besides),
+            ).fetchall()
+        return [Node._make(row) for row in rows]
 
     def relocate(self, ino: Ino, mailbox: Ino, message: NewMessage) -> bytes:
-        """Another client has moved a message to this mailbox, where it is ``message``; its new name there.
+        """Move a message to the mailbox where the server lists it as ``message``; return its new name.
 
-        Inode and cached body stay.
+        Inode number and body stay.
         """
         now = time.time_ns()
         with self._database.write() as db:
@@ -617,9 +544,10 @@ class Cache:
         return name
 
     def adopt(self, ino: Ino, mailbox: Ino, name: bytes | None, message: NewMessage) -> list[Node]:
-        """A file that was made here is a message on the server now, under the same inode and name.
+        """Add a message that was uploaded, with the inode number and the name of its draft.
 
-        Returns what was under that UID (listed by a synchronisation meanwhile) or inode (an older version).
+        Returns the rows that it replaces: one that a synchronisation has added for its UID meanwhile, or an
+        older version with the same inode number.
         """
         with self._database.write() as db:
             gone = _delete(db, "ino = ? OR (parent = ? AND uid = ?)", (ino, mailbox, message.uid))
@@ -630,21 +558,21 @@ class Cache:
         return gone
 
     def is_named(self, mailbox: Ino, uid: int) -> bool:
-        """Whether a message with this UID is known under a name that was given to it here."""
+        """Return whether the message with this UID has a name that a user has chosen, or is hidden."""
         with self._database.read() as db:
             row = db.execute("SELECT alias FROM node WHERE parent = ? AND uid = ?", (mailbox, uid)).fetchone()
         return bool(row and row[0])
 
     def mailbox_named(self, server_name: bytes) -> Mailbox | None:
+        """Return the mailbox with that name on the server."""
         with self._database.read() as db:
             row = db.execute(
-                f"SELECT {_MAILBOX} FROM mailbox WHERE server_name = ?", (server_name,)
+                f"SELECT {MAILBOX_COLUMNS} FROM mailbox WHERE server_name = ?", (server_name,)
             ).fetchone()
         return Mailbox._make(row) if row else None
 
     def displace(self, ino: Ino) -> Ino:
-        """Free an inode number for a new version of its message: the old one, not shown, gets the new number
-        that is returned."""
+        """Hide a message and free its inode number for its new version; return its new number."""
         with self._database.write() as db:
             new = _take_inos(db, 1)
             db.execute(
@@ -653,7 +581,7 @@ class Cache:
         return new
 
     def give_inode(self, old: Ino, new: Ino, name: bytes) -> None:
-        """A message goes on under another inode: that of a file that was put in its place unchanged."""
+        """Give a message the inode number and the name of a draft that has the same bytes."""
         with self._database.write() as db:
             db.execute(
                 "UPDATE node SET ino = ?, name = ?, alias = 1, ctime = ? WHERE ino = ?",
@@ -661,7 +589,7 @@ class Cache:
             )
 
     def set_local(self, ino: Ino, *, mode: int | None = None, mtime: int | None = None) -> None:
-        """Keep permission bits, or an mtime in nanoseconds, that the user has set."""
+        """Set permission bits, or an mtime in nanoseconds, which the server cannot store."""
         with self._database.write() as db:
             db.execute(
                 "UPDATE node SET mode = coalesce(?, mode), mtime = coalesce(?, mtime), ctime = ?"
@@ -670,17 +598,17 @@ class Cache:
             )
 
     def reserve_inos(self, last: int) -> None:
-        """Give out no inode number up to ``last``."""
+        """Never assign an inode number up to ``last``."""
         with self._database.write() as db:
             db.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'next_ino'", (last + 1,))
 
     def new_ino(self) -> Ino:
-        """An inode number that was never used."""
+        """Return an inode number that was never used."""
         with self._database.write() as db:
             return _take_inos(db, 1)
 
     def touch_directory(self, ino: Ino) -> None:
-        """Note that the contents of a directory changed."""
+        """Note that the entries of a directory have changed."""
         with self._database.write() as db:
             self._changed(db, {ino})
 
@@ -704,10 +632,8 @@ class Cache:
                 db.execute("UPDATE node SET name = ? WHERE ino = ?", (name, ino))
             db.execute("UPDATE meta SET value = ? WHERE key = 'names'", (names,))
 
-    # -- bodies --------------------------------------------------------------------------------------------
-
     def set_size(self, ino: Ino, size: int) -> bool:
-        """Note the exact size of a message; true if it was not known as such."""
+        """Set the exact size of a message; return whether it was not known before."""
         with self._database.write() as db:
             return (
                 db.execute(
@@ -717,72 +643,9 @@ class Cache:
                 > 0
             )
 
-    def add_bodies(self, bodies: Sequence[Body]) -> list[Body]:
-        """Note that bodies are cached; those returned are of messages that are gone, or others by now."""
-        now = int(time.time())
-        with self._database.write() as db:
-            noted = db.executemany(
-                "UPDATE node SET size = ?, exact = 1, crc = ?, pack = ?, offset = ?, used = ?"
-                " WHERE ino = ? AND uid = ? AND crc IS NULL",
-                [(b.size, b.crc, b.pack, b.offset, now, b.ino, b.uid) for b in bodies],
-            ).rowcount
-            if noted == len(bodies):
-                return []
-            return [
-                body
-                for body in bodies
-                if not db.execute(
-                    "SELECT 1 FROM node WHERE ino = ? AND uid = ? AND crc IS NOT NULL"
-                    " AND pack IS ? AND offset = ?",
-                    (body.ino, body.uid, body.pack, body.offset),
-                ).fetchone()
-            ]
-
-    def packs(self) -> list[tuple[int | None, int, int, int]]:
-        """Of each pack of bodies: its number, how many are in it, their bytes, and where the last one ends.
-
-        What has a file of its own is together under None.
-        """
-        with self._database.read() as db:
-            return db.execute(
-                "SELECT pack, count(*), sum(size), max(offset + size) FROM node WHERE crc IS NOT NULL"
-                " GROUP BY pack"
-            ).fetchall()
-
-    def use_bodies(self, inos: Iterable[Ino]) -> None:
-        """Note that bodies were wanted now."""
-        now = int(time.time())
-        with self._database.write() as db:
-            db.executemany("UPDATE node SET used = ? WHERE ino = ?", [(now, ino) for ino in inos])
-
-    def forget_bodies(self, inos: Iterable[Ino]) -> None:
-        """Note that bodies are not cached."""
-        with self._database.write() as db:
-            db.executemany("UPDATE node SET crc = NULL WHERE ino = ?", [(ino,) for ino in inos])
-
-    def oldest_bodies(self, size: int) -> list[Node]:
-        """The messages with the least recently used bodies, which have ``size`` bytes together."""
-        chosen: list[Node] = []
-        with self._database.read() as db:
-            for row in db.execute(f"SELECT {_NODE} FROM node WHERE crc IS NOT NULL ORDER BY used, ino"):
-                if size <= 0:
-                    break
-                chosen.append(Node._make(row))
-                size -= chosen[-1].size
-        return chosen
-
-    def cached(self, inos: Sequence[Ino]) -> set[Ino]:
-        """Those of ``inos`` whose bodies are cached."""
-        with self._database.read() as db:
-            return {
-                Ino(ino)
-                for i in inos
-                for (ino,) in db.execute("SELECT ino FROM node WHERE ino = ? AND crc IS NOT NULL", (i,))
-            }
-
 
 def _take_inos(db: Connection, n: int) -> Ino:
-    """The first of ``n`` consecutive inode numbers that were never used."""
+    """Return the first of ``n`` consecutive inode numbers that were never used."""
     (first,) = db.execute("SELECT value FROM meta WHERE key = 'next_ino'").fetchone()
     db.execute("UPDATE meta SET value = ? WHERE key = 'next_ino'", (first + n,))
     return Ino(first)
@@ -800,7 +663,7 @@ _INSERT_MESSAGE: Final = (
 
 
 def _free_name(db: Connection, parent: Ino, name: bytes) -> bytes:
-    """``name``, or where it is taken, one like it."""
+    """Return ``name``, or a variant of it if it is taken."""
     stem = name.removesuffix(b".eml")
     n = 1
     while db.execute("SELECT 1 FROM node WHERE parent = ? AND name = ?", (parent, name)).fetchone():
@@ -811,7 +674,7 @@ def _free_name(db: Connection, parent: Ino, name: bytes) -> bytes:
 
 def _delete(db: Connection, where: str, values: tuple[int, ...]) -> list[Node]:
     rows = db.execute(
-        f"SELECT {_NODE} FROM node WHERE {where}",
+        f"SELECT {NODE_COLUMNS} FROM node WHERE {where}",
         values,
     ).fetchall()
     db.execute(f"DELETE FROM node WHERE {where}", values)

@@ -1,8 +1,8 @@
 """The SQLite file of one account's cache: opening, locking, trusting it. The only module that knows SQLite.
 
-Used on the trio thread only and synchronously, so that everything between two awaits is atomic for the rest
-of the program; no transaction is open across an await. The file holds nothing that the server does not have:
-one that is damaged, or of another version, is removed and built anew.
+It is used synchronously and on the trio thread only, so that everything between two awaits is atomic for the
+rest of the program. No transaction is open across an await. The file has nothing that the server does not
+have: if it is damaged, or of another version, it is removed and rebuilt.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 Connection = sqlite3.Connection
 IntegrityError = sqlite3.IntegrityError
 
-_PAGES: Final = 2000
+_MAX_LOG_PAGES: Final = 2000
 """Changed pages (of 4 KiB) after which the write-ahead log is moved into the database."""
-_PAGES_EACH: Final = 4
-"""What a transaction changes at least: tables, indexes, and the pages above them."""
+_MIN_PAGES_EACH: Final = 4
+"""Pages that any transaction changes: tables, indexes, and the pages above them."""
 _VERSION: Final = 3
 _SCHEMA: Final = """
 CREATE TABLE meta (
@@ -76,22 +76,22 @@ CREATE TABLE mailbox (         -- what a directory stands for on the server
 
 
 class Database:
-    """An open database, locked for this process. Raises CacheError for whatever SQLite says."""
+    """An open database, locked for this process. Errors of SQLite are raised as CacheError."""
 
     def __init__(self, directory: Path, lock: int, db: Connection) -> None:
         self.directory = directory
         self._lock = lock
         self._db = db
         self._pages = 0
-        """At most so many pages were written since the last checkpoint was begun."""
+        """Upper bound of the pages written since the last checkpoint began."""
         self._rows = db.total_changes
         self._checkpoint: threading.Thread | None = None
 
     @classmethod
     def open(cls, directory: Path) -> "Database":
-        """Open the database in ``directory``, making or rebuilding it where needed.
+        """Open the database in ``directory``; create or rebuild it if necessary.
 
-        Raises CacheError if another mount has it, or the disk does not let us.
+        Raises CacheError if another mount uses it, or the disk cannot be used.
         """
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -108,14 +108,14 @@ class Database:
 
     @property
     def is_gone(self) -> bool:
-        """Whether somebody has deleted the directory, or the lock in it, that this process works in."""
+        """Whether another program has deleted the directory, or the lock in it."""
         try:
             return not os.path.samestat(os.fstat(self._lock), (self.directory / "lock").stat())
         except OSError:
             return True
 
     def close(self) -> None:
-        """Close the database and let another mount have it."""
+        """Close the database, and release it for other mounts."""
         if self._checkpoint is not None:
             self._checkpoint.join()
         with contextlib.suppress(sqlite3.Error):
@@ -124,16 +124,16 @@ class Database:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Connection]:
-        """For queries."""
+        """Lend the connection for queries."""
         try:
             yield self._db
         except sqlite3.Error as error:
             if _is_damage(error):
-                # Found by the next mount, which then does not trust the file.
+                # The next mount finds this note and does not trust the file.
                 with contextlib.suppress(OSError):
                     (self.directory / "damaged").touch(mode=0o600)
                 raise CacheError(
-                    f"the cache in {self.directory} is damaged: unmount and mount again to build it anew"
+                    f"the cache in {self.directory} is damaged: unmount and mount again to rebuild it"
                 ) from None
             made = CacheError(f"the cache in {self.directory} cannot be written ({error}): is the disk full?")
             made.errno = errno.ENOSPC if error.sqlite_errorcode == sqlite3.SQLITE_FULL else errno.EIO
@@ -141,13 +141,13 @@ class Database:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Connection]:
-        """For one transaction: all of it happens or, after an exception, nothing."""
+        """Lend the connection for one transaction, which an exception rolls back."""
         with self.read() as db:
             db.execute("BEGIN IMMEDIATE")
             try:
                 yield db
             except BaseException:
-                # A full disk may have rolled back by itself already.
+                # SQLite itself rolls back when the disk is full.
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise
@@ -155,13 +155,13 @@ class Database:
             self._bound_log()
 
     def _bound_log(self) -> None:
-        """Move the write-ahead log into the database when it has grown, so that no reader pays for it.
+        """Move the write-ahead log into the database when it is long, so that reads stay fast.
 
-        In a thread with a connection of its own, which waits for the disk.
+        A thread with its own connection does this, because it waits for the disk.
         """
-        self._pages += _PAGES_EACH + self._db.total_changes - self._rows
+        self._pages += _MIN_PAGES_EACH + self._db.total_changes - self._rows
         self._rows = self._db.total_changes
-        if self._pages < _PAGES or (self._checkpoint is not None and self._checkpoint.is_alive()):
+        if self._pages < _MAX_LOG_PAGES or (self._checkpoint is not None and self._checkpoint.is_alive()):
             return
         self._pages = 0
         self._checkpoint = threading.Thread(target=_checkpoint, args=(self.directory / "cache.db",))
@@ -169,12 +169,12 @@ class Database:
 
 
 def _checkpoint(path: Path) -> None:
-    # Failing is no harm: what could not be moved is moved the next time.
+    # A failure does no harm: the next checkpoint moves what this one has not.
     with contextlib.suppress(sqlite3.Error), contextlib.closing(_plain(path)) as db:
         _, pages, _ = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        if pages > 4 * _PAGES:
-            # Only when nothing is left in it does the log start anew, which it never is while somebody writes
-            # all the time. This keeps writers out while it moves what was written during the first.
+        if pages > 4 * _MAX_LOG_PAGES:
+            # The log only restarts when it is empty, which does not happen while it is written to all the
+            # time. This keeps writers out while it moves what was written during the first checkpoint.
             db.execute("PRAGMA wal_checkpoint(RESTART)")
 
 
@@ -185,14 +185,14 @@ def _open_or_rebuild(directory: Path) -> Connection:
     except (sqlite3.DatabaseError, _Unusable) as error:
         if isinstance(error, sqlite3.OperationalError) and not _is_damage(error):
             raise CacheError(f"cannot open the cache {path}: {error}") from None
-        log.warning("the cache %s is not usable (%s): it is built anew from the server", path, error)
+        log.warning("the cache %s is not usable (%s): it is rebuilt from the server", path, error)
     for name in ("cache.db", "cache.db-wal", "cache.db-shm"):
         (directory / name).unlink(missing_ok=True)
     return _connect(path)
 
 
 class _Unusable(Exception):
-    """The database is of another version, or was found damaged."""
+    """The database has another version, or was found damaged."""
 
 
 def _is_damage(error: sqlite3.Error) -> bool:
@@ -214,14 +214,15 @@ def _connect(path: Path) -> Connection:
     try:
         (version,) = db.execute("PRAGMA user_version").fetchone()
         (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        # No fsync at each commit: what a power cut takes is fetched again.
+        # No fsync at each commit: what a power cut destroys is fetched again.
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
-        # `Database.write` sees to it.
+        # `Database.write` starts checkpoints.
         db.execute("PRAGMA wal_autocheckpoint = 0")
         db.execute("PRAGMA cache_size = -8192")
         if version == 0 and tables == 0:
-            # A million for each second since the epoch, so that one rebuilt in the same second goes on above.
+            # About a million per second since the epoch: a database that is rebuilt in the same second
+            # continues above the numbers of the old one.
             first_ino = (time.time_ns() << 20) // 10**9
             db.executescript(
                 f"BEGIN; {_SCHEMA}"

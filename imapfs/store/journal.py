@@ -1,25 +1,42 @@
-"""The journal: moves between two commands, in a file that survives a power cut.
+"""The journal: what is half done on the server and must not be forgotten.
 
-A server without MOVE copies a message and then deletes the original. An entry is written before the copy and
-removed after the deletion, so that whatever cuts the two apart, the next attempt knows where to look.
+It has two kinds of entries:
+
+- A *move* between COPY and the deletion of the original, for servers without MOVE. The entry is durable
+  before COPY is sent, so that after an interruption both mailboxes are looked at before anything is repeated.
+- A *removal* of a message that a newer version has replaced. The entry is written in the same step in which
+  the newer version becomes known to be safe.
+
+The file is a log: each line is a JSON value that adds an entry or says that one is done. A line that is
+written survives the end of the process, and after `Journal.sync` also a power cut. Only the last line can be
+incomplete, and it is dropped then, as what it announces has not begun. Each line has a line end before it as
+well, so that an incomplete one spoils nothing after it. Without entries there is no file. Earlier versions
+wrote one list of moves, with names in Latin-1; it is still read.
 """
 
+import contextlib
 import json
 import logging
+import os
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
-from imapfs.atomic import replace_file
+from imapfs.atomic import replace_file, sync_directory
 from imapfs.errors import CacheError
 from imapfs.model import MessageRef, Uid, UidValidity
+from imapfs.names import as_bytes, as_text, renamed
 
 log = logging.getLogger(__name__)
 
+_MAX_LINES: Final = 1000
+"""Lines after which the file is written again with only the entries that are open."""
+
 
 @dataclass(frozen=True, slots=True)
-class JournalEntry:
+class PendingMove:
     """A move by COPY and deletion that is under way."""
 
     source: MessageRef
@@ -28,63 +45,223 @@ class JournalEntry:
     uidnext: int
     """UIDNEXT of the target before the copy, which therefore has this UID or a higher one."""
     size: int
+    """RFC822.SIZE, bytes."""
     date: int
+    """INTERNALDATE, seconds since the epoch."""
     message_id: str
 
 
+_Entry = PendingMove | MessageRef
+_Verb = Literal["add", "done"]
+
+
 class Journal:
-    """The moves under way. Used from several threads."""
+    """The open entries. Used from several threads."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._entries: list[JournalEntry] = []
-        try:
-            self._entries = [_restore(entry) for entry in json.loads(path.read_text())]
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            log.warning("the journal %s cannot be read (%s): look for messages that are doubled", path, error)
-        self.left = list(self._entries)
-        """Entries that no task works on any more, to be finished. Used on the trio thread only."""
+        self._entries: dict[_Entry, None] = {}
+        self._lines = 0
+        self._load()
+        self.interrupted = [entry for entry in self._entries if isinstance(entry, PendingMove)]
+        """Moves that no task works on, to be finished. Used on the trio thread only."""
 
-    def add(self, entry: JournalEntry) -> None:
-        """Write ``entry``; durable when this returns. Raises CacheError."""
+    # -- moves, in a thread --------------------------------------------------------------------------------
+
+    def begin(self, move: PendingMove) -> None:
+        """Add a move; durable when this returns. Raises CacheError."""
+        self._write("add", move)
+        self.sync()
+
+    def finish(self, move: PendingMove) -> None:
+        """Note that a move is done, or never will be; durable when this returns. Raises CacheError."""
+        self._write("done", move)
+        self.sync()
+
+    # -- removals, on the trio thread ----------------------------------------------------------------------
+
+    @property
+    def removals(self) -> list[MessageRef]:
+        """Messages that are still to be removed from the server, the oldest entry first."""
         with self._lock:
-            self._entries = [*self._entries, entry]
-            self._write()
+            return [entry for entry in self._entries if isinstance(entry, MessageRef)]
 
-    def remove(self, entry: JournalEntry) -> None:
-        """Remove the entry of a move that is finished. Raises CacheError."""
-        with self._lock:
-            self._entries = [e for e in self._entries if e != entry]
-            self._write()
+    def add_removal(self, ref: MessageRef) -> None:
+        """Note that a message is to be removed. Survives the end of the process. Raises CacheError."""
+        self._write("add", ref)
 
-    def _write(self) -> None:
-        text = json.dumps([_describe(entry) for entry in self._entries])
+    def end_removal(self, ref: MessageRef) -> None:
+        """Note that a message was removed, or was gone already.
+
+        Raises nothing: an entry that comes back after a full disk or a power cut finds that the message is
+        gone, as no other message ever has its UID.
+        """
         try:
-            replace_file(self._path, text.encode(), durable=True)
+            self._write("done", ref)
+        except CacheError as error:
+            log.info("a removal that is done stays in the journal: %s", error)
+
+    def rename_mailbox(self, old: bytes, new: bytes, delimiter: bytes) -> None:
+        """Follow the rename of a mailbox, and of those below it, in the removals. Raises CacheError."""
+        for ref in self.removals:
+            name = renamed(ref.mailbox, old, new, delimiter)
+            if name is not None:
+                self.add_removal(replace(ref, mailbox=name))
+                self.end_removal(ref)
+
+    # -- the file ------------------------------------------------------------------------------------------
+
+    def sync(self) -> None:
+        """In a thread: return when all that was written survives a power cut. Raises CacheError."""
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+            sync_directory(self._path.parent)
         except OSError as error:
-            raise CacheError.from_os_error(error, f"cannot write the journal {self._path}") from None
+            raise self._failure(error) from None
+
+    def _failure(self, error: OSError) -> CacheError:
+        return CacheError.from_os_error(error, f"cannot write the journal {self._path}")
+
+    def _write(self, verb: _Verb, entry: _Entry) -> None:
+        with self._lock:
+            if (verb == "add") == (entry in self._entries):
+                return
+            if verb == "done":
+                # Even if the disk is full: for this process it is done.
+                del self._entries[entry]
+            try:
+                if verb == "done" and not self._entries:
+                    self._path.unlink(missing_ok=True)
+                    self._lines = 0
+                elif self._lines >= max(_MAX_LINES, 2 * len(self._entries)):
+                    self._compact([*self._entries, *([entry] if verb == "add" else [])])
+                else:
+                    _append(self._path, _line(verb, entry))
+                    self._lines += 1
+            except OSError as error:
+                raise self._failure(error) from None
+            if verb == "add":
+                self._entries[entry] = None
+
+    def _compact(self, entries: list[_Entry]) -> None:
+        replace_file(self._path, b"".join(_line("add", entry) for entry in entries), durable=True)
+        self._lines = len(entries)
+
+    def _load(self) -> None:
+        try:
+            lines = self._path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self._warn(error)
+            return
+        damage: Exception | None = None
+        for number, line in enumerate(lines, 1):
+            try:
+                for verb, entry in _parse(line):
+                    if verb == "add":
+                        self._entries[entry] = None
+                    else:
+                        self._entries.pop(entry, None)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                if number < len(lines) or not line.startswith(b"{"):
+                    damage = error
+        if damage is not None:
+            self._warn(damage)
+        self._lines = len(lines)
+        # If this fails, the next mount reads the same lines again.
+        with contextlib.suppress(OSError):
+            if self._entries:
+                self._compact(list(self._entries))
+            else:
+                self._path.unlink()
+                self._lines = 0
+
+    def _warn(self, error: Exception) -> None:
+        log.warning("the journal %s cannot be read (%s): look for doubled messages", self._path, error)
 
 
-def _describe(entry: JournalEntry) -> dict[str, Any]:
-    return {
-        "source": entry.source.mailbox.decode("latin-1"),
-        "uidvalidity": entry.source.uidvalidity,
-        "uid": entry.source.uid,
-        "target": entry.target.decode("latin-1"),
-        "uidnext": entry.uidnext,
-        "size": entry.size,
-        "date": entry.date,
-        "message_id": entry.message_id,
-    }
+def _append(path: Path, line: bytes) -> None:
+    """Append a line, all of it or nothing. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        size = os.fstat(fd).st_size
+        view = memoryview(line)
+        try:
+            while view:
+                view = view[os.write(fd, view) :]
+        except OSError:
+            os.ftruncate(fd, size)
+            raise
+    finally:
+        os.close(fd)
 
 
-def _restore(found: dict[str, Any]) -> JournalEntry:
-    mailbox = found["source"].encode("latin-1")
-    return JournalEntry(
-        MessageRef(mailbox, UidValidity(found["uidvalidity"]), Uid(found["uid"])),
+def _line(verb: _Verb, entry: _Entry) -> bytes:
+    if isinstance(entry, MessageRef):
+        described = {"removal": _describe(entry)}
+    else:
+        described = {
+            "move": {
+                "source": _describe(entry.source),
+                "target": as_text(entry.target),
+                "uidnext": entry.uidnext,
+                "size": entry.size,
+                "date": entry.date,
+                "message_id": entry.message_id,
+            }
+        }
+    return b"\n%s\n" % json.dumps({verb: described}).encode()
+
+
+def _parse(line: bytes) -> Iterator[tuple[_Verb, _Entry]]:
+    """Yield what a line says. Raises ValueError, TypeError, KeyError or AttributeError for a damaged one."""
+    if not line:
+        return
+    found = json.loads(line)
+    if isinstance(found, list):
+        for entry in found:
+            yield "add", _restore_latin1(entry)
+        return
+    ((verb, described),) = found.items()
+    if verb not in {"add", "done"}:
+        raise ValueError(f"unknown verb {verb!r}")
+    if "removal" in described:
+        yield verb, _restore(described["removal"])
+        return
+    move = described["move"]
+    yield (
+        verb,
+        PendingMove(
+            _restore(move["source"]),
+            as_bytes(move["target"]),
+            move["uidnext"],
+            move["size"],
+            move["date"],
+            move["message_id"],
+        ),
+    )
+
+
+def _describe(ref: MessageRef) -> dict[str, Any]:
+    return {"mailbox": as_text(ref.mailbox), "uidvalidity": ref.uidvalidity, "uid": ref.uid}
+
+
+def _restore(found: dict[str, Any]) -> MessageRef:
+    return MessageRef(as_bytes(found["mailbox"]), UidValidity(found["uidvalidity"]), Uid(found["uid"]))
+
+
+def _restore_latin1(found: dict[str, Any]) -> PendingMove:
+    """Return an entry of a journal that an earlier version has written."""
+    source = found["source"].encode("latin-1")
+    return PendingMove(
+        MessageRef(source, UidValidity(found["uidvalidity"]), Uid(found["uid"])),
         found["target"].encode("latin-1"),
         found["uidnext"],
         found["size"],

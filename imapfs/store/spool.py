@@ -1,11 +1,11 @@
-"""Files that are not on the server: what programs write, until it is a message, or for good.
+"""Drafts: files that are not on the server, whether they will be uploaded or always stay local.
 
-The durable half of "at every instant every message exists on the server or in the spool". Each draft is two
-plain files, so that nothing but a text editor is needed to rescue mail from it: ``INO`` with the bytes and
-``INO.json`` with the rest. It is apart from the database on purpose: that one is made to be thrown away.
+The spool is the durable half of "at every instant every message exists on the server or in the spool". Each
+draft is two plain files, so that a text editor is enough to rescue mail: ``INO`` has the bytes, ``INO.json``
+the description. The spool is no part of the database, because the database can be rebuilt and drafts cannot.
 
 INVARIANT: a draft leaves the disk only when its bytes are known to be on the server, or when the user
-deleted it. The description is replaced atomically; `Draft.secure` makes both files survive a power cut.
+has deleted it. The description is replaced atomically; `Draft.secure` makes both files survive a power cut.
 """
 
 import contextlib
@@ -23,29 +23,34 @@ import trio
 
 from imapfs.atomic import replace_file
 from imapfs.errors import CacheError
+from imapfs.log import report
 from imapfs.model import ROOT, Ino, MessageRef, Uid, UidValidity
 from imapfs.names import as_bytes, as_text, renamed
+from imapfs.store.journal import Journal
 
 log = logging.getLogger(__name__)
 
-State = Literal["local", "open", "sending", "unsent", "sent"]
-"""``local``: not meant for the server; ``open``: being written; ``sending``: complete, to be sent;
-``unsent``: refused, or of doubtful completeness, so that a person has to decide; ``sent``: a message now, of
-which the old version has still to be removed from the server."""
+DraftState = Literal["local", "open", "sending", "unsent"]
+"""``local``: never uploaded. ``open``: being written. ``sending``: complete, to be uploaded. ``unsent``:
+refused by the server, or perhaps incomplete, so that a person has to decide."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """Where an upload was tried whose outcome is not known: it is looked for from ``uidnext`` on."""
+    """An upload whose outcome is not known: if it succeeded, the message has ``uidnext`` or a higher UID."""
 
     mailbox: bytes
     """As the server spells it."""
     uidvalidity: UidValidity
     uidnext: int
     size: int
-    """Bytes that were sent."""
+    """Of the bytes that were uploaded."""
     digest: str
-    """SHA-256 of what was sent but for line ends at the very end, which servers add and drop."""
+    """SHA-256 of these bytes without the line ends at the very end, which servers add and drop."""
+
+    def ref(self, uid: Uid) -> MessageRef:
+        """Return the identity of the message in the same mailbox that has ``uid``."""
+        return MessageRef(self.mailbox, self.uidvalidity, uid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,25 +73,26 @@ class Draft:
     parent: Ino
     name: bytes
     path: tuple[bytes, ...] = ()
-    """Names of the directories that lead to it: how it is found again if the database was rebuilt."""
+    """Names of the directories from the root to it, by which it is placed again in a rebuilt database."""
     mode: int = 0o600
     mtime: int = 0
     """Nanoseconds since the epoch."""
     timed: bool = False
-    """Whether the user set mtime, so that it is to be the INTERNALDATE."""
+    """Whether the user has set mtime, which then becomes the INTERNALDATE."""
     ctime: int = 0
+    """Nanoseconds since the epoch."""
     flags: str = ""
-    state: State = "open"
+    state: DraftState = "open"
     error: str = ""
-    """Why it is unsent, or the last reason why it could not be sent."""
+    """Why it is unsent, or why the last attempt to upload it failed."""
     base: Base | None = None
     attempt: Attempt | None = None
     dirty: bool = False
     """Whether it was written to since it was last complete."""
     known_size: int = 0
-    """What `size` was when it was last looked at; not on disk."""
+    """The last known `size`; not on disk."""
     writes: int = 0
-    """Counts the changes of its bytes; not on disk."""
+    """Number of changes of its bytes; not on disk."""
 
     @property
     def file(self) -> Path:
@@ -95,25 +101,25 @@ class Draft:
     @property
     def size(self) -> int:
         """Bytes."""
-        # Without its file it stays in sight: to leave it out would make others believe that it was removed.
+        # If its file is missing, the draft is still shown: hiding it would look like a deletion to programs.
         with contextlib.suppress(OSError):
             self.known_size = self.file.stat().st_size
         return self.known_size
 
     @property
     def shown(self) -> str:
-        """Its path below the mountpoint, for people."""
+        """Return its path from the account's root, for people."""
         return b"/".join((*self.path, self.name)).decode("utf-8", "replace")
 
     def touch(self) -> None:
-        """Its bytes were changed now."""
+        """Note that its bytes have just changed."""
         self.writes += 1
         self.ctime = time.time_ns()
         if not self.timed:
             self.mtime = self.ctime
 
     def change_flags(self, change: Callable[[list[str]], tuple[set[str], set[str]]]) -> None:
-        """Add and remove the flags that ``change`` derives from those that it has."""
+        """Add and remove the flags that ``change`` derives from the present ones. Raises CacheError."""
         flags = self.flags.split()
         add, remove = change(flags)
         gone = {flag.lower() for flag in remove}
@@ -121,16 +127,16 @@ class Draft:
         self.save()
 
     def save(self) -> None:
-        """Write the description down."""
+        """Write the description to disk. Raises CacheError."""
         self.spool.save(self)
 
     async def secure(self) -> None:
-        """Return when bytes and description survive a power cut."""
+        """Return when bytes and description survive a power cut. Raises CacheError."""
         await trio.to_thread.run_sync(self.spool.sync, self.ino)
 
 
 class Spool:
-    """All drafts of one account, by inode and by name. Drafts are few: they are kept in memory."""
+    """All drafts of one account. There are few of them, so that they are kept in memory."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -142,39 +148,51 @@ class Spool:
                 left.unlink()
             found = sorted({Ino(int(path.stem)) for path in directory.iterdir() if path.stem.isdigit()})
             self.rebooted = _has_rebooted(directory / "boot")
-            """Whether descriptions may be older than they should be, as they are not secured each time."""
+            """Whether the machine was restarted since the last mount: descriptions may be out of date then,
+            as not every change of them is made durable."""
         except OSError as error:
             raise CacheError.from_os_error(error, f"cannot use the spool {directory}") from None
-        self.sent: list[Draft] = []
-        """Drafts that are messages now, of which the old version has still to be removed."""
+        self._removals: dict[Ino, MessageRef] = {}
+        """Removals from the server that an earlier version has noted here."""
         for ino in found:
             draft = self._load(ino)
-            if draft is None:
-                continue
-            if draft.state == "sent":
-                self.sent.append(draft)
-            else:
-                # A kill while one was to replace another leaves both.
+            if draft is not None:
+                # A kill while one draft was replacing another leaves both.
                 draft.name = self.free_name(draft.parent, draft.name)
                 self._add(draft)
 
-    # -- looking -------------------------------------------------------------------------------------------
+    def hand_over_removals(self, journal: Journal) -> None:
+        """Pass on what an earlier version has noted in the spool: removals belong to the journal now."""
+        try:
+            for ref in self._removals.values():
+                journal.add_removal(ref)
+            journal.sync()
+        except CacheError as error:
+            report(error, "messages that were replaced are removed at the next mount")
+            return
+        for ino in self._removals:
+            self._unlink(ino)
+        self._removals.clear()
+
+    # -- queries -------------------------------------------------------------------------------------------
 
     def get(self, ino: Ino) -> Draft | None:
+        """Return the draft with that inode number."""
         return self._drafts.get(ino)
 
     def child(self, parent: Ino, name: bytes) -> Draft | None:
+        """Return the draft with that name in a directory."""
         ino = self._names.get((parent, name))
         return None if ino is None else self._drafts[ino]
 
     def within(self, parent: Ino) -> list[Draft]:
-        """The drafts in a directory, by inode number."""
+        """Return the drafts in a directory, ordered by inode number."""
         return sorted((d for d in self._drafts.values() if d.parent == parent), key=lambda d: d.ino)
 
     def __iter__(self) -> Iterator[Draft]:
         return iter(list(self._drafts.values()))
 
-    # -- changing ------------------------------------------------------------------------------------------
+    # -- changes -------------------------------------------------------------------------------------------
 
     def create(
         self,
@@ -185,7 +203,7 @@ class Spool:
         mode: int,
         base: Base | None = None,
     ) -> Draft:
-        """A new, empty draft."""
+        """Create an empty draft. Raises CacheError."""
         draft = Draft(self, ino, parent, name, path, mode, base=base)
         draft.touch()
         try:
@@ -201,7 +219,7 @@ class Spool:
         return draft
 
     def free_name(self, parent: Ino, name: bytes) -> bytes:
-        """``name``, or where another draft has it, one like it."""
+        """Return ``name``, or a variant of it if another draft has that name."""
         stem, dot, suffix = name.rpartition(b".")
         n = 1
         while (parent, name) in self._names:
@@ -210,12 +228,12 @@ class Spool:
         return name
 
     def set_aside(self, draft: Draft) -> None:
-        """Free the name of a draft that is about to be replaced, until `put_back` or `forget`."""
+        """Free the name of a draft that is being replaced, until `put_back` or `forget`."""
         if self._names.get((draft.parent, draft.name)) == draft.ino:
             del self._names[draft.parent, draft.name]
 
     def put_back(self, draft: Draft) -> None:
-        """Undo `set_aside`; if another has the name now, this one gets one like it."""
+        """Undo `set_aside`; if another draft has the name by now, use a variant. Raises CacheError."""
         name = self.free_name(draft.parent, draft.name)
         if name != draft.name:
             draft.name = name
@@ -226,14 +244,8 @@ class Spool:
         self._drafts[draft.ino] = draft
         self._names[draft.parent, draft.name] = draft.ino
 
-    def owe(self, ino: Ino, old: Base, path: tuple[bytes, ...] = ()) -> None:
-        """Note that a message was replaced and is to be removed from the server."""
-        note = Draft(self, ino, ROOT, b"", path, state="sent", base=old)
-        note.save()
-        self.sent.append(note)
-
     def rename(self, draft: Draft, parent: Ino, name: bytes, path: tuple[bytes, ...]) -> None:
-        """Give a draft another place; nothing else may be there."""
+        """Give a draft another place, where no other draft may be. Raises CacheError."""
         if self._names.get((draft.parent, draft.name)) == draft.ino:
             del self._names[draft.parent, draft.name]
         draft.parent, draft.name, draft.path = parent, name, path
@@ -243,7 +255,7 @@ class Spool:
 
     def rename_mailbox(self, old: bytes, new: bytes, delimiter: bytes) -> None:
         """Follow the rename of a mailbox, and of those below it: drafts refer to mailboxes by name."""
-        for draft in (*self, *self.sent):
+        for draft in self:
             base, attempt = draft.base, draft.attempt
             if base is not None and (name := renamed(base.ref.mailbox, old, new, delimiter)) is not None:
                 draft.base = replace(base, ref=replace(base.ref, mailbox=name))
@@ -252,27 +264,26 @@ class Spool:
             if (draft.base, draft.attempt) != (base, attempt):
                 draft.save()
 
-    def detach(self, draft: Draft) -> None:
-        """It is a message now; what is left on disk says only that its old version has to go."""
+    def forget(self, draft: Draft) -> None:
+        """Remove a draft, with its bytes if they are still here. Raises nothing."""
         self._drafts.pop(draft.ino, None)
         if self._names.get((draft.parent, draft.name)) == draft.ino:
             del self._names[draft.parent, draft.name]
+        self._unlink(draft.ino)
 
-    def forget(self, draft: Draft) -> None:
-        """It is not a draft any more; its bytes, if they are still here, go with it."""
-        self.detach(draft)
+    # -- files ---------------------------------------------------------------------------------------------
+
+    def _unlink(self, ino: Ino) -> None:
         # The description last: bytes without one would come back as a rescued file.
-        for path in (draft.file, self._description(draft.ino)):
+        for path in (self.directory / str(ino), self._description(ino)):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
-
-    # -- the disk ------------------------------------------------------------------------------------------
 
     def _description(self, ino: Ino) -> Path:
         return self.directory / f"{ino}.json"
 
     def save(self, draft: Draft) -> None:
-        """Write the description of ``draft`` down, all of it or nothing. Raises CacheError."""
+        """Replace the description of ``draft`` on disk as a whole. Raises CacheError."""
         try:
             replace_file(self._description(draft.ino), json.dumps(_describe(draft)).encode(), durable=False)
         except OSError as error:
@@ -290,37 +301,41 @@ class Spool:
         except FileNotFoundError as error:
             if not self.directory.exists():
                 raise CacheError.from_os_error(error, f"cannot write to the spool {self.directory}") from None
-            return  # the draft was deleted meanwhile: nothing to secure
+            return  # the draft was deleted meanwhile: there is nothing to secure
         except OSError as error:
             raise CacheError.from_os_error(error, f"cannot write to the spool {self.directory}") from None
 
     def _load(self, ino: Ino) -> Draft | None:
-        """The draft of an earlier process; None if what is left of it means nothing any more."""
+        """Return the draft of an earlier process, or None if what is left of it is no draft."""
         path = self.directory / str(ino)
         try:
-            draft = _restore(self, ino, json.loads(self._description(ino).read_text()))
+            found = json.loads(self._description(ino).read_text())
+            if found["state"] == "sent" and found["base"]:
+                self._removals[ino] = _restore_base(found["base"]).ref
+                return None
+            draft = _restore(self, ino, found)
         except (OSError, ValueError, TypeError, KeyError) as error:
             if not path.exists() or not path.stat().st_size:
-                # An end between the making of the two.
+                # The process ended before the description was written.
                 path.unlink(missing_ok=True)
                 return None
             log.warning("the spool file %s has lost its description (%s): see rescued-%d", path, error, ino)
             draft = Draft(self, ino, ROOT, b"rescued-%d" % ino, state="local")
             draft.touch()
         never_written = draft.state == "open" and not draft.dirty and draft.base is not None
-        if never_written or (draft.state != "sent" and not path.exists()):
-            # Begun and not written to, so that the message is unchanged; or forgotten but for this.
+        if never_written or not path.exists():
+            # The message is unchanged, or the process ended while the draft was being removed.
             self.forget(draft)
             return None
         if draft.state == "open" and draft.dirty:
-            # Half a message must not reach the server.
+            # Half a message must never reach the server.
             draft.state = "unsent"
             draft.error = "imapfs ended before this file was closed: look at it, then run 'imapfs retry'"
         return draft
 
 
 def _has_rebooted(note: Path) -> bool:
-    """Whether the machine was started anew since the last time that this was asked."""
+    """Return whether the machine was restarted since the last call, of which ``note`` is the record."""
     now = Path("/proc/sys/kernel/random/boot_id").read_text()
     if note.exists() and note.read_text() == now:
         return False

@@ -1,9 +1,8 @@
-"""The half of an upload that runs in threads: copies of drafts, APPEND, and the look for what was sent.
+"""The half of an upload that runs in threads: copies of drafts, APPEND, and the search for earlier uploads.
 
-See `imapfs.sync.upload` for when and why.
+`imapfs.sync.upload` decides what is uploaded, and when.
 """
 
-import hashlib
 import mmap
 import re
 from collections.abc import Callable, Sequence
@@ -16,21 +15,24 @@ import trio
 from imapfs.errors import MailboxGone, Refused
 from imapfs.imap.grammar import FetchData
 from imapfs.imap.session import Session, Upload
+from imapfs.model import MessageRef, Uid
 from imapfs.store.spool import Attempt, Draft
+from imapfs.sync.identify import digest, find_upload, is_clean
 from imapfs.sync.locate import ServerMailbox
 
 _CHUNK: Final = 1 << 20
+"""Bytes that are handled at once; a larger draft is copied into a file, not into memory."""
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _APPENDLIMIT = re.compile(r"APPENDLIMIT=(\d+)")
 
 
 @dataclass(slots=True)
-class Fit:
-    """The bytes of a draft as a server takes them; a copy, as the draft may be written to meanwhile."""
+class Payload:
+    """The bytes of a draft as they are uploaded: a copy, because the draft may be written to meanwhile."""
 
     data: bytes | mmap.mmap
     writes: int
-    """`Draft.writes` when the copy was made."""
+    """`Draft.writes` at the time of the copy."""
     converted: bool
     """Whether line ends were changed."""
     digest: str
@@ -39,113 +41,20 @@ class Fit:
     """Whether a server has no reason to change the bytes."""
 
     def is_current(self, draft: Draft) -> bool:
-        """Whether the draft still has these bytes, and nobody is about to change them."""
+        """Return whether the draft still has these bytes, and no program has it open for writing."""
         return draft.writes == self.writes and draft.state != "open"
 
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """What is sent of one draft."""
-
-    fit: Fit
-    flags: str
-    date: int
-    """INTERNALDATE, seconds since the epoch."""
-    zone: int
-    """Minutes east of UTC."""
+    def close(self) -> None:
+        """Release the copy. The payload must not be used any more."""
+        if isinstance(self.data, mmap.mmap):
+            self.data.close()
 
 
-class Flight:
-    """One batch of APPENDs in a thread."""
+def make_payload(draft: Draft) -> Payload:
+    """In a thread: copy the bytes of a draft, with CRLF for each bare LF (RFC 5322 section 2.3).
 
-    def __init__(self, box: ServerMailbox, ready: Sequence[Item]) -> None:
-        self._box = box
-        self._ready = ready
-        self.uidvalidity = int(box.uidvalidity)
-        self.uidnext = box.uidnext
-        self.outcomes: list[int | Refused | None] = []
-        self._listed: dict[int, FetchData] = {}
-
-    def look(self, session: Session) -> None:
-        """Learn where new messages will be, unless that is known; refuse what is too large."""
-        if not self.uidnext or not self.uidvalidity:
-            state = session.examine(self._box.name)
-            self.uidvalidity = int(state.uidvalidity)
-            self.uidnext = session.next_uid()
-
-    def send(self, session: Session) -> None:
-        self._listed = {}
-        limit = next((int(m[1]) for c in session.capabilities if (m := _APPENDLIMIT.match(c))), None)
-        refused = {
-            i: Refused(f"it has {len(p.fit.data)} bytes, and the server takes {limit} at most", "TOOBIG")
-            for i, p in enumerate(self._ready)
-            if limit is not None and len(p.fit.data) > limit
-        }
-        uploads = [
-            Upload(p.fit.data, p.flags, p.date, p.zone) for i, p in enumerate(self._ready) if i not in refused
-        ]
-        outcomes = iter(
-            session.append(self._box.name, uploads, self.uidnext, self._list)[0] if uploads else []
-        )
-        self.outcomes = [refused.get(i) or next(outcomes) for i in range(len(self._ready))]
-
-    def _list(self, data: FetchData) -> None:
-        if data.uid is not None:
-            self._listed[data.uid] = data
-
-    def listed(self, uid: int) -> FetchData | None:
-        """The metadata of a message; None if it was removed at once."""
-        return self._listed.get(uid)
-
-
-class Search:
-    """Looks, in a thread, for drafts that may be on the server already."""
-
-    def __init__(self, uncertain: Sequence[Draft], is_other: Callable[[Draft, Attempt, int], bool]) -> None:
-        self._uncertain = uncertain
-        self._is_other = is_other
-        self.found: list[tuple[Draft, Attempt, FetchData]] = []
-
-    def run(self, session: Session) -> None:
-        self.found = []
-        taken: set[tuple[bytes, int]] = set()
-        for draft in self._uncertain:
-            attempt = draft.attempt
-            if attempt is None:
-                continue
-            try:
-                state = session.examine(attempt.mailbox)
-            except MailboxGone:
-                continue
-            if state.uidvalidity != attempt.uidvalidity:
-                continue
-            listed: list[FetchData] = []
-            session.fetch_metadata_from(attempt.uidnext, listed.append)
-            for data in listed:
-                uid = data.uid or 0
-                # Servers may add a final line end.
-                if data.size is None or not 0 <= data.size - attempt.size <= 2:
-                    continue
-                if uid < attempt.uidnext or (attempt.mailbox, uid) in taken:
-                    continue
-                if trio.from_thread.run_sync(self._is_other, draft, attempt, uid):
-                    continue
-                if self._equal(session, attempt, uid):
-                    taken.add((attempt.mailbox, uid))
-                    self.found.append((draft, attempt, data))
-                    break
-
-    @staticmethod
-    def _equal(session: Session, attempt: Attempt, uid: int) -> bool:
-        """Whether the bytes are those that were sent, but for what servers do to them."""
-        content = session.fetch_body(attempt.mailbox, attempt.uidvalidity, uid)
-        if content is None:
-            return False
-        return _digest(content) == attempt.digest or (not _is_clean(content) and len(content) == attempt.size)
-
-
-def fit_for_server(draft: Draft) -> Fit:
-    """In a thread: copy what a draft holds, with CRLF for bare LF (RFC 9051 section 4.3 via RFC 5322)."""
+    Raises OSError.
+    """
     writes = draft.writes
     path = draft.file
     data: bytes | mmap.mmap
@@ -155,38 +64,107 @@ def fit_for_server(draft: Draft) -> Fit:
         converted = len(data) != len(raw)
     else:
         data, converted = _copy(path)
-    return Fit(data, writes, converted, _digest(data), _is_clean(data))
+    return Payload(data, writes, converted, digest(data), is_clean(data))
 
 
 def _copy(path: Path) -> tuple[bytes | mmap.mmap, bool]:
-    """A large draft in a file that goes when the map does: the draft itself may be truncated meanwhile."""
+    """Copy a large draft into a file that is deleted with its map, as the draft may be truncated meanwhile.
+
+    Return the copy, and whether line ends were changed.
+    """
     copy = path.with_name(f"{path.name}.send.tmp")
     copy.touch(mode=0o600)
     converted, last = False, b""
     try:
         with path.open("rb") as source, copy.open("r+b") as target:
             while chunk := source.read(_CHUNK):
-                # A CR at the end of the chunk before belongs to a LF at the start of this one.
+                # A CR at the end of the previous chunk belongs to a LF at the start of this one.
                 fixed = _BARE_LF.sub(b"\r\n", last + chunk)[len(last) :]
                 converted = converted or len(fixed) != len(chunk)
                 target.write(fixed)
                 last = chunk[-1:] if chunk[-1:] == b"\r" else b""
             if not target.tell():
-                return b"", False  # cut to nothing at this moment; a map cannot be empty
+                return b"", False  # truncated to nothing at this moment; a map cannot be empty
             target.flush()
             return mmap.mmap(target.fileno(), 0, access=mmap.ACCESS_READ), converted
     finally:
         copy.unlink()
 
 
-def _digest(data: bytes | mmap.mmap) -> str:
-    end = len(data)
-    while end and data[end - 1] in b"\r\n":
-        end -= 1
-    with memoryview(data) as view, view[:end] as text:
-        return hashlib.sha256(text).hexdigest()
+class AppendBatch:
+    """Uploads of several messages to one mailbox, in a thread."""
+
+    def __init__(self, mailbox: ServerMailbox, uploads: Sequence[Upload]) -> None:
+        self._mailbox = mailbox
+        self._uploads = uploads
+        self.uidvalidity = mailbox.uidvalidity
+        self.uidnext = mailbox.uidnext
+        self.outcomes: list[int | Refused | None] = []
+        """Of each upload: the UID that the server has named, why it was refused, or None if all that is known
+        is that the server took it."""
+        self._listed: dict[int, FetchData] = {}
+
+    def prepare(self, session: Session) -> None:
+        """Ask for UIDVALIDITY and UIDNEXT of the mailbox, unless they are known."""
+        if not self.uidnext or not self.uidvalidity:
+            state = session.examine(self._mailbox.name)
+            self.uidvalidity = state.uidvalidity
+            self.uidnext = session.next_uid()
+
+    def run(self, session: Session) -> None:
+        """Upload all messages, and list what has come to the mailbox."""
+        self._listed = {}
+        limit = next((int(m[1]) for c in session.capabilities if (m := _APPENDLIMIT.match(c))), None)
+        refused = {
+            i: Refused(f"it has {len(upload.data)} bytes, and the server takes {limit} at most", "TOOBIG")
+            for i, upload in enumerate(self._uploads)
+            if limit is not None and len(upload.data) > limit
+        }
+        wanted = [upload for i, upload in enumerate(self._uploads) if i not in refused]
+        outcomes = iter(
+            session.append(self._mailbox.name, wanted, self.uidnext, self._list)[0] if wanted else []
+        )
+        self.outcomes = [refused.get(i) or next(outcomes) for i in range(len(self._uploads))]
+
+    def _list(self, data: FetchData) -> None:
+        if data.uid is not None:
+            self._listed[data.uid] = data
+
+    def listed(self, uid: int) -> FetchData | None:
+        """Return the metadata of an uploaded message, or None if it was removed at once."""
+        return self._listed.get(uid)
 
 
-def _is_clean(data: bytes | mmap.mmap) -> bool:
-    head = bytes(data[: 1 << 18])
-    return head[: max(0, head.find(b"\r\n\r\n"))].isascii() and data.find(b"\0") < 0
+class UploadSearch:
+    """Searches the server, in a thread, for what attempts of unknown outcome may have uploaded.
+
+    ``is_other(draft, attempt, uid)``: whether that message is known to be another one. Called on the trio
+    thread.
+    """
+
+    def __init__(self, drafts: Sequence[Draft], is_other: Callable[[Draft, Attempt, Uid], bool]) -> None:
+        self._drafts = drafts
+        self._is_other = is_other
+        self.found: list[tuple[Draft, Attempt, FetchData]] = []
+
+    def run(self, session: Session) -> None:
+        """Fill ``found``. What is not in it then is not on the server."""
+        self.found = []
+        taken: set[MessageRef] = set()
+        for draft in self._drafts:
+            attempt = draft.attempt
+            if attempt is None:
+                continue
+
+            def is_other(uid: Uid, draft: Draft = draft, attempt: Attempt = attempt) -> bool:
+                return attempt.ref(uid) in taken or trio.from_thread.run_sync(
+                    self._is_other, draft, attempt, uid
+                )
+
+            try:
+                data = find_upload(session, attempt, is_other)
+            except MailboxGone:
+                continue
+            if data is not None and data.uid is not None:
+                taken.add(attempt.ref(data.uid))
+                self.found.append((draft, attempt, data))

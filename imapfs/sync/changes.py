@@ -1,8 +1,8 @@
-"""What changed in the account's directories, and how everybody who caches or watches them learns of it.
+"""What has changed in the account's directories, for all that cache or watch them.
 
-A change that a program makes through the mount is known to the kernel. Every other change (by other clients,
-or by an upload that ends later) is published here once, by whoever made the transaction, in the same step of
-the trio thread. Listeners are called in the order of their subscription.
+The kernel knows the changes that programs make through the mount. Every other change (by another client, or
+by an upload that ends later) is published here once, by the code that commits the transaction, in the same
+step of the trio thread. Listeners are called in the order of their subscription.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from imapfs.model import Ino
-from imapfs.store.cache import Node
+from imapfs.store.rows import Node
 
 
 class Renamed(NamedTuple):
@@ -22,11 +22,11 @@ class Renamed(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """A directory entry that is in another place now, with the same inode."""
+    """A directory entry that has another place now, and the same inode number."""
 
     ino: Ino
     parent: Ino
-    """The directory that it was in."""
+    """The directory that it was in before."""
     name: bytes
     new_name: bytes
     mailbox: Renamed | None = None
@@ -45,15 +45,15 @@ class Changes:
     moved: Sequence[Moved] = ()
     """Entries that another client moved or renamed into this directory."""
     replaced: Sequence[bytes] = ()
-    """Names that stand for another file than before."""
+    """Names that belong to another file than before."""
     resized: Sequence[Ino] = ()
-    """Files whose size is not the one that was shown."""
+    """Files with another size than was shown before."""
     rewritten: Sequence[Ino] = ()
-    """Files whose bytes are not the ones that were shown."""
+    """Files with other bytes than were shown before."""
     uploaded: Sequence[Ino] = ()
-    """Drafts that became messages: their bytes come from another place now."""
+    """Drafts that are messages now: their bytes are in another place."""
     first_look: bool = False
-    """Whether the mailbox was not known before, so that what was added is old mail."""
+    """Whether this is the first listing of the mailbox, so that what was added is old mail."""
 
     def __bool__(self) -> bool:
         return bool(
@@ -69,17 +69,17 @@ class Changes:
 
 
 class ChangeHub:
-    """Passes changes from those who make them to those who listen. Used on the trio thread."""
+    """Passes changes on to listeners. Used on the trio thread."""
 
     def __init__(self) -> None:
         self._listeners: list[Callable[[Changes], None]] = []
 
     def subscribe(self, listener: Callable[[Changes], None]) -> None:
-        """Have ``listener`` called with all changes from now on. It must neither raise nor wait."""
+        """Call ``listener`` with all changes from now on. It must neither raise nor wait."""
         self._listeners.append(listener)
 
     def publish(self, changes: Changes) -> None:
-        """Pass on the changes of a transaction that has been committed."""
+        """Pass on the changes of a committed transaction."""
         if changes:
             for listener in self._listeners:
                 listener(changes)

@@ -1,10 +1,11 @@
-"""Bringing message bodies from the server: one download a message, however many readers wait for it.
+"""Downloading message bodies: one download per message, however many readers wait for it.
 
-A reader goes on as soon as the exact size and its bytes are there; the rest comes in the background. A reader
-that gives up does not stop the download.
+A reader continues as soon as the exact size is known and its bytes have arrived; the rest arrives in the
+background. A reader that gives up does not stop the download.
 
-Threads: a `_Batch` runs in a thread and fills spools. Everything else, descriptors of spools that readers
-have seen included, is touched on the trio thread only, where the thread's news arrive in order.
+Threads: a `_Batch` runs in a thread and fills `IncomingBody` objects. Everything else is used on the trio
+thread only, including the descriptor of a body that a reader can see. What the thread reports arrives
+there in order.
 """
 
 import logging
@@ -22,9 +23,10 @@ from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
 from imapfs.imap.wire import Sink
 from imapfs.log import report
-from imapfs.model import Ino, Uid
-from imapfs.store.bodies import SMALL, BodyStore, Pack, Spool
-from imapfs.store.cache import Body, Cache, Mailbox, Node
+from imapfs.model import Ino, Uid, UidValidity
+from imapfs.store.bodies import SMALL, BodyStore, IncomingBody, Pack
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Body, Node
 from imapfs.sync.changes import ChangeHub, Changes
 from imapfs.sync.synchroniser import Synchroniser
 from imapfs.waiting import Signal
@@ -33,65 +35,65 @@ log = logging.getLogger(__name__)
 
 
 class Download:
-    """The body of one message on its way; lives on the trio thread."""
+    """The download of one body. Used on the trio thread."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
         self.users = 0
         self.error: ImapfsError | None = None
         self.done = False
-        """Nothing more comes: the body is complete and kept, or ``error`` says why it is not."""
-        self._spool: Spool | None = None
+        """Whether it has ended: the body is complete, or ``error`` says why it is not."""
+        self._incoming: IncomingBody | None = None
         self._changed = Signal()
 
-    async def wait_for(self, end: int) -> Spool:
-        """Wait until the exact size is known and the bytes before ``end``, or all there are, have come.
+    async def wait_for(self, end: int) -> IncomingBody:
+        """Wait until the exact size is known and the bytes before ``end`` have arrived.
 
-        A small body counts only when it is complete. Raises what kept it from coming.
+        A small body has to be complete. Raises ImapfsError if the download fails.
         """
         while True:
             if self.error is not None:
                 raise self.error.with_traceback(None)
-            spool = self._spool
-            if spool is not None and (
-                self.done or (spool.size > SMALL and spool.written >= min(end, spool.size))
+            incoming = self._incoming
+            if incoming is not None and (
+                self.done or (incoming.size > SMALL and incoming.written >= min(end, incoming.size))
             ):
-                return spool
+                return incoming
             await self._changed.wait()
 
     def wake(self) -> None:
-        """Let everyone who waits look again."""
+        """Wake all who wait for progress."""
         self._changed.send()
 
-    def set_spool(self, spool: Spool) -> None:
-        """From now on the bytes come here; an earlier spool was of a connection that broke."""
-        if self._spool is not None and self._spool is not spool:
-            self._spool.discard()
-        self._spool = spool
+    def set_incoming(self, incoming: IncomingBody) -> None:
+        """Set where the bytes go; an earlier body was of a connection that broke."""
+        if self._incoming is not None and self._incoming is not incoming:
+            self._incoming.discard()
+        self._incoming = incoming
 
     def finish(self, error: ImapfsError | None) -> None:
-        """Nothing more comes."""
+        """End the download."""
         self.done, self.error = True, error
         self.wake()
         self._release_if_unused()
 
     def acquire(self) -> "Download":
-        """Keep what was downloaded readable until `release`, even if the message is removed meanwhile."""
+        """Keep the downloaded bytes readable until `release`, even if the message is removed meanwhile."""
         self.users += 1
         return self
 
     def release(self) -> None:
+        """Undo one call of `acquire`."""
         self.users -= 1
         self._release_if_unused()
 
     def _release_if_unused(self) -> None:
-        if self.done and not self.users and self._spool is not None:
-            self._spool.discard()
+        if self.done and not self.users and self._incoming is not None:
+            self._incoming.discard()
 
 
 class Downloader:
-    """Downloads in progress. A message whose exact size is not the one that was shown is published on ``hub``
-    before any reader continues."""
+    """Downloads bodies. Publishes a message whose size is not the announced one before a reader continues."""
 
     def __init__(
         self,
@@ -109,26 +111,29 @@ class Downloader:
         self._sync = sync
         self._hub = hub
         self._downloads: dict[Ino, Download] = {}
-        # One connection stays free for what somebody waits for.
-        self._ahead = trio.CapacityLimiter(max(1, pool.limit - 1))
+        # One connection stays free for bodies that a reader waits for.
+        self._prefetches = trio.CapacityLimiter(max(1, pool.limit - 1))
 
     def start(self, node: Node) -> Download:
-        """The download of ``node``'s body, joined if it is under way."""
+        """Start the download of a body, or return the one that is under way."""
         download = self._downloads.get(node.ino)
         if download is None:
             download = self._downloads[node.ino] = Download(node)
             self._nursery.start_soon(self._run, node.parent, [download])
         return download
 
-    def start_ahead(self, nodes: Sequence[Node]) -> None:
-        """Download messages of one mailbox together, before anybody wants them."""
+    def prefetch(self, nodes: Sequence[Node]) -> None:
+        """Download messages of one mailbox together, before a reader opens them."""
         new = [Download(node) for node in nodes if node.ino not in self._downloads]
         if new:
             self._downloads |= {download.node.ino: download for download in new}
-            self._nursery.start_soon(self._run_ahead, new[0].node.parent, new)
+            self._nursery.start_soon(self._run_prefetch, new[0].node.parent, new)
 
     async def contents(self, node: Node) -> bytes:
-        """Return all bytes of a message as the server has it, from the cache if they are there."""
+        """Return all bytes of a message as the server has it, from the cache if possible.
+
+        Raises ImapfsError.
+        """
         data = self._bodies.load(node)
         if data is not None:
             return data
@@ -140,13 +145,17 @@ class Downloader:
                 os.close(fd)
         download = self.start(node).acquire()
         try:
-            spool = await download.wait_for(sys.maxsize)
-            return bytes(spool.small) if spool.small is not None else os.pread(spool.fd, spool.size, 0)
+            incoming = await download.wait_for(sys.maxsize)
+            return (
+                bytes(incoming.small)
+                if incoming.small is not None
+                else os.pread(incoming.fd, incoming.size, 0)
+            )
         finally:
             download.release()
 
-    async def _run_ahead(self, directory: Ino, downloads: Sequence[Download]) -> None:
-        async with self._ahead:
+    async def _run_prefetch(self, directory: Ino, downloads: Sequence[Download]) -> None:
+        async with self._prefetches:
             await self._run(directory, downloads)
 
     async def _run(self, directory: Ino, downloads: Sequence[Download]) -> None:
@@ -154,12 +163,13 @@ class Downloader:
         error: ImapfsError | None = None
         try:
             mailbox = self._cache.mailbox(directory)
-            if mailbox is None or mailbox.server_name is None:
+            name = mailbox and mailbox.selectable_name
+            if mailbox is None or name is None:
                 raise MailboxGone("the mailbox is gone")
             with self._bodies.lend_pack() as pack:
-                batch = _Batch(self, self._bodies, pack, mailbox, downloads)
+                batch = _Batch(self, self._bodies, pack, name, mailbox.uidvalidity, downloads)
                 try:
-                    await self._pool.run(batch.run, mailbox.server_name)
+                    await self._pool.run(batch.run, name)
                 finally:
                     batch.deliver()
             error = MessageGone("it was expunged on the server")
@@ -172,23 +182,23 @@ class Downloader:
                 if not download.done:
                     self._finish(download, error or ConnectionLost("the mount is ending"))
 
-    # News from a batch, on the trio thread:
+    # -- news from a batch ---------------------------------------------------------------------------------
 
-    def sized(self, download: Download, spool: Spool) -> None:
-        """The exact size of a large body is known."""
+    def sized(self, download: Download, incoming: IncomingBody) -> None:
+        """Note the exact size of a large body, which is announced before its first byte."""
         if download.done:
             return
-        download.set_spool(spool)
+        download.set_incoming(incoming)
         node = download.node
         try:
-            self._cache.set_size(node.ino, spool.size)
+            self._cache.set_size(node.ino, incoming.size)
         except Exception as error:
-            failure = report(error, f"the size of message {node.uid} was not kept")
-            if spool.size != node.size or not isinstance(failure, CacheError):
-                # Without the size in the cache the kernel would go on with the wrong one.
+            failure = report(error, f"the size of message {node.uid} was not saved")
+            if incoming.size != node.size or not isinstance(failure, CacheError):
+                # Without the size in the cache the kernel would continue to use a wrong one.
                 self._finish(download, failure)
                 return
-        self._check_size(node, spool.size)
+        self._check_size(node, incoming.size)
         download.wake()
 
     def _check_size(self, node: Node, size: int) -> None:
@@ -196,8 +206,8 @@ class Downloader:
             log.info("message %s has %d bytes, not %d as announced", node.uid, size, node.size)
             self._hub.publish(Changes(node.parent, resized=[node.ino]))
 
-    def came(self, arrived: Sequence["Arrival"]) -> None:
-        """Bodies are complete."""
+    def arrived(self, arrived: Sequence["Arrival"]) -> None:
+        """Note complete bodies."""
         arrived = [a for a in arrived if not a.download.done]
         kept = [a.body for a in arrived if a.body is not None]
         cached = True
@@ -207,13 +217,13 @@ class Downloader:
         except Exception as error:
             report(error, f"{len(kept)} messages were not cached")
             cached = False
-        for download, spool, body in arrived:
+        for download, incoming, body in arrived:
             if body is None or not cached:
-                # Not in the cache, but there for those who wait now.
-                self.sized(download, spool)
+                # Not in the cache, but those who wait now can read it.
+                self.sized(download, incoming)
             else:
-                download.set_spool(spool)
-                self._check_size(download.node, spool.size)
+                download.set_incoming(incoming)
+                self._check_size(download.node, incoming.size)
             if not download.done:
                 self._finish(download, None)
 
@@ -223,109 +233,112 @@ class Downloader:
 
 
 class Arrival(NamedTuple):
-    """A body that is complete, and in its file unless ``body`` is None."""
+    """A complete body. ``body`` says where it is on disk; None if it is not cached."""
 
     download: Download
-    spool: Spool
+    incoming: IncomingBody
     body: Body | None
 
 
 class _Batch:
-    """The part of a fetch that runs in a thread."""
+    """Downloads messages of one mailbox, in a thread."""
 
     def __init__(
         self,
         downloader: Downloader,
         bodies: BodyStore,
         pack: Pack,
-        mailbox: Mailbox,
+        mailbox: bytes,
+        uidvalidity: UidValidity,
         downloads: Sequence[Download],
     ) -> None:
         self._downloader = downloader
         self._bodies = bodies
         self._pack = pack
         self._mailbox = mailbox
+        self._uidvalidity = uidvalidity
         self._wanted = {int(d.node.uid): d for d in downloads if d.node.uid is not None}
-        self._spool: Spool | None = None
-        """The body that is coming in, unless a download has it already."""
-        self._shown: Spool | None = None
-        """The body that is coming in, where readers can see it."""
+        self._incoming: IncomingBody | None = None
+        """The body that is arriving, unless readers can see it."""
+        self._shown: IncomingBody | None = None
+        """The body that is arriving, if readers can see it."""
         self._arrived: deque[Arrival] = deque()
         self._token = trio.lowlevel.current_trio_token()
 
     def deliver(self) -> None:
-        """On the trio thread: pass on what has arrived since the last time, all of it in one transaction."""
+        """On the trio thread: pass on all that has arrived since the last call, in one transaction."""
         arrived = [self._arrived.popleft() for _ in range(len(self._arrived))]
         if arrived:
-            self._downloader.came(arrived)
+            self._downloader.arrived(arrived)
 
     def run(self, session: Session) -> None:
-        """Fetch what is still wanted; what the server does not have stays wanted."""
-        name = self._mailbox.server_name
-        assert name is not None
-        fresh = session.selected != name
+        """Fetch the messages that are still wanted. One that the server does not have stays wanted.
+
+        Raises ImapfsError.
+        """
+        fresh = session.selected != self._mailbox
         try:
-            self._fetch(session, name)
+            self._fetch(session)
             if self._wanted and not fresh:
-                # The server may not have told this connection of messages that came after it was selected:
-                # only a fresh look can say that a message is gone.
-                session.examine(name)
-                self._fetch(session, name)
+                # The server may not have announced messages that came after the mailbox was selected: only
+                # selecting it again can show that a message is gone.
+                session.examine(self._mailbox)
+                self._fetch(session)
         finally:
             self._drop()
             self._shown = None
 
-    def _fetch(self, session: Session, name: bytes) -> None:
-        session.fetch_bodies(name, self._mailbox.uidvalidity, list(self._wanted), self._open, self._close)
+    def _fetch(self, session: Session) -> None:
+        session.fetch_bodies(self._mailbox, self._uidvalidity, list(self._wanted), self._open, self._close)
 
     def _open(self, uid: int | None, size: int) -> Sink:
         if uid is None and len(self._wanted) == 1:
             (uid,) = self._wanted
-        spool = Spool(self._bodies, size)
+        incoming = IncomingBody(self._bodies, size)
         download = None if uid is None else self._wanted.get(uid)
         if download is None or size <= SMALL:
-            self._spool = spool
-            return spool
-        self._shown = spool
-        self._token.run_sync_soon(self._downloader.sized, download, spool)
-        return _Progress(spool, partial(self._token.run_sync_soon, download.wake, idempotent=True))
+            self._incoming = incoming
+            return incoming
+        self._shown = incoming
+        self._token.run_sync_soon(self._downloader.sized, download, incoming)
+        return _Progress(incoming, partial(self._token.run_sync_soon, download.wake, idempotent=True))
 
     def _close(self, uid: int, data: bytes | None) -> None:
         download = self._wanted.get(uid)
         if download is None or data is None:
             self._drop()
             return
-        spool = self._shown or self._spool
-        if spool is None:
-            spool = self._spool = Spool(self._bodies, len(data))
-            spool.write(data)
+        incoming = self._shown or self._incoming
+        if incoming is None:
+            incoming = self._incoming = IncomingBody(self._bodies, len(data))
+            incoming.write(data)
         try:
-            body = spool.keep(download.node.ino, Uid(uid), self._pack)
+            body = incoming.keep(download.node.ino, Uid(uid), self._pack)
         except CacheError as error:
-            if spool.small is None:
+            if incoming.small is None:
                 raise
-            # A full disk is no reason not to show a message that is in memory.
-            spool.discard()
+            # A message in memory can be read even if the disk is full.
+            incoming.discard()
             report(error, f"message {uid} was not cached")
             body = None
-        self._spool = self._shown = None
+        self._incoming = self._shown = None
         del self._wanted[uid]
-        self._arrived.append(Arrival(download, spool, body))
+        self._arrived.append(Arrival(download, incoming, body))
         self._token.run_sync_soon(self.deliver, idempotent=True)
 
     def _drop(self) -> None:
-        if self._spool is not None:
-            self._spool.discard()
-            self._spool = None
+        if self._incoming is not None:
+            self._incoming.discard()
+            self._incoming = None
 
 
 class _Progress:
-    """Passes a body on to its spool and tells those who wait for it."""
+    """Writes the bytes of a body, and wakes those who wait for them."""
 
-    def __init__(self, spool: Spool, wake: Callable[[], object]) -> None:
-        self._spool = spool
+    def __init__(self, incoming: IncomingBody, wake: Callable[[], object]) -> None:
+        self._incoming = incoming
         self._wake = wake
 
     def write(self, data: bytes) -> None:
-        self._spool.write(data)
+        self._incoming.write(data)
         self._wake()

@@ -8,7 +8,8 @@ from imapfs.imap.grammar import FetchData
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
 from imapfs.model import Ino, ModSeq
-from imapfs.store.cache import Cache, Details
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Details
 from imapfs.sync.changes import ChangeHub, Changes
 from imapfs.sync.locate import Locator, ServerMailbox
 from imapfs.sync.synchroniser import Synchroniser

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from imapfs.errors import MailboxGone, MessageGone
 from imapfs.model import Ino, MessageRef, Uid, UidValidity
-from imapfs.store.cache import Cache, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Node
 from imapfs.sync.synchroniser import Synchroniser
 
 

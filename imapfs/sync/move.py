@@ -9,7 +9,6 @@ COPY that the end of the process cut in two: such moves are in the journal while
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -22,15 +21,16 @@ from imapfs.errors import (
     Refused,
     Throttled,
 )
-from imapfs.headers import parse_headers
-from imapfs.imap.grammar import FetchData, parse_date
+from imapfs.imap.grammar import FetchData
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
 from imapfs.log import report
 from imapfs.model import DeletePolicy, Ino, ModSeq, Uid
-from imapfs.store.cache import Cache, Details, Node
-from imapfs.store.journal import Journal, JournalEntry
+from imapfs.store.cache import Cache
+from imapfs.store.journal import Journal, PendingMove
+from imapfs.store.rows import Details, Node
 from imapfs.sync.changes import ChangeHub, Changes
+from imapfs.sync.identify import Fingerprint, find_copy
 from imapfs.sync.locate import Locator, ServerMailbox
 from imapfs.sync.synchroniser import Synchroniser
 from imapfs.waiting import Delays, Flag
@@ -40,29 +40,6 @@ log = logging.getLogger(__name__)
 _FIRST_RETRY: Final = 1.0
 """Seconds until an interrupted move is tried again; doubled each time, up to"""
 _MAX_RETRY: Final = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """What tells a copy of a message from other messages."""
-
-    size: int
-    """As the server gives it; 0 where that is not known."""
-    date: int
-    """INTERNALDATE, seconds since the epoch."""
-    message_id: str
-
-    def matches(self, other: "Fingerprint") -> bool:
-        """Whether the other is a copy. Different messages may have one Message-ID: the size must fit too.
-        Without a Message-ID, date and size have to do."""
-        if self.message_id or other.message_id:
-            return self.message_id == other.message_id and self.size in {0, other.size}
-        return self.date == other.date and self.size == other.size
-
-    @classmethod
-    def of(cls, data: FetchData) -> "Fingerprint":
-        date, _ = parse_date(data.date or b"")
-        return cls(data.size or 0, date, parse_headers(data.body or b"").message_id)
 
 
 class Mover:
@@ -86,17 +63,20 @@ class Mover:
         self._policy = policy
         self._hub = hub
         self._interrupted = Flag()
-        if journal.left:
+        if journal.interrupted:
             self._interrupted.set()
 
     async def move(self, ino: Ino, target: Ino, name: bytes) -> None:
-        """Move a message to another mailbox, where it has ``name``; inode and cached body stay."""
+        """Move a message to another mailbox, with ``name``; its inode number and cached body stay.
+
+        Raises ImapfsError.
+        """
         node = self._locator.message(ino)
         async with self._sync.changing(node.parent, target):
             node = self._locator.message(ino, node.parent)
             moved = await self._transfer(node, target)
             if moved.uid is None:
-                # The server did not say, and no look found it: the next listing will.
+                # The server did not name the UID, and it was not found: the next listing shows the message.
                 self._remove(node, stays=moved.original_stays)
                 self._sync.freshness.forget(target)
                 return
@@ -106,7 +86,10 @@ class Mover:
             self._publish(gone)
 
     async def remove(self, ino: Ino) -> None:
-        """Delete a message as the account's policy says: move it to Trash, or expunge it."""
+        """Delete a message as the account's policy says: move it to Trash, or expunge it.
+
+        Raises ImapfsError.
+        """
         node = self._locator.message(ino)
         trash = self._cache.special_use("\\Trash")
         if self._policy == "trash" and trash is not None and not self._is_within(node.parent, trash):
@@ -139,7 +122,7 @@ class Mover:
             self._publish(self._cache.remove_node(node.ino))
 
     def _note_deleted(self, node: Node) -> None:
-        """A message that could not be expunged is marked as deleted on the server."""
+        """Note in the cache that a message which could not be expunged has the flag \\Deleted."""
         uid = _uid(node)
         flags = self._cache.flags(node.parent).get(uid, "")
         if "\\deleted" not in flags.lower():
@@ -147,9 +130,9 @@ class Mover:
 
     async def _transfer(self, node: Node, target: Ino) -> "_Transfer":
         source, destination = self._locator.mailbox(node.parent), self._locator.mailbox(target)
-        for entry in self._journal.left:
+        for entry in self._journal.interrupted:
             if entry.source == source.ref(_uid(node)):
-                # Copied by an earlier attempt, perhaps: a second copy would stay for ever.
+                # An earlier attempt may have copied it: nothing would ever remove a second copy.
                 await self._recover(entry)
                 node = self._locator.message(node.ino)
                 break
@@ -163,7 +146,7 @@ class Mover:
             raise
         finally:
             if transfer.entry is not None:
-                self._journal.left.append(transfer.entry)
+                self._journal.interrupted.append(transfer.entry)
                 self._interrupted.set()
         return transfer
 
@@ -171,14 +154,14 @@ class Mover:
         try:
             await self._pool.run(transfer.run, source.name, repeat=False)
         except Throttled:
-            # Perhaps between two of its commands; the pool waits as long as it was asked to.
+            # It may have been between two of its commands. The pool waits as long as the server asks.
             await self._pool.run(transfer.run, source.name)
         except ConnectionLost as error:
             log.info("a move was interrupted, looking at its outcome: %s", error)
             await self._pool.run(transfer.run, source.name)
 
-    def _known(self, mailbox: Ino, uid: int) -> bool:
-        return self._cache.message(mailbox, Uid(uid)) is not None
+    def _known(self, mailbox: Ino, uid: Uid) -> bool:
+        return self._cache.message(mailbox, uid) is not None
 
     # -- interrupted moves ---------------------------------------------------------------------------------
 
@@ -192,27 +175,27 @@ class Mover:
 
     async def recover(self) -> bool:
         """Try to finish interrupted moves; return False if some have to wait for the server."""
-        for entry in list(self._journal.left):
+        for entry in list(self._journal.interrupted):
             names = (entry.source.mailbox, entry.target)
             mailboxes = [self._cache.mailbox_named(name) for name in names]
             async with self._sync.changing(*(mailbox.ino for mailbox in mailboxes if mailbox is not None)):
-                if entry not in self._journal.left:
+                if entry not in self._journal.interrupted:
                     continue
                 try:
                     await self._recover(entry)
                 except ImapfsError as error:
                     report(error, "an interrupted move is not finished yet")
-        return not self._journal.left
+        return not self._journal.interrupted
 
-    async def _recover(self, entry: JournalEntry) -> None:
+    async def _recover(self, entry: PendingMove) -> None:
         """Finish one move. The caller has its mailboxes in exclusive use."""
         recovery = _Recovery(entry)
         try:
             await self._pool.run(recovery.run)
         except MailboxGone:
             log.info("an interrupted move cannot be finished: its mailbox is gone")
-        self._journal.remove(entry)
-        self._journal.left.remove(entry)
+        self._journal.finish(entry)
+        self._journal.interrupted.remove(entry)
         source = self._cache.mailbox_named(entry.source.mailbox)
         if recovery.finished and source is not None and source.uidvalidity == entry.source.uidvalidity:
             node = self._locator.find(entry.source)
@@ -233,7 +216,7 @@ def _uid(node: Node) -> Uid:
 
 
 class _Transfer:
-    """One move; `run` runs in a thread, and again if the connection breaks."""
+    """One move. `run` runs in a thread, and again if the connection breaks."""
 
     def __init__(
         self,
@@ -242,7 +225,7 @@ class _Transfer:
         node: Node,
         details: Details,
         journal: Journal,
-        known: Callable[[Ino, int], bool],
+        known: Callable[[Ino, Uid], bool],
     ) -> None:
         self._source = source
         self._target = target
@@ -252,17 +235,17 @@ class _Transfer:
         self._known = known
         self._sent = False
         self._uidnext = target.uidnext
-        # The size that is known may be the true one, and not what the server says of the copy.
+        # The known size may be the exact one, not the one that the server announces for the copy.
         size = 0 if details.message_id else node.size
         self._wanted = Fingerprint(size, details.date, details.message_id)
-        self.entry: JournalEntry | None = None
-        """Set as long as there may be a copy beside the original."""
+        self.entry: PendingMove | None = None
+        """The journal's entry, as long as there may be a copy beside the original."""
         self.uid: int | None = None
         """The UID in the target, once it is known."""
         self.original_stays = False
 
     def run(self, session: Session) -> None:
-        """Move the message, or find out that it is moved. Raises MessageGone if it is nowhere."""
+        """Move the message, or find out that it was moved. Raises MessageGone if it is nowhere."""
         uid = _uid(self._node)
         if self._sent and self._settle(session, uid):
             return
@@ -275,21 +258,22 @@ class _Transfer:
         self._sent = True
         self.uid = session.move(uid, self._target.name)
         if self.uid is None and not self._settle(session, uid):
-            # The connection did not know of the message yet, or the server moved nothing.
+            # The connection had not seen the message yet, or the server moved nothing.
             session.select(self._source.name, self._source.uidvalidity, afresh=True)
             self.uid = session.move(uid, self._target.name)
             if self.uid is None and not self._settle(session, uid):
                 raise Refused("the server did not move the message")
 
     def _copy(self, session: Session, uid: Uid) -> None:
-        """COPY, then delete: the journal has it between the two."""
+        """Copy the message, then delete the original; the journal has an entry in between."""
         if self.entry is None:
             self._wanted = self._fingerprint(session, uid)
-            # Not from the cache: what came since then may look like the copy, and the original would go.
+            # Not from the cache: a message that came since then may look like the copy, and the original
+            # would be deleted.
             session.examine(self._target.name)
             self._uidnext = session.next_uid()
             session.select(self._source.name, self._source.uidvalidity)
-            entry = JournalEntry(
+            entry = PendingMove(
                 self._source.ref(uid),
                 self._target.name,
                 self._uidnext,
@@ -297,7 +281,7 @@ class _Transfer:
                 self._wanted.date,
                 self._wanted.message_id,
             )
-            self._journal.add(entry)
+            self._journal.begin(entry)
             self.entry = entry
         self._sent = True
         self.uid = session.copy(uid, self._target.name)
@@ -314,11 +298,11 @@ class _Transfer:
 
     def _forget_entry(self) -> None:
         if self.entry is not None:
-            self._journal.remove(self.entry)
+            self._journal.finish(self.entry)
             self.entry = None
 
     def _settle(self, session: Session, uid: Uid) -> bool:
-        """Look what became of the move; true if nothing is left to do."""
+        """Look at the outcome of the move; return whether nothing is left to do."""
         session.select(self._source.name, self._source.uidvalidity, afresh=True)
         here = bool(_metadata(session, [uid]))
         self.uid = self._find(session)
@@ -333,18 +317,12 @@ class _Transfer:
             return True
         return False
 
-    def _find(self, session: Session) -> int | None:
-        """The message in the target, among what came after the move was begun."""
-        session.examine(self._target.name)
-        found: list[FetchData] = []
-        session.fetch_metadata_from(self._uidnext, found.append)
-        for data in found:
-            assert data.uid is not None
-            if data.uid < self._uidnext or trio.from_thread.run_sync(self._known, self._target.ino, data.uid):
-                continue
-            if self._wanted.matches(Fingerprint.of(data)):
-                return data.uid
-        return None
+    def _find(self, session: Session) -> Uid | None:
+        """Return the UID of the message in the target, or None if it is not there."""
+        return find_copy(session, self._target.name, self._uidnext, self._wanted, self._is_known)
+
+    def _is_known(self, uid: Uid) -> bool:
+        return trio.from_thread.run_sync(self._known, self._target.ino, uid)
 
     def _fingerprint(self, session: Session, uid: Uid) -> Fingerprint:
         found = _metadata(session, [uid])
@@ -360,21 +338,19 @@ def _metadata(session: Session, uids: Iterable[int]) -> list[FetchData]:
 
 
 class _Recovery:
-    """Finishes a move of an earlier process: if the copy is there, the original goes."""
+    """Finishes an interrupted move in a thread: if the copy is there, the original goes."""
 
-    def __init__(self, entry: JournalEntry) -> None:
-        self._entry = entry
+    def __init__(self, move: PendingMove) -> None:
+        self._move = move
         self.finished = False
         self.original_stays = False
 
     def run(self, session: Session) -> None:
-        entry = self._entry
-        wanted = Fingerprint(entry.size, entry.date, entry.message_id)
-        session.examine(entry.target)
-        found: list[FetchData] = []
-        session.fetch_metadata_from(entry.uidnext, found.append)
-        if any((d.uid or 0) >= entry.uidnext and wanted.matches(Fingerprint.of(d)) for d in found):
-            session.select(entry.source.mailbox, entry.source.uidvalidity)
-            self.original_stays = not session.expunge(entry.source.uid)
+        """Look for the copy, and delete the original. Raises MailboxGone."""
+        move = self._move
+        wanted = Fingerprint(move.size, move.date, move.message_id)
+        if find_copy(session, move.target, move.uidnext, wanted) is not None:
+            session.select(move.source.mailbox, move.source.uidvalidity)
+            self.original_stays = not session.expunge(move.source.uid)
             self.finished = True
-            log.info("finished an interrupted move of message %d", entry.source.uid)
+            log.info("finished an interrupted move of message %d", move.source.uid)

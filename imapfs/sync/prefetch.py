@@ -1,11 +1,11 @@
-"""Fetching ahead: a program that reads one message after another should not wait for each.
+"""Prefetching bodies: a program that reads one message after another should not wait for each.
 
-A scan is noticed when several bodies that are not cached are opened in one mailbox within a short time. From
-then on, messages after the one being read are fetched in batches over several connections, and every further
-open shows that the scan goes on and moves the window. When nothing is opened any more, nothing is fetched.
+A scan begins when several messages of one mailbox without cached bodies are opened within a short time. From
+then on the messages that follow are fetched in batches over several connections. Each further open moves the
+window ahead; when the program opens no more messages, nothing more is fetched.
 
-The order of a scan is that of inodes (``grep -r``, ``find``) or of names (``rsync``). The window is bounded
-in bytes; what it may add up to within a day is the budget, so that no crawler downloads an account unasked.
+A scan goes by inode number (``grep -r``, ``find``) or by name (``rsync``). The window is limited in bytes. A
+daily budget limits all windows together, so that no indexing program downloads a whole account unnoticed.
 """
 
 import time
@@ -14,44 +14,50 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from imapfs.model import Ino
-from imapfs.store.cache import Cache, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Node
 
-_NOTICE: Final = 3
-"""Uncached bodies opened in a row that make a scan."""
+_MIN_MISSES: Final = 3
+"""Number of messages without cached bodies, opened in a row, that make a scan."""
 _IDLE: Final = 2.0
 """Seconds without an open after which a scan is over."""
-_BATCH_MESSAGES: Final = 500
+_MAX_BATCH: Final = 500
 _BATCHES: Final = 4
-"""Batches that a window is made of: one each for as many connections as there are by default."""
-_WINDOW_FIRST: Final = 2 << 20
-_WINDOW_MOST: Final = 16 << 20
+"""Batches in a window: one for each connection, as many as there are by default."""
+_FIRST_WINDOW: Final = 2 << 20
+"""Bytes of the first window of a scan; doubled with each batch, up to"""
+_MAX_WINDOW: Final = 16 << 20
 _DAY: Final = 86400.0
 
 
 class _Scan:
-    """What is being read in one mailbox."""
+    """A program that reads one mailbox."""
 
     def __init__(self) -> None:
         self.at = 0.0
         self.opened: list[Node] = []
         self.running = False
         self.misses = 0
-        """Messages opened in a row that were not fetched ahead, though others were."""
+        """Messages opened in a row that were not prefetched, although others were."""
         self.by_name = False
         self.cursor: Node | None = None
-        """Up to where messages were fetched or asked for."""
-        self.window = _WINDOW_FIRST
-        self.ahead: OrderedDict[Ino, int] = OrderedDict()
-        """Bytes of messages asked for and not opened yet."""
-        self.ahead_bytes = 0
+        """The last message that was fetched or requested."""
+        self.window = _FIRST_WINDOW
+        self.prefetched: OrderedDict[Ino, int] = OrderedDict()
+        """Bytes of each message that was requested and not opened yet."""
+        self.prefetched_bytes = 0
 
     def take(self, ino: Ino) -> None:
-        self.ahead_bytes -= self.ahead.pop(ino, 0)
+        """Note that a message was opened."""
+        self.prefetched_bytes -= self.prefetched.pop(ino, 0)
 
 
-class FetchAhead:
-    """Notices scans. ``fetch(nodes)`` has messages of one mailbox fetched, together; ``budget`` is in bytes a
-    day, and 0 turns it off."""
+class Prefetcher:
+    """Detects scans and prefetches for them.
+
+    ``fetch(nodes)`` fetches messages of one mailbox together, in the background. ``budget``: maximum bytes
+    per day; 0 for no prefetching.
+    """
 
     def __init__(self, cache: Cache, fetch: Callable[[Sequence[Node]], None], budget: int) -> None:
         self._cache = cache
@@ -62,28 +68,28 @@ class FetchAhead:
         self._scans: dict[Ino, _Scan] = {}
 
     def opened(self, node: Node) -> None:
-        """A message is opened, which may have been fetched ahead, and is to be fetched now if it was not."""
+        """Note that a message is opened, whether it was prefetched or has to be fetched now."""
         if not self._budget:
             return
         now = time.monotonic()
         scan = self._scans.get(node.parent)
         if scan is None or now - scan.at > _IDLE:
             if node.crc is not None:
-                return  # what is cached needs no help, and says nothing about what is not
+                return  # a cached message needs no prefetching, and shows nothing about others
             self._scans = {ino: s for ino, s in self._scans.items() if now - s.at <= _IDLE}
             scan = self._scans[node.parent] = _Scan()
         scan.at = now
         if scan.running:
-            scan.misses = 0 if node.ino in scan.ahead or node.crc is not None else scan.misses + 1
-            if scan.misses >= _NOTICE:
-                # It goes another way than was thought.
+            scan.misses = 0 if node.ino in scan.prefetched or node.crc is not None else scan.misses + 1
+            if scan.misses >= _MIN_MISSES:
+                # The scan goes in another order than expected.
                 scan.running, scan.opened = False, []
         scan.take(node.ino)
         if not scan.running:
             if node.crc is None:
                 scan.opened.append(node)
-            del scan.opened[:-_NOTICE]
-            if len(scan.opened) < _NOTICE:
+            del scan.opened[:-_MIN_MISSES]
+            if len(scan.opened) < _MIN_MISSES:
                 return
             scan.running, scan.misses = True, 0
             scan.by_name = _goes_by_name(scan.opened)
@@ -92,12 +98,12 @@ class FetchAhead:
 
     def _top_up(self, scan: _Scan) -> None:
         while (
-            scan.ahead_bytes < scan.window
-            and len(scan.ahead) < _BATCHES * _BATCH_MESSAGES
+            scan.prefetched_bytes < scan.window
+            and len(scan.prefetched) < _BATCHES * _MAX_BATCH
             and scan.cursor is not None
             and (left := self._left()) > 0
         ):
-            found = self._cache.uncached_after(scan.cursor, scan.by_name, _BATCH_MESSAGES)
+            found = self._cache.uncached_after(scan.cursor, scan.by_name, _MAX_BATCH)
             batch: list[Node] = []
             size = 0
             for node in found:
@@ -110,15 +116,15 @@ class FetchAhead:
                 return
             scan.cursor = batch[-1]
             for node in batch:
-                scan.ahead[node.ino] = node.size
-            scan.ahead_bytes += size
+                scan.prefetched[node.ino] = node.size
+            scan.prefetched_bytes += size
             self._spent += size
-            # A scan that goes on deserves more.
-            scan.window = min(_WINDOW_MOST, scan.window * 2)
+            # The longer a scan goes on, the more it gets.
+            scan.window = min(_MAX_WINDOW, scan.window * 2)
             self._fetch(batch)
 
     def _left(self) -> int:
-        """Bytes that may still be fetched ahead today."""
+        """Return the bytes that may still be prefetched today."""
         now = time.monotonic()
         if now - self._day > _DAY:
             self._day, self._spent = now, 0
@@ -126,7 +132,7 @@ class FetchAhead:
 
 
 def _goes_by_name(opened: Sequence[Node]) -> bool:
-    """Whether a scan goes by name rather than by inode; by inode if it is neither."""
+    """Return whether a scan goes by name, and not by inode number."""
     inos = [node.ino for node in opened]
     names = [node.name or b"" for node in opened]
     return inos != sorted(inos) and names == sorted(names)

@@ -1,8 +1,9 @@
-"""Recognises what another client moved or renamed: it keeps its inode and what is cached of it.
+"""Rename detection: what another client moved or renamed keeps its inode and cached body.
 
-IMAP does not tell of it: one mailbox loses a message and another one gets one. What comes with the
-Message-ID, INTERNALDATE and size of a message in another mailbox is a copy if that one is still there, which
-is asked; else it was moved. A mailbox that is new, with the UIDVALIDITY of one that is gone, is that one.
+IMAP does not announce a move: one mailbox loses a message, another one gets one. If a new message looks like
+one in another mailbox (`imapfs.sync.identify`), the server is asked whether that one is still there. If so,
+the new one is a copy; if not, it was moved. A new mailbox with the UIDVALIDITY of one that is gone is a
+renamed one.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,56 +17,57 @@ from imapfs.imap.grammar import FetchData
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
 from imapfs.model import Ino, Uid
-from imapfs.store.cache import Cache, Directory, Mailbox, NewMessage, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Directory, Mailbox, NewMessage, Node
 from imapfs.store.spool import Spool
 from imapfs.sync.changes import Moved
+from imapfs.sync.identify import find_moved
 from imapfs.waiting import Signal
 
-_MOST: Final = 1000
-"""Messages that come at once and are looked for in other mailboxes; more are somebody's archive."""
-_MOST_MAILBOXES: Final = 20
-"""New ones that are compared with those that are gone: each is a question to the server."""
+_MAX_MESSAGES: Final = 1000
+"""New messages of one synchronisation that are looked for in other mailboxes; more are an import."""
+_MAX_MAILBOXES: Final = 20
+"""New mailboxes that are compared with those that are gone: each takes a question to the server."""
 _PATIENCE: Final = 1.0
-"""Seconds that a synchronisation waits for others."""
+"""Maximum seconds that a synchronisation waits for others."""
 
 
-class Crossing:
-    """Where synchronisations of mailboxes wait for each other, so that what was moved between them is found
-    whichever of them is the first. Used on the trio thread.
+class MoveCoordinator:
+    """Lets synchronisations wait for each other, so that a move is found whichever of them runs first.
 
-    ``running`` are the mailboxes that are synchronised, ``locks`` those that are in exclusive use. A message
-    that something in ``spool`` is a new version of has to stay where it is.
+    ``running`` are the mailboxes that are being synchronised, ``locks`` those that are in exclusive use. A
+    message that has a new version in ``spool`` stays where it is. Used on the trio thread.
     """
 
     def __init__(self, running: Collection[Ino], locks: Mapping[Ino, trio.Lock], spool: Spool) -> None:
         self._running = running
         self._locks = locks
         self._waiting: set[Ino] = set()
-        """Mailboxes whose synchronisation waits here: from these messages can be taken."""
-        self._forgetting: set[Ino] = set()
-        """Those of them that are about to forget what is gone."""
+        """Mailboxes whose synchronisation waits here, so that messages can be taken out of them."""
+        self._removing: set[Ino] = set()
+        """Those of them that are about to remove what is gone."""
         self._changed = Signal()
         self._spool = spool
 
-    def may_take(self, ino: Ino, mailbox: Ino) -> bool:
-        """Whether a message that another client has moved can be taken from ``mailbox`` now."""
-        return self._is_at_rest(mailbox) and self._spool.get(ino) is None
+    def can_take(self, ino: Ino, mailbox: Ino) -> bool:
+        """Return whether a message that another client has moved can be taken out of ``mailbox`` now."""
+        return self._is_free(mailbox) and self._spool.get(ino) is None
 
-    def _is_at_rest(self, mailbox: Ino) -> bool:
+    def _is_free(self, mailbox: Ino) -> bool:
         lock = self._locks.get(mailbox)
         return lock is None or not lock.locked() or mailbox in self._waiting
 
-    async def before_taking(self, mailbox: Ino, sources: Collection[Ino]) -> None:
-        """Wait a moment until messages that were moved to ``mailbox`` can be taken from ``sources``."""
-        await self._wait(mailbox, lambda: all(map(self._is_at_rest, sources)))
+    async def wait_for_sources(self, mailbox: Ino, sources: Collection[Ino]) -> None:
+        """Wait, but not long, until messages can be taken out of ``sources`` into ``mailbox``."""
+        await self._wait(mailbox, lambda: all(map(self._is_free, sources)))
 
-    async def before_forgetting(self, mailbox: Ino) -> None:
-        """Wait a moment for the others, which may have got what ``mailbox`` is about to forget."""
-        self._forgetting.add(mailbox)
+    async def wait_before_removal(self, mailbox: Ino) -> None:
+        """Wait, but not long, for synchronisations that may find what ``mailbox`` is about to remove."""
+        self._removing.add(mailbox)
         try:
-            await self._wait(mailbox, lambda: self._forgetting.issuperset(self._running))
+            await self._wait(mailbox, lambda: self._removing.issuperset(self._running))
         finally:
-            self._forgetting.remove(mailbox)
+            self._removing.remove(mailbox)
 
     async def _wait(self, mailbox: Ino, condition: Callable[[], bool]) -> None:
         self._waiting.add(mailbox)
@@ -78,74 +80,77 @@ class Crossing:
             self._waiting.remove(mailbox)
 
     def wake(self) -> None:
-        """A synchronisation has come further, or to its end."""
+        """Announce that a synchronisation has made progress, or has ended."""
         self._changed.send()
 
 
-class Arrivals:
-    """Messages that come into one mailbox. Used by one synchronisation: see there which thread calls what.
+class MoveDetector:
+    """Tells moved messages from new ones in one synchronisation of one mailbox.
 
-    ``may_take(ino, mailbox)`` says whether a message of another mailbox can be taken from there now.
+    `keep_back` and `resolve` are called on the trio thread, `check_sources` between them in a thread.
     """
 
-    def __init__(self, cache: Cache, mailbox: Ino, may_take: Callable[[Ino, Ino], bool]) -> None:
+    def __init__(self, cache: Cache, mailbox: Ino, coordinator: MoveCoordinator) -> None:
         self._cache = cache
         self._mailbox = mailbox
-        self._may_take = may_take
-        self._held: dict[Uid, tuple[NewMessage, Node]] = {}
+        self._coordinator = coordinator
+        self._candidates: dict[Uid, tuple[NewMessage, Node]] = {}
         self._there: dict[Ino, set[int]] = {}
 
-    def hold_back(self, messages: Sequence[NewMessage]) -> list[NewMessage]:
-        """On the trio thread: those that are new for sure; the others wait for `look` and `take`."""
-        if len(self._held) + len(messages) > _MOST:
+    def keep_back(self, messages: Sequence[NewMessage]) -> list[NewMessage]:
+        """Keep back the messages that may have been moved here, for `resolve`; return the others."""
+        if len(self._candidates) + len(messages) > _MAX_MESSAGES:
             return list(messages)
         new = []
         for message in messages:
             known = self._cache.message(self._mailbox, message.uid)
-            twin = None if known is not None else self._cache.twin(self._mailbox, message)
-            if twin is None:
+            original = None if known is not None else find_moved(self._cache, self._mailbox, message)
+            if original is None:
                 new.append(message)
             else:
-                self._held[message.uid] = message, twin
+                self._candidates[message.uid] = message, original
         return new
 
-    def look(self, session: Session) -> set[Ino]:
-        """In a thread: find out which of those that were held back are still elsewhere too; where that is.
+    def check_sources(self, session: Session) -> set[Ino]:
+        """Ask the server which originals are still there; return the mailboxes that they are in.
 
         Another mailbox may be selected afterwards. Raises ImapfsError.
         """
-        sources = {twin.parent for _, twin in self._held.values()}
+        originals = [original for _, original in self._candidates.values()]
+        sources = {original.parent for original in originals}
         for source in sources:
-            uids = [twin.uid or 0 for _, twin in self._held.values() if twin.parent == source]
-            box = trio.from_thread.run_sync(self._cache.mailbox, source)
-            self._there[source] = _still_there(session, box, uids)
+            uids = [original.uid or 0 for original in originals if original.parent == source]
+            mailbox = trio.from_thread.run_sync(self._cache.mailbox, source)
+            self._there[source] = _still_there(session, mailbox, uids)
         return sources
 
-    def take(self) -> tuple[list[NewMessage], list[Moved]]:
-        """On the trio thread, after `look`: the new messages, and those that were moved, as they are now."""
-        held, there = list(self._held.values()), self._there
-        self._held.clear()
+    def resolve(self) -> tuple[list[NewMessage], list[Moved]]:
+        """After `check_sources`: move in the cache what was moved; return the new messages, and the moves."""
+        candidates, there = list(self._candidates.values()), self._there
+        self._candidates.clear()
         new, moved = [], []
-        for message, twin in held:
-            now = self._cache.node(twin.ino)
-            same = now is not None and (now.parent, now.uid, now.name) == (twin.parent, twin.uid, twin.name)
-            if twin.uid in there[twin.parent] or not same or not self._may_take(twin.ino, twin.parent):
+        for message, before in candidates:
+            now = self._cache.node(before.ino)
+            place = before.parent, before.uid, before.name
+            same = now is not None and (now.parent, now.uid, now.name) == place
+            can_take = same and self._coordinator.can_take(before.ino, before.parent)
+            if before.uid in there[before.parent] or not can_take:
                 new.append(message)
                 continue
-            name = self._cache.relocate(twin.ino, self._mailbox, message)
-            moved.append(Moved(twin.ino, twin.parent, twin.name or b"", name))
+            name = self._cache.relocate(before.ino, self._mailbox, message)
+            moved.append(Moved(before.ino, before.parent, before.name or b"", name))
         return new, moved
 
 
-def _still_there(session: Session, box: Mailbox | None, uids: list[int]) -> set[int]:
-    """Which of these messages the mailbox has; all of them, where that cannot be known."""
+def _still_there(session: Session, mailbox: Mailbox | None, uids: list[int]) -> set[int]:
+    """Return which of these messages the mailbox has; all of them, if that cannot be known."""
     found: list[FetchData] = []
     try:
-        name = box and box.selectable_name
-        if box is None or name is None:
+        name = mailbox and mailbox.selectable_name
+        if mailbox is None or name is None:
             return set(uids)
         state = session.examine(name)
-        if state.uidvalidity != box.uidvalidity:
+        if state.uidvalidity != mailbox.uidvalidity:
             return set(uids)
         session.fetch_metadata(uids, found.append, headers=False)
     except (MailboxGone, Refused):
@@ -153,21 +158,21 @@ def _still_there(session: Session, box: Mailbox | None, uids: list[int]) -> set[
     return {data.uid or 0 for data in found}
 
 
-async def find_renamed(
+async def find_renamed_mailboxes(
     pool: SessionPool, cache: Cache, wanted: Sequence[Directory]
 ) -> list[tuple[Mailbox, Directory, Ino]]:
-    """Mailboxes that are in the cache under another name than in the list from the server: as they are there
-    and as they are here, and the directory that they are in now. Raises ImapfsError.
+    """Return the mailboxes of the cache that the server lists under another name.
 
-    What is below a renamed mailbox is not looked for; it is renamed too.
+    For each: the mailbox in the cache, the directory that it has to become, and the inode of the directory
+    above. Mailboxes below a renamed one are not returned; they are renamed with it. Raises ImapfsError.
     """
     names = {directory.server_name for directory in wanted}
     gone: dict[int, list[Mailbox]] = {}
-    for box in cache.mailboxes():
-        if box.uidvalidity and box.server_name not in names:
-            gone.setdefault(box.uidvalidity, []).append(box)
+    for mailbox in cache.mailboxes():
+        if mailbox.uidvalidity and mailbox.server_name not in names:
+            gone.setdefault(mailbox.uidvalidity, []).append(mailbox)
     new = [d for d in wanted if d.selectable and d.server_name and not cache.mailbox_named(d.server_name)]
-    if not gone or len(new) > _MOST_MAILBOXES:
+    if not gone or len(new) > _MAX_MAILBOXES:
         return []
     found = []
     for directory in new:

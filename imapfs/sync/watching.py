@@ -1,15 +1,14 @@
-"""How the mount learns of changes by itself: which mailboxes are watched, and what follows from what is told.
+"""Watching: how a mount learns of changes on the server without being asked for them.
 
-Theory of operation. Where the server has NOTIFY, one connection watches all mailboxes, with INBOX selected;
-where it has IDLE, one connection each watches those that are in use: INBOX, open directories, then the last
-used. Such connections are given up as soon as somebody else needs one, and had again when nobody does.
-Beside that, and where there is neither, the list of mailboxes and STATUS of all that were ever listed are
-asked for at an interval: servers do not always tell of everything (Dovecot's NOTIFY not of what was delivered
-straight into a Maildir).
+If the server has NOTIFY, one connection watches all mailboxes, with INBOX selected. If it has IDLE, one
+connection each watches the mailboxes in use: INBOX, open directories, then the last used. These connections
+are given up as soon as another task needs one, and opened again when no task does. In addition, and if the
+server has neither, the list of mailboxes and the STATUS of each mailbox that was ever listed are polled:
+servers do not announce everything (Dovecot's NOTIFY not what was delivered straight into a Maildir).
 
-What is told is a hint that something changed, and leads to an ordinary synchronisation: after a moment, as
-changes come in bursts, and one at a time for each mailbox. What the cache knows already, such as a change
-that was made here and comes back, leads to nothing. All of it runs on the trio thread but for `Watch.run`.
+An announcement is a hint that something has changed. It leads to an ordinary synchronisation, after a moment,
+as changes come in bursts, and one at a time per mailbox. An announcement of what the cache has already, such
+as a change made through the mount, leads to nothing. All of this runs on the trio thread, except `Watch.run`.
 """
 
 import logging
@@ -39,33 +38,36 @@ from imapfs.imap.session import Session
 from imapfs.log import report
 from imapfs.model import ROOT, Ino, Uid
 from imapfs.names import is_inbox
-from imapfs.store.cache import Cache, Mailbox
-from imapfs.sync.synchroniser import Synchroniser, display_name
-from imapfs.waiting import Signal
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Mailbox
+from imapfs.sync.synchroniser import Synchroniser
+from imapfs.sync.tree import display_name
+from imapfs.waiting import Delays, Signal
 
 log = logging.getLogger(__name__)
 
-How = Literal["notify", "idle", "poll"]
+WatchMethod = Literal["notify", "idle", "poll"]
 
 _DEBOUNCE: Final = 0.05
-"""Seconds between the first sign of a change and the question what it was."""
+"""Seconds from the first announcement of a change to the synchronisation."""
 _SETTLE: Final = 2.0
-"""Seconds for which the mailboxes in use may change before watches move to others."""
-_PAUSE_FIRST: Final = 1.0
-_PAUSE_MOST: Final = 60.0
-_SOUND: Final = 30.0
-"""Seconds after which the end of a watch is no sign that the next will end as well."""
-_LOOK: Final = 5.0
-"""Seconds between polls while somebody looks into mailboxes, for servers do not tell of everything: Dovecot
-not of what is delivered straight into a Maildir within a second of another change."""
-_LOOKS: Final = 20
-"""How much longer than a poll the time to the next of them is."""
-_AT_ONCE: Final = 2
-"""Most synchronisations at once that nobody has asked for."""
+"""Seconds during which the mailboxes in use may change before watches move to others."""
+_FIRST_RETRY: Final = 1.0
+"""Seconds until a watch that failed is tried again; doubled each time, up to"""
+_MAX_RETRY: Final = 60.0
+_STABLE: Final = 30.0
+"""Seconds after which a watch counts as a success when it ends."""
+_POLL_IN_USE: Final = 5.0
+"""Seconds between polls while mailboxes are in use, as servers do not announce everything: Dovecot does not
+announce what is delivered straight into a Maildir within a second of another change."""
+_MIN_POLL_GAP: Final = 20
+"""Minimum time between these polls, as a multiple of the last poll's duration."""
+_MAX_FOLLOWED: Final = 2
+"""Maximum number of synchronisations at once that announcements lead to."""
 
 
-class Push:
-    """Keeps the cache up to date for as long as ``nursery`` lives. ``interval`` of polling in seconds."""
+class Watching:
+    """Keeps the cache up to date as long as ``nursery`` lives. ``interval``: seconds between polls."""
 
     def __init__(
         self, pool: SessionPool, cache: Cache, sync: Synchroniser, nursery: trio.Nursery, interval: float
@@ -77,35 +79,35 @@ class Push:
         self._nursery = nursery
         self._interval = interval
         self._root = ROOT
-        self._how: How = "poll"
+        self._method: WatchMethod = "poll"
         self._chosen = trio.Event()
         self._unsupported: set[str] = set()
-        """What the server offers and does not do."""
+        """Capabilities that the server offers, but does not support."""
         self._used: dict[Ino, float] = {}
         self._opened: Counter[Ino] = Counter()
-        self._watchers: dict[Ino, _Watcher] = {}
-        """By the mailbox that they watch; those that watch everything by `ROOT`."""
-        self._other_wishes = Signal()
+        self._watchers: dict[Ino, _MailboxWatch] = {}
+        """Mailbox -> what watches it; `ROOT` -> what watches everything."""
+        self._wanted_changed = Signal()
         self._settling = False
         self._following: set[Ino] = set()
-        self._turns = trio.Semaphore(max(1, min(_AT_ONCE, pool.limit - 1)))
+        self._turns = trio.Semaphore(max(1, min(_MAX_FOLLOWED, pool.limit - 1)))
         self._last_poll = time.monotonic()
         self._poll_took = 0.0
         self._polled: dict[Ino, Mapping[str, int]] = {}
-        """What STATUS said of mailboxes of which it says something else than a synchronisation."""
+        """The last STATUS of mailboxes for which it differs from what a synchronisation finds."""
 
     def start(self, root: Ino) -> None:
-        """Begin to watch what is below ``root``."""
+        """Start watching the mailboxes below ``root``."""
         self._root = root
         self._nursery.start_soon(self._watch_forever)
         self._nursery.start_soon(self._poll_forever)
 
     def unwatch(self, key: Ino) -> None:
-        """Changes are not told any more."""
+        """Note that changes are no longer announced."""
         self._fresh.unwatch(None if key == ROOT else key)
 
     def status(self) -> dict[str, object]:
-        """How changes are learned of now: for ``imapfs status``."""
+        """Return how changes are learned of now, for ``imapfs status``."""
         live = [ino for ino, watcher in self._watchers.items() if watcher.live]
         boxes = [box for ino in live if (box := self._cache.mailbox(ino)) is not None]
         return {
@@ -114,32 +116,35 @@ class Push:
             "poll": self._interval,
         }
 
-    # -- what is in use ------------------------------------------------------------------------------------
+    # -- mailboxes in use ----------------------------------------------------------------------------------
 
     def used(self, mailbox: Ino) -> None:
-        """Somebody looks into a mailbox."""
+        """Note that a program uses a mailbox."""
         now = time.monotonic()
         self._used[mailbox] = now
-        if self._fresh.is_watched(mailbox) and now - self._last_poll > max(_LOOK, _LOOKS * self._poll_took):
+        if self._fresh.is_watched(mailbox) and now - self._last_poll > max(
+            _POLL_IN_USE, _MIN_POLL_GAP * self._poll_took
+        ):
             self._last_poll = now
             self._nursery.start_soon(self._poll)
-        if self._how == "idle" and mailbox not in self._watchers and not self._settling:
+        if self._method == "idle" and mailbox not in self._watchers and not self._settling:
             self._settling = True
             self._nursery.start_soon(self._settle)
 
     def opened(self, mailbox: Ino) -> None:
-        """A directory was opened, and counts as in use until it is `closed`."""
+        """Note that a directory was opened; it is in use until it is `closed`."""
         self._opened[mailbox] += 1
         self.used(mailbox)
 
     def closed(self, mailbox: Ino) -> None:
+        """Undo one call of `opened`."""
         self._opened[mailbox] -= 1
         if not self._opened[mailbox]:
             del self._opened[mailbox]
 
     async def _settle(self) -> None:
-        """Move watches to the mailboxes that are wanted more."""
-        self._wish()
+        """Move watches to mailboxes that rank higher."""
+        self._wanted_changed.send()
         await trio.sleep(_SETTLE)
         self._settling = False
         try:
@@ -150,19 +155,15 @@ class Push:
         for ino, watcher in self._watchers.items():
             if ino not in wanted:
                 watcher.stop()
-        self._wish()
-
-    def _wish(self) -> None:
-        """Have those who wait for a mailbox to watch look again."""
-        self._other_wishes.send()
+        self._wanted_changed.send()
 
     def rank(self, ino: Ino) -> tuple[bool, bool, float]:
-        """How much a mailbox is worth to be watched."""
+        """Return the rank of a mailbox; the highest ranks are watched."""
         box = self._cache.mailbox(ino)
         return (ino == ROOT or _is_inbox(box), ino in self._opened, self._used.get(ino, 0.0))
 
     def _wanted(self) -> list[Ino]:
-        """The mailboxes to be watched by IDLE, the most important first."""
+        """Return the mailboxes to be watched by IDLE, the highest rank first."""
         known = [
             box.ino
             for box in self._mailboxes()
@@ -171,7 +172,7 @@ class Push:
         return sorted(known, key=self.rank, reverse=True)[: self._pool.watch_limit]
 
     def _mailboxes(self) -> list[Mailbox]:
-        """Those that hold messages and are in the mount."""
+        """Return the mailboxes that hold messages and are mounted."""
         return [box for box in self._cache.mailboxes() if box.selectable and self._is_mounted(box.ino)]
 
     def _is_mounted(self, ino: Ino) -> bool:
@@ -181,7 +182,7 @@ class Push:
         return self._cache.path(ino)[: len(top)] == top
 
     def _is_listed(self, box: Mailbox) -> bool:
-        """Whether there is something that could be out of date."""
+        """Return whether the cache has messages that could be out of date."""
         return bool(box.complete) or self._sync.is_refreshing(box.ino)
 
     # -- watching ------------------------------------------------------------------------------------------
@@ -191,14 +192,14 @@ class Push:
         while True:
             await self._pool.wait_until_online()
             try:
-                how = await self._pool.run(self._choose)
-                if how != self._how or not self._chosen.is_set():
-                    log.info("changes are learned of by %s", how)
-                self._how = how
+                method = await self._pool.run(self._choose)
+                if method != self._method or not self._chosen.is_set():
+                    log.info("changes are learned of by %s", method)
+                self._method = method
                 self._chosen.set()
-                if how == "notify":
+                if method == "notify":
                     await self._watch_everything(pause)
-                elif how == "idle":
+                elif method == "idle":
                     await self._watch_used()
                 else:
                     await trio.sleep(self._interval)
@@ -209,13 +210,13 @@ class Push:
                 report(error, "watching failed")
                 await pause.after(0)
 
-    def _choose(self, session: Session) -> How:
+    def _choose(self, session: Session) -> WatchMethod:
         def can(capability: str) -> bool:
             return session.has(capability) and capability not in self._unsupported
 
         if not can("IDLE"):
             return "poll"
-        # Without modification sequences the first words of NOTIFY would not say what is new.
+        # Without modification sequences the first responses of NOTIFY would not show what is new.
         return "notify" if can("NOTIFY") and can("CONDSTORE") else "idle"
 
     async def _watch_everything(self, pause: "_Pause") -> None:
@@ -231,7 +232,7 @@ class Push:
         await pause.after(time.monotonic() - started)
 
     async def _watch_used(self) -> None:
-        """Watch the mailboxes that are in use, until the server turns out not to be able to."""
+        """Watch the mailboxes in use until the server turns out not to support it."""
         async with trio.open_nursery() as nursery:
             for _ in range(self._pool.watch_limit):
                 nursery.start_soon(self._watch_one_after_another)
@@ -244,7 +245,7 @@ class Push:
                 ino = next((ino for ino in self._wanted() if ino not in self._watchers), None)
                 box = self._cache.mailbox(ino) if ino is not None else None
                 if box is None:
-                    await self._other_wishes.wait()
+                    await self._wanted_changed.wait()
                     continue
                 if await self._watch(box.ino, box):
                     continue
@@ -253,18 +254,18 @@ class Push:
                 self._unsupported.add("IDLE")
                 for watcher in self._watchers.values():
                     watcher.stop()
-                self._wish()
+                self._wanted_changed.send()
                 return
             except Exception as error:
                 report(error, "a mailbox cannot be watched")
             await pause.after(time.monotonic() - started)
 
     async def _watch(self, key: Ino, box: Mailbox | None) -> bool:
-        """Watch a mailbox, or with `ROOT` as ``key`` everything with ``box`` selected; true if ended as told.
+        """Watch a mailbox or, if ``key`` is `ROOT`, everything with ``box`` selected.
 
-        Raises NotSupported.
+        Return whether the watch ended because it was stopped. Raises NotSupported.
         """
-        watcher = self._watchers[key] = _Watcher(self, key, box)
+        watcher = self._watchers[key] = _MailboxWatch(self, key, box)
         try:
             await self._pool.watch(watcher, box.server_name if box is not None else None)
         except NotSupported:
@@ -280,17 +281,17 @@ class Push:
             del self._watchers[key]
         return watcher.stopped
 
-    # -- what is told --------------------------------------------------------------------------------------
+    # -- announcements -------------------------------------------------------------------------------------
 
-    def hear(self, watcher: "_Watcher", events: Sequence[WatchEvent]) -> None:
-        """Take what the server said to a watcher. Called by trio itself, which no error must reach."""
+    def handle(self, watcher: "_MailboxWatch", events: Sequence[WatchEvent]) -> None:
+        """Handle what the server has announced to a watcher. Raises nothing, as trio itself calls this."""
         try:
             for event in events:
-                self._hear(watcher, event)
+                self._handle(watcher, event)
         except Exception as error:
-            report(error, "what the server told was not understood")
+            report(error, "an announcement of the server was not understood")
 
-    def _hear(self, watcher: "_Watcher", event: WatchEvent) -> None:
+    def _handle(self, watcher: "_MailboxWatch", event: WatchEvent) -> None:
         box = watcher.selected
         match event:
             case WatchBegan():
@@ -319,17 +320,17 @@ class Push:
                 self._look(
                     box.ino, {key: n for key, n in numbers.items() if n or key == "MESSAGES"}, watcher.since
                 )
-                # Flags may be others without a MODSEQ to tell. A second look takes a second connection.
+                # Without MODSEQ flags may have changed unnoticed. Asking for them takes a second connection.
                 if not state.highestmodseq and self._pool.limit > 1 and self._is_listed(box):
                     self._changed(box.ino)
             case _ if box is not None and self._is_news(box.ino, event):
                 self._changed(box.ino)
 
     def _is_news(self, ino: Ino, event: WatchEvent) -> bool:
-        """Whether the cache does not know it yet. What was done here comes back, and it does."""
+        """Return whether an event is news; changes made through the mount are announced as well."""
         match event:
             case _ if self._fresh.has_news(ino) or self._sync.is_refreshing(ino):
-                return True  # there may be more to it than can be said now
+                return True  # there may be more news than this event
             case CountChanged(count):
                 return count != self._cache.counts(ino)[0]
             case MessagesVanished(ranges):
@@ -341,7 +342,7 @@ class Push:
         return True
 
     def _look(self, ino: Ino, numbers: Mapping[str, int], asked: float | None) -> None:
-        """Compare a mailbox with what STATUS says; where it is the same it is known as of ``asked``."""
+        """Compare a mailbox with its STATUS; if they agree, the mailbox is up to date as of ``asked``."""
         box = self._cache.mailbox(ino)
         if box is None or not self._is_listed(box):
             return
@@ -360,8 +361,8 @@ class Push:
         return any(numbers.get(key, value) != value for key, value in known.items())
 
     def _changed(self, what: Ino) -> None:
-        """There is news of a mailbox, or with `ROOT` of the list of mailboxes."""
-        self._fresh.told(what)
+        """Note that there is news of a mailbox, or of the list of mailboxes for `ROOT`."""
+        self._fresh.announced(what)
         if what not in self._following and self._is_mounted(what):
             self._following.add(what)
             self._nursery.start_soon(self._follow, what)
@@ -385,8 +386,8 @@ class Push:
                     if refresh is not None:
                         await refresh.finished()
                         if refresh.error is not None:
-                            return  # the next poll, or look, tries again
-                # A mailbox that changes all the time is not asked about all the time.
+                            return  # the next poll, or use, tries again
+                # A mailbox that changes all the time is not synchronised all the time.
                 pause = _DEBOUNCE + time.monotonic() - started
         except Exception as error:
             report(error, "a change was not followed")
@@ -397,14 +398,14 @@ class Push:
 
     async def _poll_forever(self) -> None:
         await self._chosen.wait()
-        if self._how != "notify":
+        if self._method != "notify":
             await self._poll()
         while True:
             await trio.sleep(self._interval)
             await self._poll()
 
     async def _poll(self) -> None:
-        """Learn of changes by asking. While the server is away, others try to reach it."""
+        """Ask the server for changes, unless it is away: then other tasks try to reach it."""
         if self._pool.reason is not None:
             return
         started = self._last_poll = time.monotonic()
@@ -420,7 +421,7 @@ class Push:
                 if numbers is not None:
                     self._compare(box.ino, numbers, started, box.ino in in_use)
         except ImapfsError as error:
-            log.debug("there was no polling: %s", error)
+            log.debug("the server was not polled: %s", error)
         except Exception as error:
             report(error, "polling failed")
 
@@ -429,7 +430,7 @@ class Push:
         if box is None or not box.complete:
             return
         if self._differs(box, numbers):
-            # Some servers say one UIDNEXT here and another, or none, when they open the mailbox.
+            # Some servers give one UIDNEXT here, and another one or none when the mailbox is opened.
             if self._polled.get(ino) == numbers and not self._fresh.has_news(ino):
                 return
             self._polled[ino] = numbers
@@ -437,35 +438,35 @@ class Push:
         elif numbers.get("HIGHESTMODSEQ"):
             self._fresh.asked(ino, asked)
         elif in_use and not (self._fresh.is_watched(ino) and self._pool.limit > 1):
-            # STATUS says nothing of most flags.
+            # STATUS shows no change of most flags.
             self._changed(ino)
         if self._fresh.has_news(ino):
             self._changed(ino)
 
 
-class _Watcher:
-    """One watch and what it stands for: a `imapfs.imap.pool.Preemptible`."""
+class _MailboxWatch:
+    """One watch, of a mailbox or of everything: a `imapfs.imap.pool.Preemptible`."""
 
-    def __init__(self, push: Push, key: Ino, selected: Mailbox | None) -> None:
+    def __init__(self, watching: Watching, key: Ino, selected: Mailbox | None) -> None:
         self.key = key
         self.selected = selected
         self.live = False
-        """Whether everything is told."""
+        """Whether the server announces all changes now."""
         self.since = 0.0
-        """When it began to look."""
-        self._push = push
+        """When it was started, on the monotonic clock."""
+        self._watching = watching
         self._ended = False
         token = trio.lowlevel.current_trio_token()
         self._watch = Watch(
             selected and selected.server_name,
-            self._heard,
+            self._on_events,
             partial(token.run_sync_soon, idempotent=True),
             everywhere=key == ROOT,
         )
 
     @property
     def rank(self) -> tuple[bool, bool, float]:
-        return self._push.rank(self.key)
+        return self._watching.rank(self.key)
 
     @property
     def stopped(self) -> bool:
@@ -482,29 +483,28 @@ class _Watcher:
         self._ended = True
         self.live = False
         self._watch.close()
-        self._push.unwatch(self.key)
+        self._watching.unwatch(self.key)
 
-    def _heard(self, events: Sequence[WatchEvent]) -> None:
+    def _on_events(self, events: Sequence[WatchEvent]) -> None:
         if not self._ended:
-            self._push.hear(self, events)
+            self._watching.handle(self, events)
 
 
 class _Pause:
-    """Time between attempts, longer with each that fails.
+    """The time between watches, longer with each that fails.
 
-    Coming online again does not shorten it, as a server may end each connection that watches. It need not: an
-    attempt waits for being online, and does not fail meanwhile.
+    Coming online again does not reset it, as a server may end each connection that watches. It need not: a
+    watch waits for being online, and does not fail meanwhile.
     """
 
     def __init__(self) -> None:
-        self._next = _PAUSE_FIRST
+        self._delays = Delays(_FIRST_RETRY, _MAX_RETRY)
 
     async def after(self, lasted: float) -> None:
-        """Wait after an attempt that lasted so many seconds."""
-        if lasted > _SOUND:
-            self._next = _PAUSE_FIRST
-        await trio.sleep(self._next)
-        self._next = min(_PAUSE_MOST, 2 * self._next)
+        """Wait after a watch that has lasted so many seconds."""
+        if lasted > _STABLE:
+            self._delays.reset()
+        await self._delays.sleep()
 
 
 def _is_inbox(box: Mailbox | None) -> bool:

@@ -228,7 +228,7 @@ def test_database_that_cannot_be_trusted_is_built_anew(
     inodes = {path.stat().st_ino for path in (first.path / "INBOX").iterdir()}
     first.unmount()
     spoil(database(first.cache))
-    second = mount(user, cache=first.cache, expected_log=[r"cache\.db is not usable .*built anew"])
+    second = mount(user, cache=first.cache, expected_log=[r"cache\.db is not usable .*rebuilt"])
     assert contents(second.path / "INBOX") == there
     # A program that remembers an inode must not find another message under it.
     assert not inodes & {path.stat().st_ino for path in (second.path / "INBOX").iterdir()}
@@ -243,7 +243,7 @@ def test_database_cut_short_is_never_trusted(user: Account, mount: Mounter) -> N
     first.unmount()
     path = database(first.cache)
     os.truncate(path, path.stat().st_size // 2)
-    second = mount(user, cache=first.cache, expected_log=["not usable .*built anew"])
+    second = mount(user, cache=first.cache, expected_log=["not usable .*rebuilt"])
     assert contents(second.path / "INBOX") == {n + 1: plain(n) for n in range(50)}
 
 

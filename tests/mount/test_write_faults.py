@@ -365,6 +365,31 @@ def test_an_edit_that_was_not_sent_before_the_end(
     assert everything(user) == (REPLACED if changed else BEFORE)
 
 
+@pytest.mark.parametrize("left_by", ["this version", "an earlier version"])
+def test_a_removal_that_is_still_owed_is_made_by_the_next_mount(
+    user: Account, mount: Mounter, proxy: Proxy, left_by: str
+) -> None:
+    deliver(user)
+    killed = mount(proxy.account(user))
+    assert len(os.listdir(killed.path / "INBOX")) == 2
+    kill_within(arm(proxy, b"UID MOVE", "command", "stall", 1), proxy, edit, killed)
+    assert everything(user) == contents(INBOX=[OLD, OTHER, EDITED])
+    journal = spool_of(killed).parent / "journal.json"
+    (line,) = [line for line in journal.read_text().splitlines() if line]
+    assert not list(spool_of(killed).glob("[0-9]*")), "nothing of it is in the spool"
+    if left_by == "an earlier version":
+        base = {**json.loads(line)["add"]["removal"], "date": OLD.date, "zone": 0}
+        note = {"path": ["INBOX"], "name": "", "parent": 1, "state": "sent", "base": base}
+        (spool_of(killed) / "9.json").write_text(json.dumps(note))
+        journal.unlink()
+    mounted = mount(proxy.account(user), cache=killed.cache)
+    assert shown(mounted)["INBOX"] == sorted([OTHER.content, EDITED.content]), "the old version is not shown"
+    mounted.unmount()
+    assert everything(user) == REPLACED
+    assert not journal.exists()
+    assert not list(spool_of(mounted).glob("[0-9]*"))
+
+
 def test_after_a_reboot_a_file_is_looked_for_in_the_whole_mailbox(
     user: Account, mount: Mounter, proxy: Proxy
 ) -> None:
@@ -604,7 +629,7 @@ def test_what_was_to_be_replaced_stays_when_the_server_refuses(
     user: Account, mount: Mounter, proxy: Proxy, source: str
 ) -> None:
     deliver(user)
-    mounted = mount(proxy.account(user), expected_log=["is not sent: .*OVERQUOTA"])
+    mounted = mount(proxy.account(user), expected_log=["is not uploaded: .*OVERQUOTA"])
     full = proxy.fault(b"APPEND|UID MOVE", b"NO [OVERQUOTA] full", times=None)
     target = mounted.path / "Work" / "target.eml"
     put(target, NEW)
@@ -627,7 +652,7 @@ def test_what_was_to_be_replaced_stays_when_the_server_refuses(
 
 def test_an_edit_stays_when_its_deletion_is_refused(user: Account, mount: Mounter, proxy: Proxy) -> None:
     deliver(user)
-    mounted = mount(proxy.account(user), expected_log=["is not sent: .*OVERQUOTA"])
+    mounted = mount(proxy.account(user), expected_log=["is not uploaded: .*OVERQUOTA"])
     path = file_of(mounted, 1)
     full = proxy.fault(b"APPEND|UID MOVE", b"NO [OVERQUOTA] full", times=None)
     path.write_bytes(EDITED.content)

@@ -168,7 +168,7 @@ def test_the_bytes_of_a_file_do_not_change_before_it_is_sent(
         work = mounted.path / "Work"
         os.listdir(work)
         if why == "refused":
-            mounted.expect_log("is not sent:")
+            mounted.expect_log("is not uploaded:")
             proxy.fault(b"APPEND", b"NO [OVERQUOTA] Full")
             fails_with(errno.EDQUOT, lambda: write(work / "new.eml", content, sync=True))
         else:
@@ -309,7 +309,7 @@ def test_a_refusal_is_an_errno_and_can_be_retried(
     filled: Account, mount: Mounter, answer: bytes, number: int
 ) -> None:
     with Proxy(filled.server, hide=["LITERAL+"]) as proxy:
-        mounted = mount(proxy.account(filled), expected_log=["is not sent:"])
+        mounted = mount(proxy.account(filled), expected_log=["is not uploaded:"])
         target = mounted.path / "Work" / "new.eml"
         proxy.fault(b"APPEND", answer)
         fails_with(number, lambda: write(target, plain(10), sync=True))
@@ -332,7 +332,7 @@ def full_dovecot(ca: CertificateAuthority) -> Iterator[Dovecot]:
 def test_over_quota(full_dovecot: Dovecot, mount: Mounter) -> None:
     account = full_dovecot.account("small")
     account.deliver("INBOX", [(plain(1, 2000), DATE, "S")])
-    mounted = mount(account, expected_log=[r"INBOX/\w+\.eml is not sent: .*[Qq]uota"])
+    mounted = mount(account, expected_log=[r"INBOX/\w+\.eml is not uploaded: .*[Qq]uota"])
     target = mounted.path / "INBOX" / "big.eml"
     write(target, plain(2, 20_000))
     wait_until(lambda: os.getxattr(target, STATE) == b"unsent", "it is unsent")
@@ -351,7 +351,7 @@ def test_over_quota(full_dovecot: Dovecot, mount: Mounter) -> None:
 
 def test_a_mailbox_deleted_under_an_open_file(filled: Account, mount: Mounter) -> None:
     with Proxy(filled.server) as proxy:
-        mounted = mount(proxy.account(filled), expected_log=["is not sent:"])
+        mounted = mount(proxy.account(filled), expected_log=["is not uploaded:"])
         with (mounted.path / "Work" / "new.eml").open("wb", buffering=0) as file:
             file.write(plain(10))
             with filled.client() as client:
@@ -612,7 +612,7 @@ def test_changes_of_what_is_on_the_server_fail_while_it_is_away(filled: Account,
 
 
 def test_the_status_lists_what_waits(filled: Account, mount: Mounter) -> None:
-    mounted = mount(filled, expected_log=["is not sent:"])
+    mounted = mount(filled, expected_log=["is not uploaded:"])
     write(mounted.path / "Work" / "bad.eml", NOT_MAIL)
     wait_until(lambda: waiting(mounted) == [("Work/bad.eml", "unsent")], "it is refused")
     command = [*mounted.command[:3], "status", "--json", str(mounted.path)]

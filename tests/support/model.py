@@ -8,7 +8,8 @@ from typing import cast
 
 from imapfs.fs.tree import MailTree
 from imapfs.model import ROOT, Ino, ModSeq, Uid, UidValidity
-from imapfs.store.cache import Cache, Directory, NewMessage, Node
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Directory, NewMessage, Node
 from imapfs.store.spool import Attempt, Base, Draft, Spool
 from imapfs.sync.upload import Uploader
 
@@ -22,7 +23,7 @@ class IdleUploader:
     def __init__(self) -> None:
         self.being_sent: set[Ino] = set()
 
-    def is_being_sent(self, draft: Draft) -> bool:
+    def is_uploading(self, draft: Draft) -> bool:
         return draft.ino in self.being_sent
 
 

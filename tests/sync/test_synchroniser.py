@@ -15,14 +15,16 @@ from imapfs.errors import MailboxGone, MessageGone
 from imapfs.imap.grammar import ListEntry
 from imapfs.model import ROOT, Ino, ModSeq, Uid
 from imapfs.store.bodies import BodyStore
-from imapfs.store.cache import Body, Cache, Directory, NewMessage
+from imapfs.store.cache import Cache
 from imapfs.store.journal import Journal
+from imapfs.store.rows import Body, Directory, NewMessage
 from imapfs.store.spool import Spool
 from imapfs.sync.changes import ChangeHub, Changes
 from imapfs.sync.flags import FlagChanger
 from imapfs.sync.locate import Locator
 from imapfs.sync.move import Mover
-from imapfs.sync.synchroniser import Synchroniser, plan_tree
+from imapfs.sync.synchroniser import Synchroniser
+from imapfs.sync.tree import plan_tree
 from tests.conftest import ExpectedLog
 from tests.support import compare
 from tests.support.accounts import hide, pool, until
@@ -514,7 +516,7 @@ def test_hostile_name_is_a_harmless_one(name: bytes) -> None:
 
 
 def test_too_deep_a_mailbox_is_left_out(expected_log: ExpectedLog) -> None:
-    expected_log("a mailbox is not shown, it is nested 5000 deep")
+    expected_log("a mailbox is not shown: it is nested 5000 levels deep")
     assert set(plan(b"/".join([b"x"] * 5000), b"INBOX")) == {b"INBOX"}
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from imapfs.fs.drafts import Drafts
 from imapfs.model import ROOT, Ino
+from imapfs.store.journal import Journal
 from imapfs.store.spool import Draft, Spool
 from imapfs.sync.changes import ChangeHub, Changes, Moved, Renamed
 from tests.conftest import ExpectedLog
@@ -20,7 +21,8 @@ class Mounted:
     def __init__(self, account: Model) -> None:
         self.published: list[Changes] = []
         hub = ChangeHub()
-        self.drafts = Drafts(account.tree, account.cache, account.spool, hub)
+        self.journal = Journal(account.spool.directory.parent / "journal.json")
+        self.drafts = Drafts(account.tree, account.cache, account.spool, self.journal, hub)
         hub.subscribe(self.published.append)
 
 

@@ -7,7 +7,7 @@ import pytest
 from imapfs.fs.event_source import EventSource
 from imapfs.fs.events import Event, EventStream, Place
 from imapfs.model import ROOT, Ino, ModSeq, Uid
-from imapfs.store.cache import Node
+from imapfs.store.rows import Node
 from imapfs.sync.changes import Changes, Moved, Renamed
 from tests.support.model import Model
 

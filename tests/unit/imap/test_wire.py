@@ -19,7 +19,8 @@ from imapfs.errors import (
 )
 from imapfs.imap.grammar import FetchData, number, parse_fetch, parse_sequence_set
 from imapfs.model import ModSeq, Uid, UidValidity
-from imapfs.store.cache import Cache, Directory, NewMessage
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Directory, NewMessage
 from tests.support.accounts import session
 from tests.support.mail import plain
 from tests.support.servers.scripted import Scripted

@@ -11,8 +11,9 @@ import trio
 
 from imapfs.errors import CacheError
 from imapfs.model import ROOT, Ino, ModSeq, Uid, UidValidity
-from imapfs.store.bodies import SMALL, BodyStore, Spool
-from imapfs.store.cache import Cache, Directory, NewMessage, Node
+from imapfs.store.bodies import SMALL, BodyStore, IncomingBody
+from imapfs.store.cache import Cache
+from imapfs.store.rows import Directory, NewMessage, Node
 from tests.conftest import ExpectedLog
 
 DATE = 1_700_000_000
@@ -41,16 +42,16 @@ def message(uid: int, size: int = 10, subject: str = "Report", flags: str = "") 
 
 def keep(cache: Cache, store: BodyStore, ino: Ino, content: bytes) -> Node:
     """Cache a body as a download that has come to its end does."""
-    spool = Spool(store, len(content))
-    spool.write(content)
+    incoming = IncomingBody(store, len(content))
+    incoming.write(content)
     node = cache.node(ino)
     assert node is not None
     assert node.uid is not None
     with store.lend_pack() as pack:
-        body = spool.keep(ino, node.uid, pack)
+        body = incoming.keep(ino, node.uid, pack)
         assert body is not None
         store.add([body])
-    spool.discard()
+    incoming.discard()
     node = cache.node(ino)
     assert node is not None
     return node
@@ -230,7 +231,7 @@ def test_cache_is_for_one_at_a_time(cache: Cache) -> None:
 def test_database_that_is_none_is_built_anew(
     tmp_path: Path, expected_log: ExpectedLog, content: bytes
 ) -> None:
-    expected_log(r"cache\.db is not usable .*built anew from the server")
+    expected_log(r"cache\.db is not usable .*rebuilt from the server")
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "cache.db").write_bytes(content)
     cache = Cache.open(tmp_path / "cache", "subject")
@@ -320,10 +321,10 @@ def test_disk_that_takes_no_body_keeps_nobody_from_what_is_in_memory(
     store = BodyStore(cache, 1 << 30)
     [(ino, _)] = cache.add_messages(inbox(cache), [message(1)])
     shutil.rmtree(store.directory)
-    spool = Spool(store, 4)
-    spool.write(b"body")
+    incoming = IncomingBody(store, 4)
+    incoming.write(b"body")
     with store.lend_pack() as pack, pytest.raises(CacheError):
-        spool.keep(ino, Uid(1), pack)
+        incoming.keep(ino, Uid(1), pack)
     written = tmp_path / "written"
     written.write_bytes(b"body")
     caplog.set_level("INFO")
@@ -336,7 +337,7 @@ def test_disk_that_takes_no_body_keeps_nobody_from_what_is_in_memory(
 
 
 def test_full_pack_is_lent_no_more(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imapfs.store.bodies._PACK", 8192)
+    monkeypatch.setattr("imapfs.store.bodies._MAX_PACK", 8192)
     store = BodyStore(cache, 1 << 30)
     nodes = [
         keep(cache, store, ino, b"x" * 5000)
@@ -363,7 +364,7 @@ def test_removed_bodies_give_their_space_back(cache: Cache) -> None:
 def test_body_that_comes_for_an_inode_that_is_another_message_by_now_is_not_its_body(cache: Cache) -> None:
     store = BodyStore(cache, 1 << 30)
     [(ino, _)] = cache.add_messages(inbox(cache), [message(1)])
-    late = Spool(store, 3)
+    late = IncomingBody(store, 3)
     late.write(b"old")
     cache.displace(ino)
     cache.adopt(ino, inbox(cache), b"new.eml", message(2))

@@ -39,7 +39,7 @@ def test_watched_does_not_age_until_there_is_news(clock: list[float], what: Ino 
     clock[0] += 1e6
     assert not fresh.is_due(BOX, 5)
     assert fresh.is_due(BOX, 0)
-    fresh.told(BOX)
+    fresh.announced(BOX)
     assert fresh.is_due(BOX, 5)
     assert fresh.has_news(BOX)
     fresh.asked(BOX, clock[0])
@@ -53,7 +53,7 @@ def test_question_from_before_the_watch_or_the_news_does_not_count(clock: list[f
     clock[0] = 1020
     assert fresh.is_due(BOX, 5)
     fresh.asked(BOX, 1011)
-    fresh.told(BOX)
+    fresh.announced(BOX)
     fresh.asked(BOX, 1019)
     assert fresh.has_news(BOX)
 

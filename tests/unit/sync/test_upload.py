@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from imapfs.model import ROOT, Ino
 from imapfs.store.spool import Draft, Spool
-from imapfs.sync import append, upload
+from imapfs.sync import append, identify, upload
 
 
 @pytest.fixture
@@ -24,9 +24,9 @@ def crlf(content: bytes) -> bytes:
     return re.sub(rb"(?<!\r)\n", b"\r\n", content)
 
 
-def fit(draft: Draft, content: bytes) -> append.Fit:
+def fit(draft: Draft, content: bytes) -> append.Payload:
     draft.file.write_bytes(content)
-    return append.fit_for_server(draft)
+    return append.make_payload(draft)
 
 
 @given(content=st.lists(st.sampled_from([b"\r", b"\n", b"a", b"\0", b"\xff"]), max_size=40).map(b"".join))
@@ -71,7 +71,7 @@ def test_a_draft_that_is_written_again_is_not_current(draft: Draft) -> None:
 @given(content=st.binary(max_size=30), ends=st.sampled_from([b"", b"\r\n", b"\n", b"\r", b"\r\n\r\n"]))
 def test_digests_agree_whatever_line_ends_a_server_adds(content: bytes, ends: bytes) -> None:
     stripped = content.rstrip(b"\r\n")
-    assert append._digest(content + ends) == hashlib.sha256(stripped).hexdigest()
+    assert identify.digest(content + ends) == hashlib.sha256(stripped).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_digests_agree_whatever_line_ends_a_server_adds(content: bytes, ends: by
     ],
 )
 def test_what_servers_are_known_to_change_is_not_clean(content: bytes, clean: bool) -> None:
-    assert append._is_clean(content) is clean
+    assert identify.is_clean(content) is clean
 
 
 @pytest.mark.parametrize(
@@ -103,4 +103,4 @@ def test_what_servers_are_known_to_change_is_not_clean(content: bytes, clean: bo
     ],
 )
 def test_mail_begins_with_a_header_field(start: bytes, is_mail: bool) -> None:
-    assert bool(upload._HEADER.match(start[:100])) is is_mail
+    assert bool(upload._HEADER_FIELD.match(start[:100])) is is_mail

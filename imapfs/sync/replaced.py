@@ -1,0 +1,113 @@
+"""What becomes of a message on the server after a newer version has replaced it.
+
+The newer version is safe before this is called: it is on the server, or in the spool. The old one then is
+removed as `rm` would remove it. Until that has worked, it is in the journal, and is not shown. If the old
+version is still shown under another name, as the backup that an editor makes, a local file keeps its bytes.
+"""
+
+import trio
+
+from imapfs.errors import MailboxGone, MessageGone
+from imapfs.log import report
+from imapfs.model import MessageRef
+from imapfs.store.cache import Cache
+from imapfs.store.journal import Journal
+from imapfs.store.rows import Node
+from imapfs.store.spool import Spool
+from imapfs.sync.changes import ChangeHub, Changes
+from imapfs.sync.download import Downloader
+from imapfs.sync.locate import Locator
+from imapfs.sync.move import Mover
+from imapfs.waiting import Delays
+
+_FIRST_RETRY = 1.0
+"""Seconds until a removal that failed is tried again; doubled each time, up to"""
+_MAX_RETRY = 60.0
+
+
+class ReplacedMessages:
+    """Removes replaced messages from the server: at once if that is possible, otherwise later."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        spool: Spool,
+        journal: Journal,
+        locator: Locator,
+        mover: Mover,
+        downloads: Downloader,
+        nursery: trio.Nursery,
+        hub: ChangeHub,
+    ) -> None:
+        self._cache = cache
+        self._spool = spool
+        self._journal = journal
+        self._locator = locator
+        self._mover = mover
+        self._downloads = downloads
+        self._nursery = nursery
+        self._hub = hub
+        self._lock = trio.Lock()
+        self._retrying = False
+
+    def note(self, ref: MessageRef) -> None:
+        """Note that a message is to be removed by the next `remove_all`. Raises CacheError."""
+        self._journal.add_removal(ref)
+
+    async def discard(self, ref: MessageRef) -> None:
+        """Remove a message, now or later. Raises CacheError if that cannot be noted."""
+        self.note(ref)
+        await self.remove_all()
+
+    async def remove_all(self) -> None:
+        """Try to remove all messages that are to be removed. What fails is tried again in the background."""
+        try:
+            async with self._lock:
+                for ref in self._journal.removals:
+                    await self._remove(ref)
+        finally:
+            if self._journal.removals and not self._retrying:
+                self._retrying = True
+                self._nursery.start_soon(self._retry)
+
+    async def _retry(self) -> None:
+        """Remove what could not be removed yet, as other clients see two messages until then."""
+        try:
+            await trio.to_thread.run_sync(self._journal.sync)
+        except Exception as error:
+            report(error, "the journal may not survive a power cut")
+        delays = Delays(_FIRST_RETRY, _MAX_RETRY)
+        while self._journal.removals:
+            await delays.sleep()
+            await self.remove_all()
+        self._retrying = False
+
+    async def _remove(self, ref: MessageRef) -> None:
+        try:
+            old = await self._locator.find_listed(ref)
+            if old is not None and old.name is not None and self._cache.is_named(old.parent, ref.uid):
+                await self.keep_backup(old, old.name)
+            if old is not None:
+                await self._mover.remove(old.ino)
+        except (MessageGone, MailboxGone):
+            pass
+        except Exception as error:
+            report(error, "the old version of a message is not removed yet")
+            return
+        self._journal.end_removal(ref)
+
+    async def keep_backup(self, old: Node, name: bytes) -> None:
+        """Keep the bytes of a message as a local file with its ``name``, and show the message no more.
+
+        Raises ImapfsError.
+        """
+        content = await self._downloads.contents(old)
+        self._cache.hide(old.ino)
+        path = self._cache.path(old.parent)
+        backup = self._spool.create(self._cache.new_ino(), old.parent, name, path, 0o600)
+        await trio.to_thread.run_sync(backup.file.write_bytes, content)
+        backup.state = "local"
+        backup.save()
+        # Before the message goes.
+        await backup.secure()
+        self._hub.publish(Changes(old.parent, gone=[old.without_body()], replaced=[name]))
