@@ -361,7 +361,7 @@ class Watching:
         return any(numbers.get(key, value) != value for key, value in known.items())
 
     def _changed(self, what: Ino) -> None:
-        """Note that there is news of a mailbox, or of the list of mailboxes for `ROOT`."""
+        """Note that a mailbox has changed, or for `ROOT` the list of mailboxes."""
         self._fresh.announced(what)
         if what not in self._following and self._is_mounted(what):
             self._following.add(what)
