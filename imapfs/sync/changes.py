@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from imapfs.log import report
 from imapfs.model import Ino
 from imapfs.store.rows import Node
 
@@ -75,11 +76,17 @@ class ChangeHub:
         self._listeners: list[Callable[[Changes], None]] = []
 
     def subscribe(self, listener: Callable[[Changes], None]) -> None:
-        """Call ``listener`` with all changes from now on. It must neither raise nor wait."""
+        """Call ``listener`` with all changes from now on. It must not wait."""
         self._listeners.append(listener)
 
     def publish(self, changes: Changes) -> None:
-        """Pass on the changes of a committed transaction."""
-        if changes:
-            for listener in self._listeners:
+        """Pass on the changes of a committed transaction.
+
+        The transaction cannot be undone. So a listener that fails, perhaps on a full disk, does not keep the
+        others from learning of it.
+        """
+        for listener in self._listeners if changes else ():
+            try:
                 listener(changes)
+            except Exception as error:
+                report(error, "a change was not followed everywhere")
