@@ -99,6 +99,7 @@ def test_drafts_follow_their_mailbox(account: Model, mounted: Mounted) -> None:
     version, below = account.change(ino), account.write("Work/2024/May", b"new.eml")
     beside = account.write("Work", b"new.eml")
     account.attempt(below, "Work/2024/May", 3)
+    mounted.journal.add_removal(account.base(ino).ref)
     year, parent = account.ino("Work/2024"), account.ino("")
     account.cache.rename_directory(year, parent, b"Old", b"Work/2024", b"Old")
     renamed = Renamed(b"Work/2024", b"Old", b"/")
@@ -113,6 +114,7 @@ def test_drafts_follow_their_mailbox(account: Model, mounted: Mounted) -> None:
         assert found.attempt is not None
         assert found.attempt.mailbox == b"Old/May"
     assert beside.path == (b"Work",)
+    assert [ref.mailbox for ref in mounted.journal.removals] == [b"Old"]
     assert mounted.published == []
 
 
@@ -168,11 +170,13 @@ def test_the_inodes_of_drafts_are_not_given_out_again(account: Model) -> None:
 def test_hidden_messages_are_shown_unless_they_are_still_to_be_removed(
     account: Model, mounted: Mounted
 ) -> None:
-    replaced, lost = account.deliver("INBOX", 1, 2)
+    replaced, lost, owed = account.deliver("INBOX", 1, 2, 4)
     (deleted,) = account.deliver("INBOX", 3, flags="\\Deleted")
     draft = account.write("INBOX", b"new.eml")
     draft.base = account.base(replaced)
-    for ino in (replaced, lost, deleted):
+    mounted.journal.add_removal(account.base(owed).ref)
+    for ino in (replaced, lost, owed, deleted):
         account.cache.hide(ino)
     mounted.drafts.restore()
-    assert [account.node(ino).name for ino in (replaced, lost, deleted)] == [None, b"2.eml", None]
+    names = [account.node(ino).name for ino in (replaced, lost, owed, deleted)]
+    assert names == [None, b"2.eml", None, None]
