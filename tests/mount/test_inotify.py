@@ -5,27 +5,17 @@ import errno
 import json
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import trio
-from pyfuse3 import FUSEError
 
-from imapfs.daemon.feed import Feed
-from imapfs.errors import NotPermitted
-from imapfs.fs.events import SOCKET, Event, EventStream, Place, address
+from imapfs.fs.events import SOCKET
 from imapfs.kernel import caller
-from imapfs.kernel.adapter import Adapter
-from imapfs.kernel.inotify import Announcer
-from imapfs.model import Ino, Uid
-from tests.support.accounts import until
 from tests.support.compare import contents, served
 from tests.support.mail import plain
 from tests.support.mailboxes import all_uids, file_of, settle
@@ -347,29 +337,6 @@ def test_announcements_go_on_with_another_process(user: Account, mount: Mounter)
         assert told(inotify, mounted) == ["CREATE INBOX/2.eml", "CREATE INBOX/3.eml"]
 
 
-def test_only_what_is_expected_is_answered() -> None:
-    unused: Any = None
-    announcer = Announcer(unused, unused, unused, Path("/"), read_only=False)
-    adapter = Adapter(
-        unused, unused, unused, unused, unused, announcer, EventStream(), timeout=1, read_only=False
-    )
-    parent, name = Ino(2), b"1.eml"
-    for request, arguments in (
-        ("mknod", (parent, name, 0o600, 0)),
-        ("mkdir", (parent, name, 0o700)),
-        ("unlink", (parent, name)),
-        ("rmdir", (parent, name)),
-        ("rename", (parent, name, parent, b"2.eml", 0)),
-        ("setattr", (parent,)),
-    ):
-        with pytest.raises(NotPermitted):
-            adapter.answer_announcer(request, *arguments)
-    for request in ("create", "open", "setxattr", "removexattr", "opendir", "link", "symlink", "getxattr"):
-        with pytest.raises(FUSEError) as refused:
-            adapter.answer_announcer(request, parent, name)
-        assert refused.value.errno == errno.EPERM
-
-
 def test_nobody_else_can_announce(user: Account, mount: Mounter) -> None:
     user.deliver("INBOX", [(plain(0), DATE, "")])
     mounted = mount(user, "--names", "uid")
@@ -387,25 +354,6 @@ def test_nobody_else_can_announce(user: Account, mount: Mounter) -> None:
             os.mknod(message.parent / "new.eml")
         assert inotify.lines == []
     assert contents(message.parent) == {1: plain(0)}
-
-
-def test_call_never_reaches_another_file_system(tmp_path: Path) -> None:
-    bystander = tmp_path / "INBOX" / "1.eml"
-    bystander.parent.mkdir()
-    bystander.touch()
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", caller.__file__, tmp_path],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    directory = bystander.parent.stat().st_ino
-    commands = [["prove"], *([what, "INBOX", directory, "1.eml"] for what in ("unlink", "mknod", "utime"))]
-    answers, _ = process.communicate("".join(json.dumps(line) + "\n" for line in commands), timeout=DEADLINE)
-    assert [os.strerror(int(line)) for line in answers.split()][1:] == [os.strerror(errno.EXDEV)] * 3
-    assert int(answers.split()[0]) != 0
-    assert process.returncode == 0
-    assert bystander.exists()
 
 
 # -- imapfs watch
@@ -456,48 +404,3 @@ def test_socket_is_closed_to_others(user: Account, mount: Mounter) -> None:
     mounted = mount(user)
     (path,) = mounted.cache.glob(f"*/{SOCKET}")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-
-
-def event(number: int) -> Event:
-    return Event("arrived", Place(Ino(2), (b"INBOX",), b"%d.eml" % number), Ino(number), Uid(number), "")
-
-
-@pytest.mark.trio
-async def test_reader_that_is_slow_is_told_what_it_lost(tmp_path: Path) -> None:
-    feed = Feed(tmp_path)
-    count, records = 30_000, []
-    with trio.fail_after(DEADLINE):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(feed.serve)
-            await until((tmp_path / SOCKET).exists)
-            with trio.socket.socket(socket.AF_UNIX) as reader, address(tmp_path) as short:
-                await reader.connect(short)
-                data = await reader.recv(1 << 16)
-                for number in range(count):
-                    feed.offer(event(number))
-                while b"lost" not in data:
-                    data += await reader.recv(1 << 16)
-                records = [json.loads(line) for line in data.splitlines()]
-            nursery.cancel_scope.cancel()
-    kinds = [record["event"] for record in records]
-    assert kinds == ["watching"] + ["arrived"] * (len(records) - 2) + ["lost"]
-    assert 10_000 <= len(records) - 2 < count
-    assert len(records) - 2 + records[-1]["count"] == count
-
-
-# -- whose change it was
-
-
-def test_change_by_a_request_is_told_only_if_the_request_fails() -> None:
-    stream, seen = EventStream(), list[Event]()
-    stream.subscribe(seen.append)
-    with stream.request((Ino(2), b"1.eml")):
-        stream.publish(event(1))
-        stream.publish(event(2))
-    assert seen == [event(2)]
-    with contextlib.suppress(FileNotFoundError), stream.request((Ino(2), b"1.eml")):
-        stream.publish(event(1))
-        raise FileNotFoundError
-    assert seen == [event(2), event(1)]
-    stream.publish(event(1))
-    assert len(seen) == 3

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from imapfs import mountinfo
 from imapfs.daemon import control
+from imapfs.errors import ImapfsError
 from tests.support.requirements import demand_fuse
 from tests.support.servers.account import Dependents
 from tests.support.servers.tls import CertificateAuthority
@@ -180,7 +181,20 @@ class Mount:
 
     def unmount(self) -> None:
         """Unmount as ``imapfs umount`` does; the daemon has ended, and its log is complete, afterwards."""
-        control.unmount(self.path)
+        try:
+            control.unmount(self.path)
+        except ImapfsError as error:
+            error.add_note(f"{self._threads()}\n{self.log_text()[-3000:]}")
+            raise
+
+    def _threads(self) -> str:
+        """Return the state of each thread of the daemon, and where it is in the kernel."""
+        found = []
+        for thread in Path(f"/proc/{self.pid}/task").glob("*"):
+            with contextlib.suppress(OSError):
+                state = (thread / "stat").read_text().rpartition(")")[2].split()[0]
+                found.append(f"thread {thread.name}: {state} {(thread / 'wchan').read_text()}")
+        return "\n".join(found)
 
     def kill(self) -> None:
         """SIGKILL the daemon and take away the mount that it leaves behind."""

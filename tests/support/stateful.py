@@ -520,7 +520,8 @@ class World:
                 found[_number(version)].append(place)
                 if version.flags is not None and message.flags not in version.flags:
                     raise self._violation(
-                        f"{_number(version)} in {place} has the flags {set(message.flags)}: {version.flags}"
+                        f"{_number(version)} in {place} has the flags {set(message.flags)}: {version.flags}",
+                        _number(version),
                     )
                 version.flags = {message.flags}
         for content in self._spooled():
@@ -530,7 +531,9 @@ class World:
         for number, version in self._versions.items():
             places = found[number] or [NOWHERE]
             if len(places) > 1 or not set(places) <= version.places:
-                raise self._violation(f"message {number} is in {places}, not in one of {version.places}")
+                raise self._violation(
+                    f"message {number} is in {places}, not in one of {version.places}", number
+                )
             version.places, version.left = set(places), ""
             version.settled = places[0] not in {NOWHERE, SPOOL}
         expected = {place: sorted(message.content for message in held[place]) for place in held}
@@ -541,8 +544,13 @@ class World:
                        if shown.get(p) != expected.get(p)})
             )  # fmt: skip
 
-    def _violation(self, text: str) -> Violation:
-        return Violation("\n".join([text, *self.history[-150:], self._mount.log_text()[-5000:]]))
+    def _violation(self, text: str, number: int | None = None) -> Violation:
+        """Return what is raised: with all that was done to the message ``number``, and what was done last."""
+        about = re.compile(rf"\b{number}\b")
+        its = [line for line in self.history if number is not None and about.search(line)]
+        last = self.history[-150:]
+        log = self._mount.log_text()[-5000:]
+        return Violation("\n".join([text, "-- the message", *its, "-- the last of all", *last, log]))
 
     def _drain(self) -> None:
         """Have everything sent, also what was refused by an injected fault."""

@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import ExpectedLog, LogGuard
 from tests.support.mail import plain, sample_account, wild
-from tests.support.mounting import DEADLINE, ROOT
+from tests.support.mounting import DEADLINE, ROOT, wait_until
 from tests.support.servers.dovecot import Account, Dovecot, as_served
 from tests.support.servers.tls import CertificateAuthority
 
@@ -117,8 +117,16 @@ def test_doveadm_reaches_the_running_instance(user: Account) -> None:
     with user.client() as client:
         assert client.status("INBOX", "(UIDVALIDITY)")[1] == [b"INBOX (UIDVALIDITY 4711)"]
         user.server.doveadm("kick", user.name)
-        with pytest.raises(imaplib.IMAP4.abort):
-            client.noop()
+
+        def has_ended() -> bool:
+            try:
+                client.noop()
+            except imaplib.IMAP4.abort:
+                return True
+            return False
+
+        # The session is told to, and may answer once more.
+        wait_until(has_ended, "the session was ended")
     with pytest.raises(RuntimeError, match="doveadm no-such-command"):
         user.server.doveadm("no-such-command")
 

@@ -1,7 +1,6 @@
 """The cache becomes equal to the server, whichever of the three ways the server allows."""
 
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,22 +12,19 @@ from hypothesis import strategies as st
 
 from imapfs.errors import MailboxGone, MessageGone
 from imapfs.imap.grammar import ListEntry
-from imapfs.model import ROOT, Ino, ModSeq, Uid
-from imapfs.store.bodies import BodyStore
-from imapfs.store.cache import Cache
+from imapfs.model import ROOT, ModSeq, Uid
 from imapfs.store.journal import Journal
 from imapfs.store.rows import Body, Directory, NewMessage
-from imapfs.store.spool import Spool
-from imapfs.sync.changes import ChangeHub, Changes
+from imapfs.sync.changes import ChangeHub
 from imapfs.sync.flags import FlagChanger
 from imapfs.sync.locate import Locator
 from imapfs.sync.move import Mover
-from imapfs.sync.synchroniser import Synchroniser
 from imapfs.sync.tree import plan_tree
 from tests.conftest import ExpectedLog
 from tests.support import compare
 from tests.support.accounts import hide, pool, until
 from tests.support.mail import plain
+from tests.support.mirror import mirror
 from tests.support.mounting import DEADLINE
 from tests.support.servers.dovecot import Account
 
@@ -45,87 +41,6 @@ TIERS = {
 def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     hide(monkeypatch, *TIERS[request.param][0])
     return str(request.param)
-
-
-class Mirror:
-    """A cache with its synchroniser, and what it told of changes."""
-
-    def __init__(self, cache: Cache, sync: Synchroniser, bodies: BodyStore, changes: list[Changes]) -> None:
-        self.cache = cache
-        self.bodies = bodies
-        self.changes = changes
-        self.sync = sync
-
-    async def refresh_tree(self) -> None:
-        refresh = self.sync.refresh_tree(0)
-        assert refresh is not None
-        with trio.fail_after(DEADLINE):
-            await refresh.finished()
-        if refresh.error is not None:
-            raise refresh.error
-
-    async def refresh(self, mailbox: str = "INBOX") -> None:
-        """Synchronise afresh; `changes` are those of this time afterwards."""
-        self.changes.clear()
-        refresh = self.sync.refresh_mailbox(self.ino(mailbox), -1)
-        assert refresh is not None
-        with trio.fail_after(DEADLINE):
-            await refresh.finished()
-        if refresh.error is not None:
-            raise refresh.error
-
-    async def refresh_at_once(self, *mailboxes: str) -> None:
-        """Begin to synchronise all of them before the first one is done."""
-        self.changes.clear()
-        with trio.fail_after(DEADLINE):
-            for refresh in [self.sync.refresh_mailbox(self.ino(mailbox), -1) for mailbox in mailboxes]:
-                assert refresh is not None
-                await refresh.finished()
-                assert refresh.error is None
-
-    def ino(self, mailbox: str) -> Ino:
-        ino = ROOT
-        for name in mailbox.split("/"):
-            node = self.cache.child(ino, name.encode())
-            assert node is not None, f"no {name}"
-            ino = node.ino
-        return ino
-
-    def flags(self, mailbox: str = "INBOX") -> dict[int, set[str]]:
-        return {uid: set(words.split()) for uid, words in self.cache.flags(self.ino(mailbox)).items()}
-
-    def messages(self, mailbox: str = "INBOX") -> dict[int, tuple[Ino, int, int | None]]:
-        """UID -> inode, size, INTERNALDATE."""
-        nodes = self.cache.children(self.ino(mailbox), 0, 1_000_000)
-        return {int(n.uid): (n.ino, n.size, n.date) for n in nodes if n.uid is not None}
-
-    def gone(self) -> list[Ino]:
-        return [gone.ino for changes in self.changes for gone in changes.gone]
-
-    def added(self) -> list[Ino]:
-        return [ino for changes in self.changes for ino, _ in changes.added]
-
-    def flagged(self) -> list[Ino]:
-        return [ino for changes in self.changes for ino in changes.flagged]
-
-
-@contextlib.asynccontextmanager
-async def mirror(account: Account, directory: Path) -> AsyncIterator[Mirror]:
-    """Begin with the cache in ``directory``, whatever it holds, and know the list of mailboxes."""
-    cache = Cache.open(directory / "cache", "subject")
-    try:
-        async with pool(account) as connections, trio.open_nursery() as nursery:
-            bodies = BodyStore(cache, 1 << 30)
-            changes: list[Changes] = []
-            hub = ChangeHub()
-            hub.subscribe(changes.append)
-            hub.subscribe(lambda change: bodies.drop(change.gone))
-            spool = Spool(directory / "cache" / "spool")
-            made = Mirror(cache, Synchroniser(connections, cache, spool, nursery, hub), bodies, changes)
-            await made.refresh_tree()
-            yield made
-    finally:
-        cache.close()
 
 
 def server_flags(account: Account, mailbox: str = "INBOX") -> dict[int, set[str]]:
