@@ -373,6 +373,12 @@ class Cache:
                 )
             }
             self._store_flags(db, mailbox, [(m.uid, m.flags, m.modseq) for m in messages if m.uid in known])
+            # Caches of format 3 do not know these.
+            db.executemany(
+                "UPDATE node SET announced = coalesce(announced, ?), object_id = coalesce(object_id, ?),"
+                " recipient = ? WHERE parent = ? AND uid = ?",
+                [(m.size, m.object_id, m.recipient, mailbox, m.uid) for m in messages if m.uid in known],
+            )
             new = [m for m in messages if m.uid not in known]
             first = _take_inos(db, len(new))
             added = [
@@ -519,23 +525,27 @@ class Cache:
             self._changed(db, {Ino(old), mailbox}, now)
         return gone
 
-    def messages_with_id(self, message_id: str, date: int, besides: Ino) -> list[Node]:
-        """Return messages with this Message-ID and INTERNALDATE in other mailboxes than ``besides``.
+    def similar(self, message: NewMessage, besides: Ino) -> list[tuple[Node, Details]]:
+        """Return messages of other mailboxes than ``besides`` that have the INTERNALDATE of ``message``, and
+        its EMAILID or its Message-ID.
 
         They are ordered by inode number; hidden ones are left out.
         """
         with self._database.read() as db:
             rows = db.execute(
-                f"SELECT {NODE_COLUMNS} FROM node WHERE date = ? AND uid IS NOT NULL AND message_id = ?"
-                " AND parent <> ? AND name IS NOT NULL ORDER BY ino",
-                (date, message_id, besides),
+                f"SELECT {NODE_COLUMNS}, {DETAILS_COLUMNS} FROM node"
+                " WHERE date = ? AND uid IS NOT NULL AND parent <> ? AND name IS NOT NULL"
+                " AND (object_id = ? OR message_id = nullif(?, '')) ORDER BY ino",
+                (message.date, besides, message.object_id, message.message_id),
             ).fetchall()
-        return [Node._make(row) for row in rows]
+        n = len(Node._fields)
+        return [(Node._make(row[:n]), Details._make(row[n:])) for row in rows]
 
-    def relocate(self, ino: Ino, mailbox: Ino, message: NewMessage) -> bytes:
+    def relocate(self, ino: Ino, mailbox: Ino, message: NewMessage, *, same_bytes: bool) -> bytes:
         """Move a message to the mailbox where the server lists it as ``message``; return its new name.
 
-        Inode number and body stay.
+        The inode number stays. Unless ``same_bytes`` is proven, the cached body is forgotten, and the size is
+        the announced one again: `imapfs.store.bodies.BodyStore.drop` then removes the body.
         """
         now = time.time_ns()
         with self._database.write() as db:
@@ -543,10 +553,17 @@ class Cache:
             name = message_name(self._names(db), message.date, message.sender, message.subject, message.uid)
             name = _free_name(db, mailbox, name)
             db.execute(
-                "UPDATE node SET parent = ?, uid = ?, name = ?, alias = 0, flags = ?, modseq = ?, ctime = ?"
+                "UPDATE node SET parent = ?, uid = ?, name = ?, alias = 0, flags = ?, modseq = ?, ctime = ?,"
+                " subject = ?, sender = ?, from_ = ?, recipient = ?, object_id = ?, announced = ?"
                 " WHERE ino = ?",
-                (mailbox, message.uid, name, message.flags, message.modseq, now, ino),
+                (
+                    *(mailbox, message.uid, name, message.flags, message.modseq, now),
+                    *(message.subject, message.sender, message.from_, message.recipient),
+                    *(message.object_id, message.size, ino),
+                ),
             )
+            if not same_bytes:
+                _forget_body(db, ino)
             self._changed(db, {Ino(old), mailbox}, now)
         return name
 
@@ -668,6 +685,15 @@ _INSERT_MESSAGE: Final = (
     " flags, modseq, subject, sender, from_, message_id, recipient, object_id)"
     " VALUES (0, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
+
+
+def _forget_body(db: Connection, ino: Ino) -> None:
+    """Forget what was learned from the body of a message whose bytes may be others now."""
+    db.execute(
+        "UPDATE node SET size = coalesce(announced, size), exact = 0, crc = NULL, pack = NULL, offset = 0"
+        " WHERE ino = ?",
+        (ino,),
+    )
 
 
 def _free_name(db: Connection, parent: Ino, name: bytes) -> bytes:

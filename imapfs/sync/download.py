@@ -182,6 +182,14 @@ class Downloader:
                 if not download.done:
                     self._finish(download, error or ConnectionLost("the mount is ending"))
 
+    def on_changes(self, changes: Changes) -> None:
+        """Give up the downloads of messages that may have other bytes now, and drop bodies of no use."""
+        for node in changes.outdated:
+            download = self._downloads.get(node.ino)
+            if download is not None:
+                self._finish(download, MessageGone("another client has moved it meanwhile: open it again"))
+        self._bodies.drop([*changes.gone, *changes.outdated])
+
     # -- news from a batch ---------------------------------------------------------------------------------
 
     def sized(self, download: Download, incoming: IncomingBody) -> None:

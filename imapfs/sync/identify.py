@@ -5,7 +5,8 @@ a message may have come to another place, its identity has to be inferred from w
 
 - an APPEND, or a move, whose outcome is not known (`find_upload`, `find_copy`): all that came to the mailbox
   since then, which is what has the UIDNEXT of that time or a higher UID, is compared;
-- a message that another client has moved (`find_moved`);
+- a message that another client has moved (`find_moved`): an EMAILID or X-GM-MSGID proves it; Message-ID, date
+  and size do not, so that then the cached bytes must not be used;
 - a mailbox that was deleted and created again within the second that its UIDVALIDITY counts (`is_alike`).
 
 The callers act on the answer; none of them compares sizes, dates or digests itself. Functions that take a
@@ -128,20 +129,43 @@ def is_clean(data: bytes | mmap.mmap) -> bool:
 
 
 def is_alike(node: Node, message: NewMessage) -> bool:
-    """Return whether date and size allow that a message is the one that the cache knows as ``node``."""
-    # An exact size is the number of bytes in BODY[], which can differ from what the server announces.
-    return node.date == message.date and bool(node.exact or node.size == message.size)
+    """Return whether nothing that is known of ``node`` contradicts that the server lists it as ``message``.
+
+    Both have the same mailbox, UIDVALIDITY and UID. This is no proof of anything.
+    """
+    return node.date == message.date and node.announced in {None, message.size}
 
 
-def find_moved(cache: Cache, mailbox: Ino, message: NewMessage) -> Node | None:
+def known_size(node: Node) -> int:
+    """Return the size that the server has announced for a message; the true one where that is not known.
+
+    The true size differs from it on a server that announces wrong ones. Then nothing is proven.
+    """
+    return node.size if node.announced is None else node.announced
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """A message that was perhaps moved by another client."""
+
+    node: Node
+    same_bytes: bool
+    """Whether the server has named it by the same EMAILID or X-GM-MSGID."""
+
+
+def find_moved(cache: Cache, mailbox: Ino, message: NewMessage) -> Original | None:
     """Return the message of another mailbox that ``message``, which is new in ``mailbox``, seems to be.
 
     Whether it is still there as well, so that this one is a copy, is for the caller to find out.
     """
-    if not message.message_id:
-        return None
-    candidates = cache.messages_with_id(message.message_id, message.date, besides=mailbox)
-    return next((node for node in candidates if is_alike(node, message)), None)
+    similar = None
+    for node, details in cache.similar(message, besides=mailbox):
+        if message.object_id is not None and details.object_id is not None:
+            if message.object_id == details.object_id:
+                return Original(node, same_bytes=True)
+        elif similar is None:
+            similar = node if known_size(node) == message.size else None
+    return similar and Original(similar, same_bytes=False)
 
 
 # -- helpers -----------------------------------------------------------------------------------------------

@@ -325,16 +325,29 @@ class MailboxRun:
     def _apply(self, messages: Sequence[NewMessage], flags: Sequence[FlagUpdate]) -> None:
         if self._cache.mailbox(self.ino) is None:
             raise MailboxGone("the mailbox is gone")
+        flagged: list[Ino] = []
         if not self._first_look:
             messages = self._detector.keep_back(messages)
+            # The newest message that is known comes with those that are new.
+            known = [m for m in messages if self._cache.message(self.ino, m.uid) is not None]
+            flagged = self._cache.set_flags(self.ino, [(m.uid, m.flags, m.modseq) for m in known])
         added = self._cache.add_messages(self.ino, messages) if messages else []
-        flagged = self._cache.set_flags(self.ino, flags) if flags else []
+        if flags:
+            flagged += self._cache.set_flags(self.ino, flags)
         self._hub.publish(Changes(self.ino, added, flagged=flagged, first_look=self._first_look))
         self._refresh.wake()
 
     def _resolve_moves(self) -> None:
-        new, moved = self._detector.resolve()
-        self._hub.publish(Changes(self.ino, self._cache.add_messages(self.ino, new), moved=moved))
+        new, moved, rewritten = self._detector.resolve()
+        self._hub.publish(
+            Changes(
+                self.ino,
+                self._cache.add_messages(self.ino, new),
+                moved=moved,
+                rewritten=[node.ino for node in rewritten],
+                outdated=rewritten,
+            )
+        )
         self._refresh.wake()
 
     def _apply_removal(self, ranges: Sequence[tuple[int, int]]) -> int:
