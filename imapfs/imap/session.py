@@ -49,7 +49,7 @@ from imapfs.imap.grammar import (
 from imapfs.imap.login import log_in
 from imapfs.imap.stream import Buffer
 from imapfs.imap.wire import Command, Literal, OnResponse, Sink, Wire, astring
-from imapfs.model import Account, CredentialProvider, ModSeq, Secret, UidValidity
+from imapfs.model import Account, CredentialProvider, MessageRef, ModSeq, Secret, Uid, UidValidity
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,9 @@ _HEADERS: Final = b" BODY.PEEK[HEADER.FIELDS (FROM TO SUBJECT DATE MESSAGE-ID)]"
 OnMessage = Callable[[FetchData], None]
 OnStatus = Callable[[bytes, dict[str, int]], None]
 """Given the name of a mailbox and the items of its STATUS response."""
+
+Check = Callable[["MailboxState", FetchData | None], None]
+"""Given the state of a mailbox, and date and size of a message, or None if it is gone."""
 
 _MAX_STATUS: Final = 20
 """Maximum number of STATUS commands in one round trip, so that a slow server answers within the timeout."""
@@ -656,20 +659,44 @@ class Session:
 
     # -- changes -------------------------------------------------------------------------------------------
 
-    def select(self, mailbox: bytes, uidvalidity: UidValidity, *, afresh: bool = False) -> MailboxState:
+    def select(
+        self,
+        mailbox: bytes,
+        uidvalidity: UidValidity,
+        uid: int = 0,
+        check: Check = lambda _, __: None,
+        *,
+        afresh: bool = False,
+    ) -> MailboxState:
         """Select ``mailbox`` read-write unless it is already; with ``afresh`` in any case, for its present
         state.
+
+        ``check`` is called with that state, and with date and size of message ``uid``, which are fetched in
+        the same round trip. If it raises, the next call selects the mailbox again. It is not called if the
+        mailbox is selected already.
 
         Raises MailboxGone also if its UIDVALIDITY has changed, Refused if it is read-only.
         """
         known = self.selected == mailbox and self._writable and self.state.uidvalidity == uidvalidity
         if afresh or not known:
-            selecting = self._begin_select()
+            found: list[FetchData] = []
+            selecting = self._begin_select(found.append)
+            commands: list[Command] = [(b"SELECT ", astring(mailbox))]
+            if uid:
+                commands.append((b"UID FETCH %d (UID INTERNALDATE RFC822.SIZE)" % uid,))
+            selected, *others = self._wire.execute_all(commands, on_response=selecting.take)
             try:
-                completion = self._wire.execute(b"SELECT ", astring(mailbox), on_response=selecting.take)
+                self._wire.check(commands[0], selected)
             except Refused as error:
                 raise _mailbox_error(error) from None
-            self._end_select(mailbox, selecting, writable=True).read_only = completion.code == "READ-ONLY"
+            state = self._end_select(mailbox, selecting, writable=False)
+            state.read_only = selected.code == "READ-ONLY"
+            if state.exists:
+                for command, completion in zip(commands[1:], others, strict=True):
+                    self._wire.check(command, completion)
+            if state.uidvalidity == uidvalidity:
+                check(state, next((one for one in found if one.uid == uid and one.size is not None), None))
+            self._writable = True
         if self.state.uidvalidity != uidvalidity:
             raise MailboxGone("the mailbox was recreated on the server: list it again")
         if self.state.read_only:
@@ -707,16 +734,17 @@ class Session:
         self._wire.check((b"UID STORE",), completions[0])
         return found
 
-    def move(self, uid: int, target: bytes) -> int | None:
-        """Run UID MOVE (RFC 6851) from the selected mailbox. Return the new UID, or None if the server sends
-        none."""
+    def move(self, uid: int, target: bytes) -> MessageRef | None:
+        """Run UID MOVE (RFC 6851) from the selected mailbox. Return the message in the target, or None if the
+        server does not name it (COPYUID)."""
         return self._transfer(b"UID MOVE", uid, target)
 
-    def copy(self, uid: int, target: bytes) -> int | None:
-        """Run UID COPY from the selected mailbox. Return the new UID, or None if the server sends none."""
+    def copy(self, uid: int, target: bytes) -> MessageRef | None:
+        """Run UID COPY from the selected mailbox. Return the copy, or None if the server does not name it
+        (COPYUID)."""
         return self._transfer(b"UID COPY", uid, target)
 
-    def _transfer(self, verb: bytes, uid: int, target: bytes) -> int | None:
+    def _transfer(self, verb: bytes, uid: int, target: bytes) -> MessageRef | None:
         copied: Completion | None = None
 
         def take(response: Response) -> None:
@@ -729,18 +757,25 @@ class Session:
         tagged = self._wire.execute(b"%s %d " % (verb, uid), astring(target), on_response=take)
         if tagged.code == "COPYUID":
             copied = tagged
-        return _copied_uid(copied, uid) if copied is not None else None
+        return _copied(copied, uid, target) if copied is not None else None
 
     def expunge(self, uid: int) -> bool:
         """Delete a message of the selected mailbox. Return false if it remains there, marked as deleted.
 
         Without UIDPLUS a message cannot be expunged alone. Then this is left to the server, or to a client
-        that expunges the whole mailbox.
+        that expunges the whole mailbox; also if the server refuses to expunge it. Raises Refused if it is not
+        even marked.
         """
         self._wire.execute(b"UID STORE %d +FLAGS.SILENT (\\Deleted)" % uid)
         if not self.has("UIDPLUS"):
             return False
-        self._wire.execute(b"UID EXPUNGE %d" % uid)
+        try:
+            self._wire.execute(b"UID EXPUNGE %d" % uid)
+        except Throttled:
+            raise
+        except Refused as error:
+            log.warning("message %d is marked as deleted, but the server does not expunge it: %s", uid, error)
+            return False
         return True
 
     def append(
@@ -837,11 +872,12 @@ class Session:
                 self._wire.execute(verb, astring(name))
 
 
-def _copied_uid(completion: Completion, uid: int) -> int | None:
-    """Return the UID of the copy of ``uid`` according to COPYUID (RFC 4315 section 3); None if it has
+def _copied(completion: Completion, uid: int, target: bytes) -> MessageRef | None:
+    """Return the copy of ``uid`` in ``target`` according to COPYUID (RFC 4315 section 3); None if it has
     none."""
     with contextlib.suppress(ProtocolError, ValueError):
-        _, old, new = completion.argument.split(b" ")
+        validity, old, new = completion.argument.split(b" ")
+        uidvalidity = UidValidity(number(validity))
         position = 0
         for low, high in parse_sequence_set(old):
             if low <= uid <= high:
@@ -852,7 +888,7 @@ def _copied_uid(completion: Completion, uid: int) -> int | None:
             return None
         for low, high in parse_sequence_set(new):
             if position <= high - low:
-                return low + position
+                return MessageRef(target, uidvalidity, Uid(low + position))
             position -= high - low + 1
     return None
 

@@ -495,9 +495,18 @@ class Cache:
         self._changed(db, {Ino(parent)})
 
     def move(
-        self, ino: Ino, mailbox: Ino, uid: Uid, name: bytes, *, original_stays: bool = False
+        self,
+        ino: Ino,
+        mailbox: Ino,
+        uid: Uid,
+        name: bytes,
+        *,
+        original_stays: bool = False,
+        same_bytes: bool = True,
     ) -> list[Node]:
         """Move a message to another mailbox, with ``uid`` and ``name``; inode number and body stay.
+
+        ``same_bytes``: whether the message with this UID is proven to have the same bytes; see `relocate`.
 
         ``original_stays``: the server could only copy the message, and the original, which is still there, is
         to be hidden. Returns the row that a synchronisation may have added for the message meanwhile.
@@ -520,6 +529,8 @@ class Cache:
                 " WHERE ino = ?",
                 (mailbox, uid, name, now, ino),
             )
+            if not same_bytes:
+                _forget_body(db, ino)
             # UIDs are unique in a mailbox: only now the original can have its UID again.
             db.execute("UPDATE node SET uid = -uid WHERE parent = ? AND uid < 0", (old,))
             self._changed(db, {Ino(old), mailbox}, now)

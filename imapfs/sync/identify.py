@@ -18,18 +18,58 @@ import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from imapfs.errors import MessageGone, OtherMailbox, OtherMessage
 from imapfs.headers import parse_headers
 from imapfs.imap.grammar import FetchData, parse_date
-from imapfs.imap.session import Session
-from imapfs.model import Ino, Uid
+from imapfs.imap.session import MailboxState, Session
+from imapfs.model import Ino, MessageRef, ModSeq, Uid, UidValidity
 from imapfs.store.cache import Cache
 from imapfs.store.rows import NewMessage, Node
 from imapfs.store.spool import Attempt
 
+_NONE = ModSeq(0)
 _MAX_ADDED = 2
 """Bytes that a server may add to a message: a final line end."""
 _HEAD = 1 << 18
 """Bytes at the beginning of a message in which its header is expected to end."""
+
+
+# -- the message that is known -----------------------------------------------------------------------------
+
+
+def is_other(ref: MessageRef, date: int | None, size: int | None) -> bool:
+    """Return whether date and announced size of the message with the UID of ``ref`` are not those known."""
+    return any(
+        known is not None and found is not None and known != found
+        for known, found in ((ref.date, date), (ref.size, size))
+    )
+
+
+def is_other_mailbox(uidvalidity: UidValidity, uidnext: int, modseq: ModSeq, state: MailboxState) -> bool:
+    """Return whether a mailbox is not the known one: numbers have decreased that only grow in a mailbox."""
+    return state.uidvalidity != uidvalidity or 0 < state.uidnext < uidnext or 0 < state.highestmodseq < modseq
+
+
+def select_known(
+    session: Session, ref: MessageRef, uidnext: int = 0, modseq: ModSeq = _NONE, *, afresh: bool = False
+) -> MailboxState:
+    """Select the mailbox of a message, for a command that changes or removes this message.
+
+    Unless the mailbox is selected already, verify that it and the message are those that are known: what has
+    the UID has the date and size of ``ref``. ``uidnext`` and ``modseq`` are of the last synchronisation.
+
+    Raises OtherMailbox, OtherMessage, MessageGone, MailboxGone, Refused.
+    """
+
+    def check(state: MailboxState, found: FetchData | None) -> None:
+        if is_other_mailbox(ref.uidvalidity, uidnext, modseq, state):
+            raise OtherMailbox("the mailbox on the server is an older one: list it again")
+        if found is None:
+            raise MessageGone("it was removed on the server")
+        if is_other(ref, parse_date(found.date or b"")[0], found.size):
+            raise OtherMessage("another message has its place on the server: list the directory again")
+
+    return session.select(ref.mailbox, ref.uidvalidity, ref.uid, check, afresh=afresh)
 
 
 # -- copies on the server ----------------------------------------------------------------------------------
@@ -67,16 +107,41 @@ def find_copy(
     mailbox: bytes,
     uidnext: int,
     wanted: Fingerprint,
-    is_other: Callable[[Uid], bool] = lambda _: False,
+    is_known: Callable[[Uid], bool] = lambda _: False,
 ) -> Uid | None:
-    """Return the UID of the copy among the messages with ``uidnext`` or a higher UID, or None.
+    """Return the UID of what looks like the copy among messages with ``uidnext`` or a higher UID, or None.
 
-    ``is_other``: whether a UID is known to be another message's. Raises MailboxGone.
+    This proves nothing about its bytes. ``is_known``: whether a UID is known to be another message's. Raises
+    MailboxGone.
     """
     session.examine(mailbox)
     for uid, data in _arrived_since(session, uidnext):
-        if not is_other(uid) and wanted.matches(Fingerprint.of(data)):
+        if not is_known(uid) and wanted.matches(Fingerprint.of(data)):
             return uid
+    return None
+
+
+def find_same(
+    session: Session,
+    original: MessageRef,
+    mailbox: bytes,
+    uidnext: int,
+    wanted: Fingerprint,
+    is_known: Callable[[Uid], bool] = lambda _: False,
+) -> Uid | None:
+    """Return the UID of a message with the same bytes as ``original``; see `find_copy`.
+
+    Only this allows that the original is deleted, if the outcome of the COPY is not known.
+    """
+    content = session.fetch_body(original.mailbox, original.uidvalidity, original.uid)
+    if content is None:
+        return None
+    state = session.examine(mailbox)
+    for uid, data in _arrived_since(session, uidnext):
+        if not is_known(uid) and wanted.matches(Fingerprint.of(data)):
+            other = session.fetch_body(mailbox, state.uidvalidity, uid)
+            if other == content:
+                return uid
     return None
 
 

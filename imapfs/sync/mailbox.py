@@ -24,7 +24,7 @@ from imapfs.model import Ino, ModSeq, Uid, UidValidity
 from imapfs.store.cache import MAX_UID, Cache
 from imapfs.store.rows import Mailbox, NewMessage
 from imapfs.sync.changes import ChangeHub, Changes
-from imapfs.sync.identify import is_alike
+from imapfs.sync.identify import is_alike, is_other_mailbox
 from imapfs.sync.refresh import Refresh
 from imapfs.sync.renames import MoveCoordinator, MoveDetector
 
@@ -374,12 +374,9 @@ def _uidvalidity(state: MailboxState) -> UidValidity:
 
 
 def _check_incarnation(box: Mailbox, state: MailboxState) -> None:
-    """Raise _Stale if the cache has another mailbox: numbers have decreased that only grow in a mailbox."""
-    if (
-        _uidvalidity(state) != box.uidvalidity
-        or (state.uidnext and state.uidnext < box.uidnext)
-        or (state.highestmodseq and state.highestmodseq < box.modseq)
-    ):
+    """Raise _Stale if the cache has another mailbox."""
+    _uidvalidity(state)
+    if is_other_mailbox(box.uidvalidity, box.uidnext, box.modseq, state):
         raise _Stale
 
 

@@ -332,7 +332,7 @@ def test_message_that_a_server_names_by_its_emailid_keeps_its_bytes(tmp_path: Pa
 
 @pytest.mark.trio
 async def test_flags_of_the_newest_message_are_reported(user: Account, tmp_path: Path, tier: str) -> None:
-    """At stake: `imapfs watch` is silent about what was read elsewhere just now. This message is always listed."""
+    """At stake: `imapfs watch` is silent about the newest message, which each synchronisation lists."""
     user.deliver("INBOX", ((plain(n), DATE, "") for n in range(2)))
     async with mirror(user, tmp_path) as here:
         await here.refresh()

@@ -18,7 +18,7 @@ from imapfs.errors import (
     TimedOut,
 )
 from imapfs.imap.grammar import FetchData, number, parse_fetch, parse_sequence_set
-from imapfs.model import ModSeq, Uid, UidValidity
+from imapfs.model import MessageRef, ModSeq, Uid, UidValidity
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Directory, NewMessage
 from tests.support.accounts import session
@@ -316,7 +316,8 @@ def test_uid_of_a_copy_is_found(ca: CertificateAuthority, code: bytes, uid: int 
     script = answering({b"UID COPY": b"TAG OK [" + code + b"] done\r\n"})
     with Scripted(ca, [plain(1)], script=script) as server, session(server) as connected:
         connected.select(INBOX, UidValidity(7))
-        assert connected.copy(5, b"x") == uid
+        copy = None if uid is None else MessageRef(b"x", UidValidity(7), Uid(uid))
+        assert connected.copy(5, b"x") == copy
 
 
 # -- the cache takes what servers say
