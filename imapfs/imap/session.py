@@ -84,6 +84,8 @@ class MailboxState:
     permanent_flags: frozenset[str] | None = None
     """Flags that the server keeps, in lower case. None if it does not say, which means all."""
     read_only: bool = False
+    object_id: str | None = None
+    """MAILBOXID (RFC 8474 section 4.2), which a mailbox keeps when it is renamed."""
     vanished: list[tuple[int, int]] = field(default_factory=list)
     """UID ranges that QRESYNC reports as expunged (RFC 7162 section 3.2.10)."""
 
@@ -100,6 +102,8 @@ class MailboxState:
                 return
             if completion.code == "PERMANENTFLAGS":
                 self.permanent_flags = frozenset(flag_list(completion.argument.strip(b"()")).lower().split())
+            if completion.code == "MAILBOXID":
+                self.object_id = completion.argument.strip(b"()").decode("ascii", "replace")
             if not completion.argument.isdigit():
                 return
             match completion.code:
@@ -563,6 +567,18 @@ class Session:
                 on_message(data)
 
         self._wire.execute(b"UID FETCH %s %s" % (uid_set, items), on_response=take)
+
+    def identities(self) -> dict[int, FetchData]:
+        """Return date and size of all messages of the selected mailbox, by UID."""
+        found: dict[int, FetchData] = {}
+
+        def take(data: FetchData) -> None:
+            if data.uid is not None and data.size is not None:
+                found[data.uid] = data
+
+        if self.state.exists:
+            self._fetch(b"1:*", b"(UID INTERNALDATE RFC822.SIZE)", take)
+        return found
 
     def next_uid(self) -> int:
         """Return UIDNEXT of the selected mailbox; from its last message if the server sends none

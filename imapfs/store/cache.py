@@ -244,6 +244,16 @@ class Cache:
                 db.execute("SELECT uid, flags FROM node WHERE parent = ? AND uid IS NOT NULL", (mailbox,))
             )
 
+    def identities(self, mailbox: Ino) -> list[MessageRef]:
+        """Return the identities of all messages of a mailbox, with what proves them."""
+        with self._database.read() as db:
+            rows = db.execute(
+                "SELECT server_name, uidvalidity, uid, date, announced FROM node"
+                " JOIN mailbox ON mailbox.ino = node.parent WHERE parent = ? AND uid IS NOT NULL",
+                (mailbox,),
+            ).fetchall()
+        return [MessageRef(*row) for row in rows]
+
     def totals(self) -> tuple[int, int, int]:
         """Return the number of messages known, of bodies cached, and of these bodies' bytes."""
         with self._database.read() as db:
@@ -324,13 +334,21 @@ class Cache:
             yield here, node
 
     def set_state(
-        self, mailbox: Ino, uidvalidity: UidValidity, uidnext: int, modseq: ModSeq, *, complete: bool
+        self,
+        mailbox: Ino,
+        uidvalidity: UidValidity,
+        uidnext: int,
+        modseq: ModSeq,
+        *,
+        complete: bool,
+        object_id: str | None = None,
     ) -> None:
         """Note the state of a mailbox up to which all is known."""
         with self._database.write() as db:
             db.execute(
-                "UPDATE mailbox SET uidvalidity = ?, uidnext = ?, modseq = ?, complete = ? WHERE ino = ?",
-                (uidvalidity, uidnext, modseq, complete, mailbox),
+                "UPDATE mailbox SET uidvalidity = ?, uidnext = ?, modseq = ?, complete = ?, object_id = ?"
+                " WHERE ino = ?",
+                (uidvalidity, uidnext, modseq, complete, object_id, mailbox),
             )
 
     def reset(self, mailbox: Ino, uidvalidity: UidValidity) -> list[Node]:
@@ -343,7 +361,8 @@ class Cache:
 
     def _empty(self, db: Connection, mailbox: Ino, uidvalidity: UidValidity) -> list[Node]:
         db.execute(
-            "UPDATE mailbox SET uidvalidity = ?, uidnext = 0, modseq = 0, complete = 0 WHERE ino = ?",
+            "UPDATE mailbox SET uidvalidity = ?, uidnext = 0, modseq = 0, complete = 0, object_id = NULL"
+            " WHERE ino = ?",
             (uidvalidity, mailbox),
         )
         return _delete(db, "parent = ? AND uid IS NOT NULL", (mailbox,))

@@ -7,7 +7,11 @@ a message may have come to another place, its identity has to be inferred from w
   since then, which is what has the UIDNEXT of that time or a higher UID, is compared;
 - a message that another client has moved (`find_moved`): an EMAILID or X-GM-MSGID proves it; Message-ID, date
   and size do not, so that then the cached bytes must not be used;
-- a mailbox that was deleted and created again within the second that its UIDVALIDITY counts (`is_alike`).
+- a mailbox that another client has renamed (`is_same_mailbox`);
+- a mailbox that was deleted and created again within the second that its UIDVALIDITY counts (`is_alike`), or
+  that was restored from a backup (`is_other_mailbox`).
+
+And the message that has the UID may be another one than the message that had it (`select_known`).
 
 The callers act on the answer; none of them compares sizes, dates or digests itself. Functions that take a
 session run in a thread, and leave the mailbox in question selected read-only.
@@ -15,7 +19,7 @@ session run in a thread, and leave the mailbox in question selected read-only.
 
 import hashlib
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from imapfs.errors import MessageGone, OtherMailbox, OtherMessage
@@ -24,7 +28,7 @@ from imapfs.imap.grammar import FetchData, parse_date
 from imapfs.imap.session import MailboxState, Session
 from imapfs.model import Ino, MessageRef, ModSeq, Uid, UidValidity
 from imapfs.store.cache import Cache
-from imapfs.store.rows import NewMessage, Node
+from imapfs.store.rows import Mailbox, NewMessage, Node
 from imapfs.store.spool import Attempt
 
 _NONE = ModSeq(0)
@@ -70,6 +74,25 @@ def select_known(
             raise OtherMessage("another message has its place on the server: list the directory again")
 
     return session.select(ref.mailbox, ref.uidvalidity, ref.uid, check, afresh=afresh)
+
+
+def is_same_mailbox(session: Session, known: Mailbox, messages: Iterable[MessageRef], name: bytes) -> bool:
+    """Return whether the mailbox ``name`` is ``known``, which had another name; it is selected afterwards.
+
+    Proof is the MAILBOXID (RFC 8474), or else that all ``messages`` that are known have their UID, date and
+    size. The UIDVALIDITY has to be the same in both cases. Raises MailboxGone.
+    """
+    state = session.examine(name)
+    if is_other_mailbox(known.uidvalidity, known.uidnext, known.modseq, state):
+        return False
+    if known.object_id is not None and state.object_id is not None:
+        return known.object_id == state.object_id
+    found = session.identities()
+    return all(
+        (data := found.get(ref.uid)) is not None
+        and not is_other(ref, parse_date(data.date or b"")[0], data.size)
+        for ref in messages
+    )
 
 
 # -- copies on the server ----------------------------------------------------------------------------------

@@ -362,7 +362,11 @@ class MailboxRun:
     def _done(self, state: MailboxState) -> None:
         def note() -> None:
             uidnext = state.uidnext or self._cache.last_uid(self.ino) + 1
-            self._cache.set_state(self.ino, _uidvalidity(state), uidnext, state.highestmodseq, complete=True)
+            self._cache.set_state(
+                *(self.ino, _uidvalidity(state), uidnext, state.highestmodseq),
+                complete=True,
+                object_id=state.object_id,
+            )
 
         self._on_trio(note)
 
@@ -377,6 +381,8 @@ def _check_incarnation(box: Mailbox, state: MailboxState) -> None:
     """Raise _Stale if the cache has another mailbox."""
     _uidvalidity(state)
     if is_other_mailbox(box.uidvalidity, box.uidnext, box.modseq, state):
+        raise _Stale
+    if None not in {box.object_id, state.object_id} and box.object_id != state.object_id:
         raise _Stale
 
 

@@ -2,9 +2,9 @@
 
 IMAP does not announce a move: one mailbox loses a message, another one gets one. If a new message looks like
 one in another mailbox (`imapfs.sync.identify`), the server is asked whether that one is still there. If so,
-the new one is a copy; if not, it was moved. Without proof
-that the bytes are the same, as another client may have edited it before, the file keeps inode and name here,
-but the bytes are fetched again. A new mailbox with the UIDVALIDITY of one that is gone is a renamed one.
+the new one is a copy; if not, it was moved. Without proof that the bytes are the same, as another client may
+have edited it before, the file keeps inode and name here, but the bytes are fetched again. A new mailbox is a
+renamed one if it is proven to be one that is gone.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -22,7 +22,7 @@ from imapfs.store.cache import Cache
 from imapfs.store.rows import Directory, Mailbox, NewMessage, Node
 from imapfs.store.spool import Spool
 from imapfs.sync.changes import Moved
-from imapfs.sync.identify import Original, find_moved
+from imapfs.sync.identify import Original, find_moved, is_same_mailbox
 from imapfs.waiting import Signal
 
 _MAX_MESSAGES: Final = 1000
@@ -191,7 +191,18 @@ async def find_renamed_mailboxes(
             numbers = await pool.run(partial(Session.status, mailbox=directory.server_name or b""))
         except (MailboxGone, Refused):
             continue
-        match = gone.pop(numbers.get("UIDVALIDITY", 0), [])
-        if len(match) == 1 and numbers.get("UIDNEXT", 0) >= match[0].uidnext:
-            found.append((match[0], directory, parent))
+        candidates = gone.get(numbers.get("UIDVALIDITY", 0), [])
+        name = directory.server_name or b""
+        proven = [mailbox for mailbox in candidates if await _is_renamed(pool, cache, mailbox, name)]
+        if len(proven) == 1:
+            candidates.remove(proven[0])
+            found.append((proven[0], directory, parent))
     return found
+
+
+async def _is_renamed(pool: SessionPool, cache: Cache, mailbox: Mailbox, name: bytes) -> bool:
+    messages = cache.identities(mailbox.ino)
+    try:
+        return await pool.run(partial(is_same_mailbox, known=mailbox, messages=messages, name=name), name)
+    except (MailboxGone, Refused):
+        return False

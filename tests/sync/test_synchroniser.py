@@ -409,6 +409,38 @@ async def test_mailbox_that_another_client_renamed_is_the_same_directory(
 
 
 @pytest.mark.trio
+@pytest.mark.parametrize("same", [True, False])
+async def test_renamed_mailbox_is_proven_by_its_messages(user: Account, tmp_path: Path, same: bool) -> None:
+    """At stake: cached bytes of a deleted mailbox are shown as messages of a new one that happens to have the
+    same UIDVALIDITY, which often is the time in seconds."""
+
+    def set_uidvalidity(mailbox: str) -> None:
+        user.server.doveadm("mailbox", "update", "-u", user.name, "--uid-validity", "4711", mailbox)
+
+    for mailbox, first in (("Old", 0), ("New", 0 if same else 3)):
+        user.deliver(mailbox, ((plain(n), DATE + n, "") for n in range(first, 3 + first)))
+        set_uidvalidity(mailbox)
+    with user.client() as client:
+        client.rename("New", "New.later")
+    async with mirror(user, tmp_path) as here:
+        await here.refresh("Old")
+        old, before = here.ino("Old"), here.messages("Old")
+        listed = here.cache.mailbox(here.ino("New.later"))
+        assert listed is not None
+        assert not listed.uidvalidity, "it was never opened"
+    with user.client() as client:
+        client.delete("Old")
+        client.rename("New.later", "New")
+    async with mirror(user, tmp_path) as here:
+        await here.refresh("New")
+        assert (here.ino("New") == old) is same
+        assert (here.messages("New") == before) is same
+        assert {uid: date for uid, (_, _, date) in here.messages("New").items()} == {
+            n: DATE + n - 1 + (0 if same else 3) for n in (1, 2, 3)
+        }
+
+
+@pytest.mark.trio
 async def test_mailboxes_come_and_go(user: Account, tmp_path: Path) -> None:
     user.deliver("a/b/c", [(plain(1), DATE, "")])
     user.deliver("old", [(plain(1), DATE, "")])
