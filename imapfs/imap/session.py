@@ -373,6 +373,30 @@ class Session:
         """Select ``mailbox`` read-only, even if it is selected already. Raises MailboxGone."""
         return self._examine(mailbox, b"", [], lambda _: None)
 
+    def examine_messages(
+        self, mailbox: bytes, uids: Iterable[int], check: Callable[[MailboxState, dict[int, FetchData]], None]
+    ) -> None:
+        """Select ``mailbox`` read-only, and fetch date and size of messages in the same round trip.
+
+        ``check`` gets both, the messages by UID. If it raises, the mailbox has to be selected again before it
+        is used. Raises MailboxGone.
+        """
+        found: dict[int, FetchData] = {}
+
+        def take(data: FetchData) -> None:
+            if data.uid is not None and data.size is not None:
+                found[data.uid] = data
+
+        commands = [
+            b"UID FETCH %s (UID INTERNALDATE RFC822.SIZE)" % uid_set for uid_set in sequence_sets(uids)
+        ]
+        state = self._examine(mailbox, b"", commands, take)
+        try:
+            check(state, found)
+        except ImapfsError:
+            self.state = MailboxState()
+            raise
+
     def sample(self, mailbox: bytes, maximum: int) -> dict[int, int]:
         """Return RFC822.SIZE by UID for about the newest ``maximum`` messages; ``mailbox`` is then selected.
 

@@ -758,6 +758,18 @@ def keep_uidvalidity(user: Account, mailbox: str) -> None:
     user.server.doveadm("mailbox", "update", "-u", user.name, "--uid-validity", "4711", mailbox)
 
 
+def shows(mount: Mount, mailbox: str, *messages: Held) -> None:
+    """Wait until exactly these messages are shown in a mailbox."""
+
+    def is_shown() -> bool:
+        try:
+            return shown(mount).get(mailbox) == sorted(m.content for m in messages)
+        except OSError:
+            return False  # what was listed is gone
+
+    wait_until(is_shown, "all shown")
+
+
 INNOCENT = Held(plain(7), LATER, frozenset())
 MORE = Held(plain(8), LATER, frozenset())
 
@@ -783,7 +795,7 @@ def test_an_edit_that_waits_spares_the_message_that_has_the_old_uid_after_a_rest
         proxy.account(user), cache=killed.cache, expected_log=["edited here is not removed, both stay"]
     )
     drain(mounted)
-    wait_until(lambda: shown(mounted).get("x") == sorted(m.content for m in (*messages, EDITED)), "all shown")
+    shows(mounted, "x", *messages, EDITED)
     mounted.unmount()
     assert everything(user) == {"x": in_order(*messages, EDITED)}
 
@@ -808,11 +820,28 @@ def test_a_command_spares_the_message_that_has_the_uid_after_a_restore(
     error = outcome(operations.get(what, lambda _: os.unlink(path)), mounted)
     assert error is not None
     assert error.errno in {errno.ENOENT, errno.ESTALE}
-    wait_until(
-        lambda: shown(mounted).get("x") == sorted(m.content for m in (INNOCENT, MORE, NEW)), "all shown"
-    )
+    shows(mounted, "x", INNOCENT, MORE, NEW)
     mounted.unmount()
     assert everything(user) == before
+
+
+@pytest.mark.parametrize("messages", [(INNOCENT,), (INNOCENT, MORE, NEW)], ids=["fewer", "more"])
+def test_a_message_is_not_read_with_the_bytes_of_the_one_that_has_its_uid_after_a_restore(
+    user: Account, mount: Mounter, proxy: Proxy, messages: Sequence[Held]
+) -> None:
+    """At stake: one message is shown, and kept in the cache, with the bytes of another."""
+    user.deliver("x", [(m.content, m.date, "S") for m in (OLD, OTHER)])
+    keep_uidvalidity(user, "x")
+    mounted = mount(proxy.account(user))
+    path = file_of(mounted, 1, "x")
+    path.stat()
+    restore(user, "x", *messages)
+    proxy.cut_all()
+    try:
+        raise AssertionError(path.read_bytes())
+    except OSError as error:
+        assert error.errno in {errno.ENOENT, errno.ESTALE}
+    shows(mounted, "x", *messages)
 
 
 def test_a_move_by_copy_whose_original_cannot_be_deleted_leaves_one_message(
