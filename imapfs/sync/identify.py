@@ -1,17 +1,23 @@
 """Is it the same message? The one module that decides this.
 
-IMAP identifies a message by mailbox, UIDVALIDITY and UID, and by nothing else that every server has. So when
-a message may have come to another place, its identity has to be inferred from what is known of it:
+IMAP identifies a message by mailbox, UIDVALIDITY and UID, and by nothing else that every server has. Nothing
+is removed, and no cached bytes are shown as a message's, on likeness. That needs proof:
+
+- the tagged OK of the command that carried the message, with APPENDUID or COPYUID;
+- the same mailbox, UIDVALIDITY and UID, with the INTERNALDATE and announced size that are known
+  (`select_known`). The true size proves nothing, since servers announce wrong ones;
+- equal bytes (`find_same`, `find_upload`);
+- an identity that the server gives: EMAILID and MAILBOXID (RFC 8474), X-GM-MSGID.
+
+Without it nothing is removed, and what can be shown twice is shown twice. The questions are about:
 
 - an APPEND, or a move, whose outcome is not known (`find_upload`, `find_copy`): all that came to the mailbox
   since then, which is what has the UIDNEXT of that time or a higher UID, is compared;
-- a message that another client has moved (`find_moved`): an EMAILID or X-GM-MSGID proves it; Message-ID, date
-  and size do not, so that then the cached bytes must not be used;
+- a message that another client has moved (`find_moved`). By Message-ID, date and size it keeps its inode, but
+  not its cached bytes;
 - a mailbox that another client has renamed (`is_same_mailbox`);
 - a mailbox that was deleted and created again within the second that its UIDVALIDITY counts (`is_alike`), or
   that was restored from a backup (`is_other_mailbox`).
-
-And the message that has the UID may be another one than the message that had it (`select_known`).
 
 The callers act on the answer; none of them compares sizes, dates or digests itself. Functions that take a
 session run in a thread, and leave the mailbox in question selected read-only.

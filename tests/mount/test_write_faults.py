@@ -881,6 +881,24 @@ def test_a_copy_that_cannot_be_removed_again_is_reported_and_blocks_nothing(
     assert everything(user) == contents(INBOX=[OLD, OTHER], Renamed=[OLD])
 
 
+def test_a_moved_message_is_not_taken_for_one_that_looks_like_it(
+    user: Account, mount: Mounter, proxies: Callable[..., Proxy]
+) -> None:
+    """At stake: the bytes of one message under the name of another, without COPYUID."""
+    deliver(user)
+    proxy = proxies(("UIDPLUS", "NOTIFY", "IDLE"))
+    mounted = mount(proxy.account(user))
+    path = file_of(mounted, 1)
+    assert path.read_bytes() == OLD.content
+    assert os.listdir(mounted.path / "Work") == []
+    likeness = OLD._replace(content=OLD.content[:-3] + b"#\r\n")
+    user.append("Work", likeness.content, likeness.date, "\\Seen")
+    os.rename(path, mounted.path / "Work" / "moved.eml")
+    shows(mounted, "Work", OLD, likeness)
+    mounted.unmount()
+    assert everything(user) == contents(INBOX=[OTHER], Work=[OLD, likeness])
+
+
 def test_a_copy_of_unknown_outcome_proves_itself_by_its_bytes(
     user: Account, mount: Mounter, proxies: Callable[..., Proxy]
 ) -> None:
