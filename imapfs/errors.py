@@ -42,10 +42,18 @@ class MessageGone(ImapfsError):
     errno = errno.ESTALE
 
 
+class OtherMessage(MessageGone):
+    """Another message has the UID of the message: the server was restored, for example."""
+
+
 class MailboxGone(ImapfsError):
     """The mailbox does not exist, was renamed, or has a new UIDVALIDITY: scope is this mailbox."""
 
     errno = errno.ENOENT
+
+
+class OtherMailbox(MailboxGone):
+    """Numbers of the mailbox went back that only grow: its UIDs may belong to other messages now."""
 
 
 class Refused(ImapfsError):

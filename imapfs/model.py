@@ -1,7 +1,7 @@
 """Plain data types that all layers share: no I/O, and no behaviour beyond their own invariants."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NewType, Protocol
 
@@ -35,6 +35,11 @@ class MessageRef:
     """As the server spells it."""
     uidvalidity: UidValidity
     uid: Uid
+    date: int | None = field(default=None, compare=False)
+    """INTERNALDATE, seconds since the epoch; None if not known. With ``size`` it proves that the UID still is
+    this message's, although the server may have been restored from a backup."""
+    size: int | None = field(default=None, compare=False)
+    """RFC822.SIZE as the server announces it, in bytes; None if not known."""
 
 
 class Secret:

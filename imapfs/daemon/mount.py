@@ -82,6 +82,7 @@ class Model:
     spool: Spool
     hub: ChangeHub
     sync: Synchroniser
+    downloads: Downloader
     mover: Mover
     uploader: Uploader
     replaced: ReplacedMessages
@@ -127,8 +128,8 @@ def build_model(config: MountConfig, pool: SessionPool, cache: Cache, background
     )  # fmt: skip
     xattrs = ExtendedAttributes(tree, refresher, cache, spool, pool, flags, uploader)
     return Model(
-        config, pool, cache, bodies, spool, hub, sync, mover, uploader, replaced, watching, tree, files,
-        drafts, fs, xattrs,
+        config, pool, cache, bodies, spool, hub, sync, downloads, mover, uploader, replaced, watching, tree,
+        files, drafts, fs, xattrs,
     )  # fmt: skip
 
 
@@ -139,7 +140,7 @@ def subscribe(model: Model, kernel: KernelCache, source: EventSource) -> None:
     model.hub.subscribe(kernel.on_changes)
     model.hub.subscribe(source.on_changes)
     # Last, because an open file may have to keep a body that is dropped.
-    model.hub.subscribe(lambda changes: model.bodies.drop(changes.gone))
+    model.hub.subscribe(model.downloads.on_changes)
 
 
 def serve(config: MountConfig, credentials: CredentialProvider, observer: Observer) -> None:

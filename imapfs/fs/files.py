@@ -273,10 +273,10 @@ class Files:
     # -- changes of open files -----------------------------------------------------------------------------
 
     def on_changes(self, changes: Changes) -> None:
-        """Keep the bytes of open messages that were removed; find those of uploaded drafts again."""
+        """Keep the bytes of open messages that were removed; find those that are elsewhere now again."""
         for node in changes.gone:
             self._keep_removed(node)
-        for ino in changes.uploaded:
+        for ino in {*changes.uploaded, *(node.ino for node in changes.outdated)}:
             self._verified.discard(ino)
             if (file := self._open.get(ino)) is not None:
                 file.forget_source()

@@ -223,7 +223,8 @@ class MailTree:
         mailbox = self._cache.mailbox(node.parent)
         if details is None or mailbox is None or mailbox.server_name is None:
             return None
-        ref = MessageRef(mailbox.server_name, mailbox.uidvalidity, details.uid)
+        place = mailbox.server_name, mailbox.uidvalidity, details.uid
+        ref = MessageRef(*place, details.date, details.announced)
         return Base(ref, details.date, details.zone), details.flags
 
     def new_version(self, node: Node) -> Draft:

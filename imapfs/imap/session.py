@@ -49,15 +49,18 @@ from imapfs.imap.grammar import (
 from imapfs.imap.login import log_in
 from imapfs.imap.stream import Buffer
 from imapfs.imap.wire import Command, Literal, OnResponse, Sink, Wire, astring
-from imapfs.model import Account, CredentialProvider, ModSeq, Secret, UidValidity
+from imapfs.model import Account, CredentialProvider, MessageRef, ModSeq, Secret, Uid, UidValidity
 
 log = logging.getLogger(__name__)
 
-_HEADERS: Final = b" BODY.PEEK[HEADER.FIELDS (FROM SUBJECT DATE MESSAGE-ID)]"
+_HEADERS: Final = b" BODY.PEEK[HEADER.FIELDS (FROM TO SUBJECT DATE MESSAGE-ID)]"
 
 OnMessage = Callable[[FetchData], None]
 OnStatus = Callable[[bytes, dict[str, int]], None]
 """Given the name of a mailbox and the items of its STATUS response."""
+
+Check = Callable[["MailboxState", FetchData | None], None]
+"""Given the state of a mailbox, and date and size of a message, or None if it is gone."""
 
 _MAX_STATUS: Final = 20
 """Maximum number of STATUS commands in one round trip, so that a slow server answers within the timeout."""
@@ -81,6 +84,8 @@ class MailboxState:
     permanent_flags: frozenset[str] | None = None
     """Flags that the server keeps, in lower case. None if it does not say, which means all."""
     read_only: bool = False
+    object_id: str | None = None
+    """MAILBOXID (RFC 8474 section 4.2), which a mailbox keeps when it is renamed."""
     vanished: list[tuple[int, int]] = field(default_factory=list)
     """UID ranges that QRESYNC reports as expunged (RFC 7162 section 3.2.10)."""
 
@@ -97,6 +102,8 @@ class MailboxState:
                 return
             if completion.code == "PERMANENTFLAGS":
                 self.permanent_flags = frozenset(flag_list(completion.argument.strip(b"()")).lower().split())
+            if completion.code == "MAILBOXID":
+                self.object_id = completion.argument.strip(b"()").decode("ascii", "replace")
             if not completion.argument.isdigit():
                 return
             match completion.code:
@@ -157,12 +164,6 @@ class Upload:
     """INTERNALDATE in seconds since the epoch."""
     zone: int
     """Minutes east of UTC."""
-
-
-def _items(*, modseq: bool, headers: bool = True) -> bytes:
-    """Return the FETCH items that are the metadata of a message."""
-    extra = (b" MODSEQ" if modseq else b"") + (_HEADERS if headers else b"")
-    return b"(UID FLAGS INTERNALDATE RFC822.SIZE%s)" % extra
 
 
 def _as_lost(error: Exception, account: Account) -> ConnectionLost:
@@ -372,6 +373,30 @@ class Session:
         """Select ``mailbox`` read-only, even if it is selected already. Raises MailboxGone."""
         return self._examine(mailbox, b"", [], lambda _: None)
 
+    def examine_messages(
+        self, mailbox: bytes, uids: Iterable[int], check: Callable[[MailboxState, dict[int, FetchData]], None]
+    ) -> None:
+        """Select ``mailbox`` read-only, and fetch date and size of messages in the same round trip.
+
+        ``check`` gets both, the messages by UID. If it raises, the mailbox has to be selected again before it
+        is used. Raises MailboxGone.
+        """
+        found: dict[int, FetchData] = {}
+
+        def take(data: FetchData) -> None:
+            if data.uid is not None and data.size is not None:
+                found[data.uid] = data
+
+        commands = [
+            b"UID FETCH %s (UID INTERNALDATE RFC822.SIZE)" % uid_set for uid_set in sequence_sets(uids)
+        ]
+        state = self._examine(mailbox, b"", commands, take)
+        try:
+            check(state, found)
+        except ImapfsError:
+            self.state = MailboxState()
+            raise
+
     def sample(self, mailbox: bytes, maximum: int) -> dict[int, int]:
         """Return RFC822.SIZE by UID for about the newest ``maximum`` messages; ``mailbox`` is then selected.
 
@@ -509,7 +534,7 @@ class Session:
         return self._examine(
             mailbox,
             b" (QRESYNC (%d %d))" % (uidvalidity, modseq),
-            [b"UID FETCH %d:* %s" % (max(last_uid, 1), _items(modseq=True))],
+            [b"UID FETCH %d:* %s" % (max(last_uid, 1), self._items(modseq=True))],
             on_message,
         )
 
@@ -546,7 +571,16 @@ class Session:
             elif data.flags is not None:
                 on_flags(data)
 
-        self._fetch(uid_set, _items(modseq=bool(self.state.highestmodseq), headers=headers), take)
+        self._fetch(uid_set, self._items(modseq=bool(self.state.highestmodseq), headers=headers), take)
+
+    def _items(self, *, modseq: bool, headers: bool = True) -> bytes:
+        """Return the FETCH items that are the metadata of a message."""
+        extra = b" MODSEQ" if modseq else b""
+        if self.has("OBJECTID"):
+            extra += b" EMAILID"
+        elif self.has("X-GM-EXT-1"):
+            extra += b" X-GM-MSGID"
+        return b"(UID FLAGS INTERNALDATE RFC822.SIZE%s%s)" % (extra, _HEADERS if headers else b"")
 
     def _fetch(self, uid_set: bytes, items: bytes, on_message: OnMessage) -> None:
         def take(response: Response) -> None:
@@ -557,6 +591,18 @@ class Session:
                 on_message(data)
 
         self._wire.execute(b"UID FETCH %s %s" % (uid_set, items), on_response=take)
+
+    def identities(self) -> dict[int, FetchData]:
+        """Return date and size of all messages of the selected mailbox, by UID."""
+        found: dict[int, FetchData] = {}
+
+        def take(data: FetchData) -> None:
+            if data.uid is not None and data.size is not None:
+                found[data.uid] = data
+
+        if self.state.exists:
+            self._fetch(b"1:*", b"(UID INTERNALDATE RFC822.SIZE)", take)
+        return found
 
     def next_uid(self) -> int:
         """Return UIDNEXT of the selected mailbox; from its last message if the server sends none
@@ -653,20 +699,44 @@ class Session:
 
     # -- changes -------------------------------------------------------------------------------------------
 
-    def select(self, mailbox: bytes, uidvalidity: UidValidity, *, afresh: bool = False) -> MailboxState:
+    def select(
+        self,
+        mailbox: bytes,
+        uidvalidity: UidValidity,
+        uid: int = 0,
+        check: Check = lambda _, __: None,
+        *,
+        afresh: bool = False,
+    ) -> MailboxState:
         """Select ``mailbox`` read-write unless it is already; with ``afresh`` in any case, for its present
         state.
+
+        ``check`` is called with that state, and with date and size of message ``uid``, which are fetched in
+        the same round trip. If it raises, the next call selects the mailbox again. It is not called if the
+        mailbox is selected already.
 
         Raises MailboxGone also if its UIDVALIDITY has changed, Refused if it is read-only.
         """
         known = self.selected == mailbox and self._writable and self.state.uidvalidity == uidvalidity
         if afresh or not known:
-            selecting = self._begin_select()
+            found: list[FetchData] = []
+            selecting = self._begin_select(found.append)
+            commands: list[Command] = [(b"SELECT ", astring(mailbox))]
+            if uid:
+                commands.append((b"UID FETCH %d (UID INTERNALDATE RFC822.SIZE)" % uid,))
+            selected, *others = self._wire.execute_all(commands, on_response=selecting.take)
             try:
-                completion = self._wire.execute(b"SELECT ", astring(mailbox), on_response=selecting.take)
+                self._wire.check(commands[0], selected)
             except Refused as error:
                 raise _mailbox_error(error) from None
-            self._end_select(mailbox, selecting, writable=True).read_only = completion.code == "READ-ONLY"
+            state = self._end_select(mailbox, selecting, writable=False)
+            state.read_only = selected.code == "READ-ONLY"
+            if state.exists:
+                for command, completion in zip(commands[1:], others, strict=True):
+                    self._wire.check(command, completion)
+            if state.uidvalidity == uidvalidity:
+                check(state, next((one for one in found if one.uid == uid and one.size is not None), None))
+            self._writable = True
         if self.state.uidvalidity != uidvalidity:
             raise MailboxGone("the mailbox was recreated on the server: list it again")
         if self.state.read_only:
@@ -704,16 +774,17 @@ class Session:
         self._wire.check((b"UID STORE",), completions[0])
         return found
 
-    def move(self, uid: int, target: bytes) -> int | None:
-        """Run UID MOVE (RFC 6851) from the selected mailbox. Return the new UID, or None if the server sends
-        none."""
+    def move(self, uid: int, target: bytes) -> MessageRef | None:
+        """Run UID MOVE (RFC 6851) from the selected mailbox. Return the message in the target, or None if the
+        server does not name it (COPYUID)."""
         return self._transfer(b"UID MOVE", uid, target)
 
-    def copy(self, uid: int, target: bytes) -> int | None:
-        """Run UID COPY from the selected mailbox. Return the new UID, or None if the server sends none."""
+    def copy(self, uid: int, target: bytes) -> MessageRef | None:
+        """Run UID COPY from the selected mailbox. Return the copy, or None if the server does not name it
+        (COPYUID)."""
         return self._transfer(b"UID COPY", uid, target)
 
-    def _transfer(self, verb: bytes, uid: int, target: bytes) -> int | None:
+    def _transfer(self, verb: bytes, uid: int, target: bytes) -> MessageRef | None:
         copied: Completion | None = None
 
         def take(response: Response) -> None:
@@ -726,18 +797,25 @@ class Session:
         tagged = self._wire.execute(b"%s %d " % (verb, uid), astring(target), on_response=take)
         if tagged.code == "COPYUID":
             copied = tagged
-        return _copied_uid(copied, uid) if copied is not None else None
+        return _copied(copied, uid, target) if copied is not None else None
 
     def expunge(self, uid: int) -> bool:
         """Delete a message of the selected mailbox. Return false if it remains there, marked as deleted.
 
         Without UIDPLUS a message cannot be expunged alone. Then this is left to the server, or to a client
-        that expunges the whole mailbox.
+        that expunges the whole mailbox; also if the server refuses to expunge it. Raises Refused if it is not
+        even marked.
         """
         self._wire.execute(b"UID STORE %d +FLAGS.SILENT (\\Deleted)" % uid)
         if not self.has("UIDPLUS"):
             return False
-        self._wire.execute(b"UID EXPUNGE %d" % uid)
+        try:
+            self._wire.execute(b"UID EXPUNGE %d" % uid)
+        except Throttled:
+            raise
+        except Refused as error:
+            log.warning("message %d is marked as deleted, but the server does not expunge it: %s", uid, error)
+            return False
         return True
 
     def append(
@@ -767,7 +845,7 @@ class Session:
         ]
         look_up: list[Command] = [
             (self._open_command, astring(mailbox)),
-            (b"UID FETCH %d:* %s" % (max(uidnext, 1), _items(modseq=modseq)),),
+            (b"UID FETCH %d:* %s" % (max(uidnext, 1), self._items(modseq=modseq)),),
         ]
         # Courier refuses APPEND to a mailbox that is selected read-only.
         before: list[Command] = [(self._unselect_command(),)] if self.selected == mailbox else []
@@ -834,11 +912,12 @@ class Session:
                 self._wire.execute(verb, astring(name))
 
 
-def _copied_uid(completion: Completion, uid: int) -> int | None:
-    """Return the UID of the copy of ``uid`` according to COPYUID (RFC 4315 section 3); None if it has
+def _copied(completion: Completion, uid: int, target: bytes) -> MessageRef | None:
+    """Return the copy of ``uid`` in ``target`` according to COPYUID (RFC 4315 section 3); None if it has
     none."""
     with contextlib.suppress(ProtocolError, ValueError):
-        _, old, new = completion.argument.split(b" ")
+        validity, old, new = completion.argument.split(b" ")
+        uidvalidity = UidValidity(number(validity))
         position = 0
         for low, high in parse_sequence_set(old):
             if low <= uid <= high:
@@ -849,7 +928,7 @@ def _copied_uid(completion: Completion, uid: int) -> int | None:
             return None
         for low, high in parse_sequence_set(new):
             if position <= high - low:
-                return low + position
+                return MessageRef(target, uidvalidity, Uid(low + position))
             position -= high - low + 1
     return None
 

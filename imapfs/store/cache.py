@@ -22,7 +22,16 @@ from imapfs.model import ROOT, Ino, MessageRef, ModSeq, NameScheme, Uid, UidVali
 from imapfs.names import message_name
 from imapfs.store.body_table import BodyTable
 from imapfs.store.database import Connection, Database, IntegrityError
-from imapfs.store.rows import MAILBOX_COLUMNS, NODE_COLUMNS, Details, Directory, Mailbox, NewMessage, Node
+from imapfs.store.rows import (
+    DETAILS_COLUMNS,
+    MAILBOX_COLUMNS,
+    NODE_COLUMNS,
+    Details,
+    Directory,
+    Mailbox,
+    NewMessage,
+    Node,
+)
 
 MAX_UID: Final = (1 << 63) - 1
 """Above every UID of a server."""
@@ -119,9 +128,7 @@ class Cache:
         """Return the details of a message, or None if there is no such message."""
         with self._database.read() as db:
             row = db.execute(
-                "SELECT parent, uid, date, zone, flags, modseq, subject, from_, message_id"
-                " FROM node WHERE ino = ? AND uid IS NOT NULL",
-                (ino,),
+                f"SELECT {DETAILS_COLUMNS} FROM node WHERE ino = ? AND uid IS NOT NULL", (ino,)
             ).fetchone()
         return Details._make(row) if row else None
 
@@ -237,6 +244,16 @@ class Cache:
                 db.execute("SELECT uid, flags FROM node WHERE parent = ? AND uid IS NOT NULL", (mailbox,))
             )
 
+    def identities(self, mailbox: Ino) -> list[MessageRef]:
+        """Return the identities of all messages of a mailbox, with what proves them."""
+        with self._database.read() as db:
+            rows = db.execute(
+                "SELECT server_name, uidvalidity, uid, date, announced FROM node"
+                " JOIN mailbox ON mailbox.ino = node.parent WHERE parent = ? AND uid IS NOT NULL",
+                (mailbox,),
+            ).fetchall()
+        return [MessageRef(*row) for row in rows]
+
     def totals(self) -> tuple[int, int, int]:
         """Return the number of messages known, of bodies cached, and of these bodies' bytes."""
         with self._database.read() as db:
@@ -290,7 +307,7 @@ class Cache:
                     (ino, parent, name, now, now),
                 )
                 db.execute(
-                    f"INSERT INTO mailbox ({MAILBOX_COLUMNS}) VALUES (?, ?, ?, ?, ?, 0, 0, 0, 0)",
+                    f"INSERT INTO mailbox ({MAILBOX_COLUMNS}) VALUES (?, ?, ?, ?, ?, 0, 0, 0, 0, NULL)",
                     (ino, *values),
                 )
                 added.append(Node(ino, parent, name, None, 0, 1, None, now, now, None, None, None, 0))
@@ -317,13 +334,21 @@ class Cache:
             yield here, node
 
     def set_state(
-        self, mailbox: Ino, uidvalidity: UidValidity, uidnext: int, modseq: ModSeq, *, complete: bool
+        self,
+        mailbox: Ino,
+        uidvalidity: UidValidity,
+        uidnext: int,
+        modseq: ModSeq,
+        *,
+        complete: bool,
+        object_id: str | None = None,
     ) -> None:
         """Note the state of a mailbox up to which all is known."""
         with self._database.write() as db:
             db.execute(
-                "UPDATE mailbox SET uidvalidity = ?, uidnext = ?, modseq = ?, complete = ? WHERE ino = ?",
-                (uidvalidity, uidnext, modseq, complete, mailbox),
+                "UPDATE mailbox SET uidvalidity = ?, uidnext = ?, modseq = ?, complete = ?, object_id = ?"
+                " WHERE ino = ?",
+                (uidvalidity, uidnext, modseq, complete, object_id, mailbox),
             )
 
     def reset(self, mailbox: Ino, uidvalidity: UidValidity) -> list[Node]:
@@ -336,7 +361,8 @@ class Cache:
 
     def _empty(self, db: Connection, mailbox: Ino, uidvalidity: UidValidity) -> list[Node]:
         db.execute(
-            "UPDATE mailbox SET uidvalidity = ?, uidnext = 0, modseq = 0, complete = 0 WHERE ino = ?",
+            "UPDATE mailbox SET uidvalidity = ?, uidnext = 0, modseq = 0, complete = 0, object_id = NULL"
+            " WHERE ino = ?",
             (uidvalidity, mailbox),
         )
         return _delete(db, "parent = ? AND uid IS NOT NULL", (mailbox,))
@@ -366,6 +392,12 @@ class Cache:
                 )
             }
             self._store_flags(db, mailbox, [(m.uid, m.flags, m.modseq) for m in messages if m.uid in known])
+            # Caches of format 3 do not know these.
+            db.executemany(
+                "UPDATE node SET announced = coalesce(announced, ?), object_id = coalesce(object_id, ?),"
+                " recipient = ? WHERE parent = ? AND uid = ?",
+                [(m.size, m.object_id, m.recipient, mailbox, m.uid) for m in messages if m.uid in known],
+            )
             new = [m for m in messages if m.uid not in known]
             first = _take_inos(db, len(new))
             added = [
@@ -482,9 +514,18 @@ class Cache:
         self._changed(db, {Ino(parent)})
 
     def move(
-        self, ino: Ino, mailbox: Ino, uid: Uid, name: bytes, *, original_stays: bool = False
+        self,
+        ino: Ino,
+        mailbox: Ino,
+        uid: Uid,
+        name: bytes,
+        *,
+        original_stays: bool = False,
+        same_bytes: bool = True,
     ) -> list[Node]:
         """Move a message to another mailbox, with ``uid`` and ``name``; inode number and body stay.
+
+        ``same_bytes``: whether the message with this UID is proven to have the same bytes; see `relocate`.
 
         ``original_stays``: the server could only copy the message, and the original, which is still there, is
         to be hidden. Returns the row that a synchronisation may have added for the message meanwhile.
@@ -493,7 +534,7 @@ class Cache:
         with self._database.write() as db:
             if original_stays:
                 columns = "uid, size, exact, date, mtime, ctime, zone, flags, modseq, subject, sender, from_,"
-                columns += " message_id"
+                columns += " message_id, recipient, object_id, announced"
                 db.execute(
                     f"INSERT INTO node (ino, parent, name, alias, {columns})"
                     f" SELECT ?, parent, NULL, 1, -uid {columns.removeprefix('uid')} FROM node WHERE ino = ?",
@@ -507,28 +548,34 @@ class Cache:
                 " WHERE ino = ?",
                 (mailbox, uid, name, now, ino),
             )
+            if not same_bytes:
+                _forget_body(db, ino)
             # UIDs are unique in a mailbox: only now the original can have its UID again.
             db.execute("UPDATE node SET uid = -uid WHERE parent = ? AND uid < 0", (old,))
             self._changed(db, {Ino(old), mailbox}, now)
         return gone
 
-    def messages_with_id(self, message_id: str, date: int, besides: Ino) -> list[Node]:
-        """Return messages with this Message-ID and INTERNALDATE in other mailboxes than ``besides``.
+    def similar(self, message: NewMessage, besides: Ino) -> list[tuple[Node, Details]]:
+        """Return messages of other mailboxes than ``besides`` that have the INTERNALDATE of ``message``, and
+        its EMAILID or its Message-ID.
 
         They are ordered by inode number; hidden ones are left out.
         """
         with self._database.read() as db:
             rows = db.execute(
-                f"SELECT {NODE_COLUMNS} FROM node WHERE date = ? AND uid IS NOT NULL AND message_id = ?"
-                " AND parent <> ? AND name IS NOT NULL ORDER BY ino",
-                (date, message_id, besides),
+                f"SELECT {NODE_COLUMNS}, {DETAILS_COLUMNS} FROM node"
+                " WHERE date = ? AND uid IS NOT NULL AND parent <> ? AND name IS NOT NULL"
+                " AND (object_id = ? OR message_id = nullif(?, '')) ORDER BY ino",
+                (message.date, besides, message.object_id, message.message_id),
             ).fetchall()
-        return [Node._make(row) for row in rows]
+        n = len(Node._fields)
+        return [(Node._make(row[:n]), Details._make(row[n:])) for row in rows]
 
-    def relocate(self, ino: Ino, mailbox: Ino, message: NewMessage) -> bytes:
+    def relocate(self, ino: Ino, mailbox: Ino, message: NewMessage, *, same_bytes: bool) -> bytes:
         """Move a message to the mailbox where the server lists it as ``message``; return its new name.
 
-        Inode number and body stay.
+        The inode number stays. Unless ``same_bytes`` is proven, the cached body is forgotten, and the size is
+        the announced one again: `imapfs.store.bodies.BodyStore.drop` then removes the body.
         """
         now = time.time_ns()
         with self._database.write() as db:
@@ -536,10 +583,17 @@ class Cache:
             name = message_name(self._names(db), message.date, message.sender, message.subject, message.uid)
             name = _free_name(db, mailbox, name)
             db.execute(
-                "UPDATE node SET parent = ?, uid = ?, name = ?, alias = 0, flags = ?, modseq = ?, ctime = ?"
+                "UPDATE node SET parent = ?, uid = ?, name = ?, alias = 0, flags = ?, modseq = ?, ctime = ?,"
+                " subject = ?, sender = ?, from_ = ?, recipient = ?, object_id = ?, announced = ?"
                 " WHERE ino = ?",
-                (mailbox, message.uid, name, message.flags, message.modseq, now, ino),
+                (
+                    *(mailbox, message.uid, name, message.flags, message.modseq, now),
+                    *(message.subject, message.sender, message.from_, message.recipient),
+                    *(message.object_id, message.size, ino),
+                ),
             )
+            if not same_bytes:
+                _forget_body(db, ino)
             self._changed(db, {Ino(old), mailbox}, now)
         return name
 
@@ -653,13 +707,23 @@ def _take_inos(db: Connection, n: int) -> Ino:
 
 def _row(ino: Ino, mailbox: Ino, name: bytes | None, alias: int, message: NewMessage) -> tuple[Any, ...]:
     time_ns = message.date * 1_000_000_000
-    return (ino, mailbox, name, alias, time_ns, time_ns, *message)
+    return (ino, mailbox, name, alias, time_ns, time_ns, message.size, *message)
 
 
 _INSERT_MESSAGE: Final = (
-    "INSERT INTO node (exact, ino, parent, name, alias, mtime, ctime, uid, size, date, zone, flags, modseq,"
-    " subject, sender, from_, message_id) VALUES (0, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO node (exact, ino, parent, name, alias, mtime, ctime, announced, uid, size, date, zone,"
+    " flags, modseq, subject, sender, from_, message_id, recipient, object_id)"
+    " VALUES (0, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
+
+
+def _forget_body(db: Connection, ino: Ino) -> None:
+    """Forget what was learned from the body of a message whose bytes may be others now."""
+    db.execute(
+        "UPDATE node SET size = coalesce(announced, size), exact = 0, crc = NULL, pack = NULL, offset = 0"
+        " WHERE ino = ?",
+        (ino,),
+    )
 
 
 def _free_name(db: Connection, parent: Ino, name: bytes) -> bytes:

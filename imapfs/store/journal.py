@@ -250,11 +250,24 @@ def _parse(line: bytes) -> Iterator[tuple[_Verb, _Entry]]:
 
 
 def _describe(ref: MessageRef) -> dict[str, Any]:
-    return {"mailbox": as_text(ref.mailbox), "uidvalidity": ref.uidvalidity, "uid": ref.uid}
+    return {
+        "mailbox": as_text(ref.mailbox),
+        "uidvalidity": ref.uidvalidity,
+        "uid": ref.uid,
+        "date": ref.date,
+        "size": ref.size,
+    }
 
 
 def _restore(found: dict[str, Any]) -> MessageRef:
-    return MessageRef(as_bytes(found["mailbox"]), UidValidity(found["uidvalidity"]), Uid(found["uid"]))
+    # Earlier versions did not note date and size.
+    return MessageRef(
+        as_bytes(found["mailbox"]),
+        UidValidity(found["uidvalidity"]),
+        Uid(found["uid"]),
+        found.get("date"),
+        found.get("size"),
+    )
 
 
 def _restore_latin1(found: dict[str, Any]) -> PendingMove:

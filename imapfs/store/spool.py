@@ -362,6 +362,7 @@ def _describe(draft: Draft) -> dict[str, Any]:
             "mailbox": as_text(base.ref.mailbox),
             "uidvalidity": base.ref.uidvalidity,
             "uid": base.ref.uid,
+            "size": base.ref.size,
             "date": base.date,
             "zone": base.zone,
         },
@@ -370,7 +371,13 @@ def _describe(draft: Draft) -> dict[str, Any]:
 
 
 def _restore_base(found: dict[str, Any]) -> Base:
-    ref = MessageRef(as_bytes(found["mailbox"]), UidValidity(found["uidvalidity"]), Uid(found["uid"]))
+    ref = MessageRef(
+        as_bytes(found["mailbox"]),
+        UidValidity(found["uidvalidity"]),
+        Uid(found["uid"]),
+        found["date"],
+        found.get("size"),  # earlier versions did not note it
+    )
     return Base(ref, found["date"], found["zone"])
 
 

@@ -51,6 +51,8 @@ class Changes:
     """Files with another size than was shown before."""
     rewritten: Sequence[Ino] = ()
     """Files with other bytes than were shown before."""
+    outdated: Sequence[Node] = ()
+    """Messages of ``rewritten`` as they were: their cached bodies are of no use any more."""
     uploaded: Sequence[Ino] = ()
     """Drafts that are messages now: their bytes are in another place."""
     first_look: bool = False

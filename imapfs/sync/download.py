@@ -18,16 +18,18 @@ from typing import NamedTuple
 
 import trio
 
-from imapfs.errors import CacheError, ConnectionLost, ImapfsError, MailboxGone, MessageGone
+from imapfs.errors import CacheError, ConnectionLost, ImapfsError, MailboxGone, MessageGone, OtherMailbox
+from imapfs.imap.grammar import FetchData, parse_date
 from imapfs.imap.pool import SessionPool
-from imapfs.imap.session import Session
+from imapfs.imap.session import MailboxState, Session
 from imapfs.imap.wire import Sink
 from imapfs.log import report
-from imapfs.model import Ino, Uid, UidValidity
+from imapfs.model import Ino, MessageRef, Uid
 from imapfs.store.bodies import SMALL, BodyStore, IncomingBody, Pack
 from imapfs.store.cache import Cache
-from imapfs.store.rows import Body, Node
+from imapfs.store.rows import Body, Mailbox, Node
 from imapfs.sync.changes import ChangeHub, Changes
+from imapfs.sync.identify import is_other, is_other_mailbox
 from imapfs.sync.synchroniser import Synchroniser
 from imapfs.waiting import Signal
 
@@ -167,11 +169,13 @@ class Downloader:
             if mailbox is None or name is None:
                 raise MailboxGone("the mailbox is gone")
             with self._bodies.lend_pack() as pack:
-                batch = _Batch(self, self._bodies, pack, name, mailbox.uidvalidity, downloads)
+                batch = _Batch(self, self._bodies, pack, name, mailbox, downloads)
                 try:
                     await self._pool.run(batch.run, name)
                 finally:
                     batch.deliver()
+                    for node in batch.others:
+                        self._sync.disown(node)
             error = MessageGone("it was expunged on the server")
         except Exception as failure:
             error = report(failure, f"{len(downloads)} messages of mailbox {directory} were not fetched")
@@ -181,6 +185,14 @@ class Downloader:
             for download in downloads:
                 if not download.done:
                     self._finish(download, error or ConnectionLost("the mount is ending"))
+
+    def on_changes(self, changes: Changes) -> None:
+        """Give up the downloads of messages that may have other bytes now, and drop bodies of no use."""
+        for node in changes.outdated:
+            download = self._downloads.get(node.ino)
+            if download is not None:
+                self._finish(download, MessageGone("another client has moved it meanwhile: open it again"))
+        self._bodies.drop([*changes.gone, *changes.outdated])
 
     # -- news from a batch ---------------------------------------------------------------------------------
 
@@ -248,15 +260,19 @@ class _Batch:
         downloader: Downloader,
         bodies: BodyStore,
         pack: Pack,
-        mailbox: bytes,
-        uidvalidity: UidValidity,
+        name: bytes,
+        mailbox: Mailbox,
         downloads: Sequence[Download],
     ) -> None:
         self._downloader = downloader
         self._bodies = bodies
         self._pack = pack
-        self._mailbox = mailbox
-        self._uidvalidity = uidvalidity
+        self._mailbox = name
+        self._uidvalidity = mailbox.uidvalidity
+        self._uidnext = mailbox.uidnext
+        self._modseq = mailbox.modseq
+        self.others: list[Node] = []
+        """Messages that the server does not have: their UIDs belong to others now."""
         self._wanted = {int(d.node.uid): d for d in downloads if d.node.uid is not None}
         self._incoming: IncomingBody | None = None
         """The body that is arriving, unless readers can see it."""
@@ -276,8 +292,10 @@ class _Batch:
 
         Raises ImapfsError.
         """
-        fresh = session.selected != self._mailbox
+        fresh = session.selected != self._mailbox or session.state.uidvalidity != self._uidvalidity
         try:
+            if fresh:
+                session.examine_messages(self._mailbox, self._wanted, self._verify)
             self._fetch(session)
             if self._wanted and not fresh:
                 # The server may not have announced messages that came after the mailbox was selected: only
@@ -287,6 +305,23 @@ class _Batch:
         finally:
             self._drop()
             self._shown = None
+
+    def _verify(self, state: MailboxState, found: dict[int, FetchData]) -> None:
+        """Give up the messages whose UIDs belong to others now. Raises OtherMailbox."""
+        if state.uidvalidity == self._uidvalidity and is_other_mailbox(
+            self._uidvalidity, self._uidnext, self._modseq, state
+        ):
+            raise OtherMailbox("the mailbox on the server is an older one: list it again")
+        for uid, data in found.items():
+            download = self._wanted.get(uid)
+            if download is None:
+                continue
+            ref = MessageRef(
+                self._mailbox, self._uidvalidity, Uid(uid), download.node.date, download.node.announced
+            )
+            if is_other(ref, parse_date(data.date or b"")[0], data.size):
+                del self._wanted[uid]
+                self.others.append(download.node)
 
     def _fetch(self, session: Session) -> None:
         session.fetch_bodies(self._mailbox, self._uidvalidity, list(self._wanted), self._open, self._close)

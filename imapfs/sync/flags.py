@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Final
 
-from imapfs.errors import MessageGone, NotSupported, Refused
+from imapfs.errors import MessageGone, NotSupported, OtherMessage, Refused
 from imapfs.imap.grammar import FetchData
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
-from imapfs.model import Ino, ModSeq
+from imapfs.model import Ino, MessageRef, ModSeq
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Details
 from imapfs.sync.changes import ChangeHub, Changes
@@ -46,8 +46,13 @@ class FlagChanger:
                 if not add and not remove:
                     return
                 mailbox = self._locator.mailbox(details.parent)
-                store = _Store(mailbox, details, add, remove)
-                data = await self._pool.run(store.run, mailbox.name)
+                node = self._locator.message(ino, node.parent)
+                store = _Store(mailbox, mailbox.known(node), details, add, remove)
+                try:
+                    data = await self._pool.run(store.run, mailbox.name)
+                except OtherMessage:
+                    self._sync.disown(node)
+                    raise
                 if data is None:
                     raise MessageGone("it was removed on the server")
                 flags = data.flags or ""
@@ -64,8 +69,11 @@ class FlagChanger:
 class _Store:
     """One change of flags, in a thread."""
 
-    def __init__(self, mailbox: ServerMailbox, details: Details, add: set[str], remove: set[str]) -> None:
+    def __init__(
+        self, mailbox: ServerMailbox, ref: MessageRef, details: Details, add: set[str], remove: set[str]
+    ) -> None:
         self._mailbox = mailbox
+        self._ref = ref
         self._details = details
         self._add = add
         self._remove = remove
@@ -74,7 +82,7 @@ class _Store:
 
     def run(self, session: Session) -> FetchData | None:
         """Return the message's flags afterwards, or None if it is gone."""
-        state = session.select(self._mailbox.name, self._mailbox.uidvalidity)
+        state = self._mailbox.select(session, self._ref)
         kept = state.permanent_flags
         if kept is not None:
             for flag in self._add | self._remove:
@@ -91,7 +99,7 @@ class _Store:
                 modseq = (data.modseq or 0) if modseq else 0
         if data is None:
             found: list[FetchData] = []
-            session.select(self._mailbox.name, self._mailbox.uidvalidity, afresh=True)
+            self._mailbox.select(session, self._ref, afresh=True)
             session.fetch_metadata([uid], found.append)
             self.conflict = True
             return found[0] if found else None

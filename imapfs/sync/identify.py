@@ -1,12 +1,23 @@
 """Is it the same message? The one module that decides this.
 
-IMAP identifies a message by mailbox, UIDVALIDITY and UID, and by nothing else that every server has. So when
-a message may have come to another place, its identity has to be inferred from what is known of it:
+IMAP identifies a message by mailbox, UIDVALIDITY and UID, and by nothing else that every server has. Nothing
+is removed, and no cached bytes are shown as a message's, on likeness. That needs proof:
+
+- the tagged OK of the command that carried the message, with APPENDUID or COPYUID;
+- the same mailbox, UIDVALIDITY and UID, with the INTERNALDATE and announced size that are known
+  (`select_known`). The true size proves nothing, since servers announce wrong ones;
+- equal bytes (`find_same`, `find_upload`);
+- an identity that the server gives: EMAILID and MAILBOXID (RFC 8474), X-GM-MSGID.
+
+Without it nothing is removed, and what can be shown twice is shown twice. The questions are about:
 
 - an APPEND, or a move, whose outcome is not known (`find_upload`, `find_copy`): all that came to the mailbox
   since then, which is what has the UIDNEXT of that time or a higher UID, is compared;
-- a message that another client has moved (`find_moved`);
-- a mailbox that was deleted and created again within the second that its UIDVALIDITY counts (`is_alike`).
+- a message that another client has moved (`find_moved`). By Message-ID, date and size it keeps its inode, but
+  not its cached bytes;
+- a mailbox that another client has renamed (`is_same_mailbox`);
+- a mailbox that was deleted and created again within the second that its UIDVALIDITY counts (`is_alike`), or
+  that was restored from a backup (`is_other_mailbox`).
 
 The callers act on the answer; none of them compares sizes, dates or digests itself. Functions that take a
 session run in a thread, and leave the mailbox in question selected read-only.
@@ -14,21 +25,80 @@ session run in a thread, and leave the mailbox in question selected read-only.
 
 import hashlib
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from imapfs.errors import MessageGone, OtherMailbox, OtherMessage
 from imapfs.headers import parse_headers
 from imapfs.imap.grammar import FetchData, parse_date
-from imapfs.imap.session import Session
-from imapfs.model import Ino, Uid
+from imapfs.imap.session import MailboxState, Session
+from imapfs.model import Ino, MessageRef, ModSeq, Uid, UidValidity
 from imapfs.store.cache import Cache
-from imapfs.store.rows import NewMessage, Node
+from imapfs.store.rows import Mailbox, NewMessage, Node
 from imapfs.store.spool import Attempt
 
+_NONE = ModSeq(0)
 _MAX_ADDED = 2
 """Bytes that a server may add to a message: a final line end."""
 _HEAD = 1 << 18
 """Bytes at the beginning of a message in which its header is expected to end."""
+
+
+# -- the message that is known -----------------------------------------------------------------------------
+
+
+def is_other(ref: MessageRef, date: int | None, size: int | None) -> bool:
+    """Return whether date and announced size of the message with the UID of ``ref`` are not those known."""
+    return any(
+        known is not None and found is not None and known != found
+        for known, found in ((ref.date, date), (ref.size, size))
+    )
+
+
+def is_other_mailbox(uidvalidity: UidValidity, uidnext: int, modseq: ModSeq, state: MailboxState) -> bool:
+    """Return whether a mailbox is not the known one: numbers have decreased that only grow in a mailbox."""
+    return state.uidvalidity != uidvalidity or 0 < state.uidnext < uidnext or 0 < state.highestmodseq < modseq
+
+
+def select_known(
+    session: Session, ref: MessageRef, uidnext: int = 0, modseq: ModSeq = _NONE, *, afresh: bool = False
+) -> MailboxState:
+    """Select the mailbox of a message, for a command that changes or removes this message.
+
+    Unless the mailbox is selected already, verify that it and the message are those that are known: what has
+    the UID has the date and size of ``ref``. ``uidnext`` and ``modseq`` are of the last synchronisation.
+
+    Raises OtherMailbox, OtherMessage, MessageGone, MailboxGone, Refused.
+    """
+
+    def check(state: MailboxState, found: FetchData | None) -> None:
+        if is_other_mailbox(ref.uidvalidity, uidnext, modseq, state):
+            raise OtherMailbox("the mailbox on the server is an older one: list it again")
+        if found is None:
+            raise MessageGone("it was removed on the server")
+        if is_other(ref, parse_date(found.date or b"")[0], found.size):
+            raise OtherMessage("another message has its place on the server: list the directory again")
+
+    return session.select(ref.mailbox, ref.uidvalidity, ref.uid, check, afresh=afresh)
+
+
+def is_same_mailbox(session: Session, known: Mailbox, messages: Iterable[MessageRef], name: bytes) -> bool:
+    """Return whether the mailbox ``name`` is ``known``, which had another name; it is selected afterwards.
+
+    Proof is the MAILBOXID (RFC 8474), or else that all ``messages`` that are known have their UID, date and
+    size. The UIDVALIDITY has to be the same in both cases. Raises MailboxGone.
+    """
+    state = session.examine(name)
+    if is_other_mailbox(known.uidvalidity, known.uidnext, known.modseq, state):
+        return False
+    if known.object_id is not None and state.object_id is not None:
+        return known.object_id == state.object_id
+    found = session.identities()
+    return all(
+        (data := found.get(ref.uid)) is not None
+        and not is_other(ref, parse_date(data.date or b"")[0], data.size)
+        for ref in messages
+    )
 
 
 # -- copies on the server ----------------------------------------------------------------------------------
@@ -66,16 +136,41 @@ def find_copy(
     mailbox: bytes,
     uidnext: int,
     wanted: Fingerprint,
-    is_other: Callable[[Uid], bool] = lambda _: False,
+    is_known: Callable[[Uid], bool] = lambda _: False,
 ) -> Uid | None:
-    """Return the UID of the copy among the messages with ``uidnext`` or a higher UID, or None.
+    """Return the UID of what looks like the copy among messages with ``uidnext`` or a higher UID, or None.
 
-    ``is_other``: whether a UID is known to be another message's. Raises MailboxGone.
+    This proves nothing about its bytes. ``is_known``: whether a UID is known to be another message's. Raises
+    MailboxGone.
     """
     session.examine(mailbox)
     for uid, data in _arrived_since(session, uidnext):
-        if not is_other(uid) and wanted.matches(Fingerprint.of(data)):
+        if not is_known(uid) and wanted.matches(Fingerprint.of(data)):
             return uid
+    return None
+
+
+def find_same(
+    session: Session,
+    original: MessageRef,
+    mailbox: bytes,
+    uidnext: int,
+    wanted: Fingerprint,
+    is_known: Callable[[Uid], bool] = lambda _: False,
+) -> Uid | None:
+    """Return the UID of a message with the same bytes as ``original``; see `find_copy`.
+
+    Only this allows that the original is deleted, if the outcome of the COPY is not known.
+    """
+    content = session.fetch_body(original.mailbox, original.uidvalidity, original.uid)
+    if content is None:
+        return None
+    state = session.examine(mailbox)
+    for uid, data in _arrived_since(session, uidnext):
+        if not is_known(uid) and wanted.matches(Fingerprint.of(data)):
+            other = session.fetch_body(mailbox, state.uidvalidity, uid)
+            if other == content:
+                return uid
     return None
 
 
@@ -128,20 +223,43 @@ def is_clean(data: bytes | mmap.mmap) -> bool:
 
 
 def is_alike(node: Node, message: NewMessage) -> bool:
-    """Return whether date and size allow that a message is the one that the cache knows as ``node``."""
-    # An exact size is the number of bytes in BODY[], which can differ from what the server announces.
-    return node.date == message.date and bool(node.exact or node.size == message.size)
+    """Return whether nothing that is known of ``node`` contradicts that the server lists it as ``message``.
+
+    Both have the same mailbox, UIDVALIDITY and UID. This is no proof of anything.
+    """
+    return node.date == message.date and node.announced in {None, message.size}
 
 
-def find_moved(cache: Cache, mailbox: Ino, message: NewMessage) -> Node | None:
+def known_size(node: Node) -> int:
+    """Return the size that the server has announced for a message; the true one where that is not known.
+
+    The true size differs from it on a server that announces wrong ones. Then nothing is proven.
+    """
+    return node.size if node.announced is None else node.announced
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """A message that was perhaps moved by another client."""
+
+    node: Node
+    same_bytes: bool
+    """Whether the server has named it by the same EMAILID or X-GM-MSGID."""
+
+
+def find_moved(cache: Cache, mailbox: Ino, message: NewMessage) -> Original | None:
     """Return the message of another mailbox that ``message``, which is new in ``mailbox``, seems to be.
 
     Whether it is still there as well, so that this one is a copy, is for the caller to find out.
     """
-    if not message.message_id:
-        return None
-    candidates = cache.messages_with_id(message.message_id, message.date, besides=mailbox)
-    return next((node for node in candidates if is_alike(node, message)), None)
+    similar = None
+    for node, details in cache.similar(message, besides=mailbox):
+        if message.object_id is not None and details.object_id is not None:
+            if message.object_id == details.object_id:
+                return Original(node, same_bytes=True)
+        elif similar is None:
+            similar = node if known_size(node) == message.size else None
+    return similar and Original(similar, same_bytes=False)
 
 
 # -- helpers -----------------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 from imapfs.errors import MailboxGone, MessageGone
-from imapfs.model import Ino, MessageRef, Uid, UidValidity
+from imapfs.imap.session import MailboxState, Session
+from imapfs.model import Ino, MessageRef, ModSeq, Uid, UidValidity
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Node
+from imapfs.sync.identify import is_other, select_known
 from imapfs.sync.synchroniser import Synchroniser
 
 
@@ -20,10 +22,21 @@ class ServerMailbox:
     """0 until the mailbox was synchronised."""
     uidnext: int
     """As of the last synchronisation; 0 until then."""
+    modseq: ModSeq
+    """HIGHESTMODSEQ as of the last synchronisation; 0 if there is none."""
 
     def ref(self, uid: Uid) -> MessageRef:
         """Return the identity of the message in this mailbox that has ``uid``."""
         return MessageRef(self.name, self.uidvalidity, uid)
+
+    def known(self, node: Node) -> MessageRef:
+        """Return the identity of a message of this mailbox, with what proves it."""
+        assert node.uid is not None
+        return MessageRef(self.name, self.uidvalidity, node.uid, node.date, node.announced)
+
+    def select(self, session: Session, ref: MessageRef, *, afresh: bool = False) -> MailboxState:
+        """In a thread: see `imapfs.sync.identify.select_known`."""
+        return select_known(session, ref, self.uidnext, self.modseq, afresh=afresh)
 
 
 class Locator:
@@ -39,14 +52,14 @@ class Locator:
         name = mailbox and mailbox.selectable_name
         if mailbox is None or name is None:
             raise MailboxGone("this directory is no mailbox")
-        return ServerMailbox(ino, name, mailbox.uidvalidity, mailbox.uidnext)
+        return ServerMailbox(ino, name, mailbox.uidvalidity, mailbox.uidnext, mailbox.modseq)
 
     def named(self, name: bytes, uidvalidity: int) -> ServerMailbox:
         """Return the mailbox of that name on the server, with the given UIDVALIDITY. Raises MailboxGone."""
         mailbox = self._cache.mailbox_named(name)
         if mailbox is None:
             raise MailboxGone("the mailbox is gone")
-        return ServerMailbox(mailbox.ino, name, UidValidity(uidvalidity), mailbox.uidnext)
+        return ServerMailbox(mailbox.ino, name, UidValidity(uidvalidity), mailbox.uidnext, mailbox.modseq)
 
     def message(self, ino: Ino, mailbox: Ino | None = None) -> Node:
         """Return the message with that inode number, which must still be in ``mailbox`` if that is given.
@@ -60,6 +73,15 @@ class Locator:
 
     def find(self, ref: MessageRef) -> Node | None:
         """Return the message with that identity, or None if the cache does not have it."""
+        node = self._with_uid(ref)
+        return None if node is None or is_other(ref, node.date, node.announced) else node
+
+    def is_taken(self, ref: MessageRef) -> bool:
+        """Return whether the cache has another message than the expected one under this UID."""
+        node = self._with_uid(ref)
+        return node is not None and is_other(ref, node.date, node.announced)
+
+    def _with_uid(self, ref: MessageRef) -> Node | None:
         mailbox = self._cache.mailbox_named(ref.mailbox)
         if mailbox is None or mailbox.uidvalidity != ref.uidvalidity:
             return None

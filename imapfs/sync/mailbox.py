@@ -24,7 +24,7 @@ from imapfs.model import Ino, ModSeq, Uid, UidValidity
 from imapfs.store.cache import MAX_UID, Cache
 from imapfs.store.rows import Mailbox, NewMessage
 from imapfs.sync.changes import ChangeHub, Changes
-from imapfs.sync.identify import is_alike
+from imapfs.sync.identify import is_alike, is_other_mailbox
 from imapfs.sync.refresh import Refresh
 from imapfs.sync.renames import MoveCoordinator, MoveDetector
 
@@ -325,16 +325,29 @@ class MailboxRun:
     def _apply(self, messages: Sequence[NewMessage], flags: Sequence[FlagUpdate]) -> None:
         if self._cache.mailbox(self.ino) is None:
             raise MailboxGone("the mailbox is gone")
+        flagged: list[Ino] = []
         if not self._first_look:
             messages = self._detector.keep_back(messages)
+            # The newest message that is known comes with those that are new.
+            known = [m for m in messages if self._cache.message(self.ino, m.uid) is not None]
+            flagged = self._cache.set_flags(self.ino, [(m.uid, m.flags, m.modseq) for m in known])
         added = self._cache.add_messages(self.ino, messages) if messages else []
-        flagged = self._cache.set_flags(self.ino, flags) if flags else []
+        if flags:
+            flagged += self._cache.set_flags(self.ino, flags)
         self._hub.publish(Changes(self.ino, added, flagged=flagged, first_look=self._first_look))
         self._refresh.wake()
 
     def _resolve_moves(self) -> None:
-        new, moved = self._detector.resolve()
-        self._hub.publish(Changes(self.ino, self._cache.add_messages(self.ino, new), moved=moved))
+        new, moved, rewritten = self._detector.resolve()
+        self._hub.publish(
+            Changes(
+                self.ino,
+                self._cache.add_messages(self.ino, new),
+                moved=moved,
+                rewritten=[node.ino for node in rewritten],
+                outdated=rewritten,
+            )
+        )
         self._refresh.wake()
 
     def _apply_removal(self, ranges: Sequence[tuple[int, int]]) -> int:
@@ -349,7 +362,11 @@ class MailboxRun:
     def _done(self, state: MailboxState) -> None:
         def note() -> None:
             uidnext = state.uidnext or self._cache.last_uid(self.ino) + 1
-            self._cache.set_state(self.ino, _uidvalidity(state), uidnext, state.highestmodseq, complete=True)
+            self._cache.set_state(
+                *(self.ino, _uidvalidity(state), uidnext, state.highestmodseq),
+                complete=True,
+                object_id=state.object_id,
+            )
 
         self._on_trio(note)
 
@@ -361,12 +378,11 @@ def _uidvalidity(state: MailboxState) -> UidValidity:
 
 
 def _check_incarnation(box: Mailbox, state: MailboxState) -> None:
-    """Raise _Stale if the cache has another mailbox: numbers have decreased that only grow in a mailbox."""
-    if (
-        _uidvalidity(state) != box.uidvalidity
-        or (state.uidnext and state.uidnext < box.uidnext)
-        or (state.highestmodseq and state.highestmodseq < box.modseq)
-    ):
+    """Raise _Stale if the cache has another mailbox."""
+    _uidvalidity(state)
+    if is_other_mailbox(box.uidvalidity, box.uidnext, box.modseq, state):
+        raise _Stale
+    if None not in {box.object_id, state.object_id} and box.object_id != state.object_id:
         raise _Stale
 
 
@@ -386,4 +402,6 @@ def new_message(data: FetchData) -> NewMessage:
         headers.sender,
         headers.from_,
         headers.message_id,
+        headers.recipient,
+        data.object_id,
     )

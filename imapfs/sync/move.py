@@ -9,6 +9,7 @@ COPY that the end of the process cut in two: such moves are in the journal while
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Final
 
 import trio
@@ -18,6 +19,7 @@ from imapfs.errors import (
     ImapfsError,
     MailboxGone,
     MessageGone,
+    OtherMessage,
     Refused,
     Throttled,
 )
@@ -25,12 +27,12 @@ from imapfs.imap.grammar import FetchData
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
 from imapfs.log import report
-from imapfs.model import DeletePolicy, Ino, ModSeq, Uid
+from imapfs.model import DeletePolicy, Ino, MessageRef, ModSeq, Uid
 from imapfs.store.cache import Cache
 from imapfs.store.journal import Journal, PendingMove
 from imapfs.store.rows import Details, Node
 from imapfs.sync.changes import ChangeHub, Changes
-from imapfs.sync.identify import Fingerprint, find_copy
+from imapfs.sync.identify import Fingerprint, find_copy, find_same, select_known
 from imapfs.sync.locate import Locator, ServerMailbox
 from imapfs.sync.synchroniser import Synchroniser
 from imapfs.waiting import Delays, Flag
@@ -80,10 +82,16 @@ class Mover:
                 self._remove(node, stays=moved.original_stays)
                 self._sync.freshness.forget(target)
                 return
-            gone = self._cache.move(ino, target, Uid(moved.uid), name, original_stays=moved.original_stays)
+            gone = self._cache.move(
+                *(ino, target, Uid(moved.uid), name),
+                original_stays=moved.original_stays,
+                same_bytes=moved.is_proven,
+            )
             if moved.original_stays:
                 self._note_deleted(node)
             self._publish(gone)
+            if not moved.is_proven:
+                self._hub.publish(Changes(target, rewritten=[ino], outdated=[node]))
 
     async def remove(self, ino: Ino) -> None:
         """Delete a message as the account's policy says: move it to Trash, or expunge it.
@@ -104,10 +112,16 @@ class Mover:
             mailbox = self._locator.mailbox(node.parent)
 
             def expunge(session: Session) -> bool:
-                session.select(mailbox.name, mailbox.uidvalidity)
+                mailbox.select(session, mailbox.known(node))
                 return session.expunge(_uid(node))
 
-            expunged = await self._pool.run(expunge, mailbox.name)
+            try:
+                expunged = await self._pool.run(expunge, mailbox.name)
+            except OtherMessage:
+                self._sync.disown(node)
+                raise
+            except MessageGone:
+                expunged = True
             self._remove(node, stays=not expunged)
 
     def _is_within(self, ino: Ino, ancestor: Ino) -> bool:
@@ -138,11 +152,11 @@ class Mover:
                 break
         details = self._cache.details(node.ino)
         assert details is not None
-        transfer = _Transfer(source, destination, node, details, self._journal, self._known)
+        transfer = _Transfer(source, destination, source.known(node), details, self._journal, self._known)
         try:
             await self._run_transfer(transfer, source)
         except MessageGone:
-            self._publish(self._cache.remove_node(node.ino))
+            self._sync.disown(node)
             raise
         finally:
             if transfer.entry is not None:
@@ -222,47 +236,52 @@ class _Transfer:
         self,
         source: ServerMailbox,
         target: ServerMailbox,
-        node: Node,
+        original: MessageRef,
         details: Details,
         journal: Journal,
         known: Callable[[Ino, Uid], bool],
     ) -> None:
         self._source = source
         self._target = target
-        self._node = node
-        self._details = details
+        self._original = original
         self._journal = journal
         self._known = known
         self._sent = False
         self._uidnext = target.uidnext
-        # The known size may be the exact one, not the one that the server announces for the copy.
-        size = 0 if details.message_id else node.size
-        self._wanted = Fingerprint(size, details.date, details.message_id)
+        self._wanted = Fingerprint(details.announced or 0, details.date, details.message_id)
         self.entry: PendingMove | None = None
         """The journal's entry, as long as there may be a copy beside the original."""
         self.uid: int | None = None
         """The UID in the target, once it is known."""
+        self.is_proven = False
+        """Whether the server has named that UID. Otherwise a message that looks like it was found there."""
         self.original_stays = False
 
     def run(self, session: Session) -> None:
         """Move the message, or find out that it was moved. Raises MessageGone if it is nowhere."""
-        uid = _uid(self._node)
+        uid = self._original.uid
         if self._sent and self._settle(session, uid):
             return
         if not self._uidnext:
             self._uidnext = session.status(self._target.name).get("UIDNEXT", 1)
-        session.select(self._source.name, self._source.uidvalidity)
+        self._source.select(session, self._original)
         if not session.has("MOVE"):
             self._copy(session, uid)
             return
         self._sent = True
-        self.uid = session.move(uid, self._target.name)
-        if self.uid is None and not self._settle(session, uid):
+        if not self._named(session.move(uid, self._target.name)) and not self._settle(session, uid):
             # The connection had not seen the message yet, or the server moved nothing.
-            session.select(self._source.name, self._source.uidvalidity, afresh=True)
-            self.uid = session.move(uid, self._target.name)
-            if self.uid is None and not self._settle(session, uid):
+            self._source.select(session, self._original, afresh=True)
+            if not self._named(session.move(uid, self._target.name)) and not self._settle(session, uid):
                 raise Refused("the server did not move the message")
+
+    def _named(self, copy: MessageRef | None) -> bool:
+        """Note what the server has named as the message in the target; return whether it has."""
+        # Some gateways send UIDVALIDITY 0 or a wrong one: such a UID is useless.
+        if copy is None or self._target.uidvalidity not in {0, copy.uidvalidity}:
+            return False
+        self.uid, self.is_proven = copy.uid, True
+        return True
 
     def _copy(self, session: Session, uid: Uid) -> None:
         """Copy the message, then delete the original; the journal has an entry in between."""
@@ -272,7 +291,7 @@ class _Transfer:
             # would be deleted.
             session.examine(self._target.name)
             self._uidnext = session.next_uid()
-            session.select(self._source.name, self._source.uidvalidity)
+            self._source.select(session, self._original)
             entry = PendingMove(
                 self._source.ref(uid),
                 self._target.name,
@@ -284,17 +303,39 @@ class _Transfer:
             self._journal.begin(entry)
             self.entry = entry
         self._sent = True
-        self.uid = session.copy(uid, self._target.name)
-        if self.uid is None:
+        copy = session.copy(uid, self._target.name)
+        if not self._named(copy):
+            # The server has said that it made a copy.
             self.uid = self._find(session)
-            session.select(self._source.name, self._source.uidvalidity)
             if self.uid is None:
                 raise Refused("the server did not copy the message")
-        self._delete_original(session, uid)
+            self._source.select(session, self._original)
+        self._delete_original(session, uid, copy)
 
-    def _delete_original(self, session: Session, uid: Uid) -> None:
-        self.original_stays = not session.expunge(uid)
+    def _delete_original(self, session: Session, uid: Uid, copy: MessageRef | None) -> None:
+        """Delete the original. If the server refuses, delete the copy, if the server has named it."""
+        try:
+            self.original_stays = not session.expunge(uid)
+        except Throttled:
+            raise
+        except Refused:
+            self._undo(session, copy)
+            self._forget_entry()
+            raise
         self._forget_entry()
+
+    def _undo(self, session: Session, copy: MessageRef | None) -> None:
+        try:
+            if copy is not None:
+                known = replace(copy, date=self._wanted.date, size=self._wanted.size or None)
+                select_known(session, known)
+                session.expunge(copy.uid)
+                return
+        except MessageGone:
+            return
+        except (Refused, MailboxGone) as error:
+            log.info("the copy of a message that could not be moved is not removed: %s", error)
+        log.warning("a message was copied, but the server refuses to delete the original: it is there twice")
 
     def _forget_entry(self) -> None:
         if self.entry is not None:
@@ -303,22 +344,29 @@ class _Transfer:
 
     def _settle(self, session: Session, uid: Uid) -> bool:
         """Look at the outcome of the move; return whether nothing is left to do."""
-        session.select(self._source.name, self._source.uidvalidity, afresh=True)
-        here = bool(_metadata(session, [uid]))
-        self.uid = self._find(session)
-        if here and self.uid is not None and not session.has("MOVE"):
-            session.select(self._source.name, self._source.uidvalidity)
-            self._delete_original(session, uid)
-            return True
-        if not here:
+        self.uid, self.is_proven = None, False
+        try:
+            self._source.select(session, self._original, afresh=True)
+        except MessageGone:
             self._forget_entry()
+            self.uid = self._find(session)
             if self.uid is None:
-                raise MessageGone("it was removed on the server")
+                raise
             return True
-        return False
+        if session.has("MOVE"):
+            return False
+        self.uid = find_same(
+            session, self._original, self._target.name, self._uidnext, self._wanted, self._is_known
+        )
+        if self.uid is None:
+            return False
+        self.is_proven = True
+        self._source.select(session, self._original)
+        self._delete_original(session, uid, None)
+        return True
 
     def _find(self, session: Session) -> Uid | None:
-        """Return the UID of the message in the target, or None if it is not there."""
+        """Return the UID of what looks like the message in the target, or None if nothing does."""
         return find_copy(session, self._target.name, self._uidnext, self._wanted, self._is_known)
 
     def _is_known(self, uid: Uid) -> bool:
@@ -349,8 +397,17 @@ class _Recovery:
         """Look for the copy, and delete the original. Raises MailboxGone."""
         move = self._move
         wanted = Fingerprint(move.size, move.date, move.message_id)
-        if find_copy(session, move.target, move.uidnext, wanted) is not None:
-            session.select(move.source.mailbox, move.source.uidvalidity)
+        if find_same(session, move.source, move.target, move.uidnext, wanted) is None:
+            return
+        try:
+            select_known(session, replace(move.source, date=move.date, size=move.size or None))
             self.original_stays = not session.expunge(move.source.uid)
-            self.finished = True
-            log.info("finished an interrupted move of message %d", move.source.uid)
+        except Throttled:
+            raise
+        except Refused as error:
+            log.warning("the original of a message that was copied is not deleted, both stay: %s", error)
+            return
+        except MessageGone:
+            pass
+        self.finished = True
+        log.info("finished an interrupted move of message %d", move.source.uid)

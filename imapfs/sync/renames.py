@@ -1,9 +1,10 @@
-"""Rename detection: what another client moved or renamed keeps its inode and cached body.
+"""Rename detection: what another client moved or renamed keeps its inode.
 
 IMAP does not announce a move: one mailbox loses a message, another one gets one. If a new message looks like
 one in another mailbox (`imapfs.sync.identify`), the server is asked whether that one is still there. If so,
-the new one is a copy; if not, it was moved. A new mailbox with the UIDVALIDITY of one that is gone is a
-renamed one.
+the new one is a copy; if not, it was moved. Without proof that the bytes are the same, as another client may
+have edited it before, the file keeps inode and name here, but the bytes are fetched again. A new mailbox is a
+renamed one if it is proven to be one that is gone.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,7 +22,7 @@ from imapfs.store.cache import Cache
 from imapfs.store.rows import Directory, Mailbox, NewMessage, Node
 from imapfs.store.spool import Spool
 from imapfs.sync.changes import Moved
-from imapfs.sync.identify import find_moved
+from imapfs.sync.identify import Original, find_moved, is_same_mailbox
 from imapfs.waiting import Signal
 
 _MAX_MESSAGES: Final = 1000
@@ -94,7 +95,7 @@ class MoveDetector:
         self._cache = cache
         self._mailbox = mailbox
         self._coordinator = coordinator
-        self._candidates: dict[Uid, tuple[NewMessage, Node]] = {}
+        self._candidates: dict[Uid, tuple[NewMessage, Original]] = {}
         self._there: dict[Ino, set[int]] = {}
 
     def keep_back(self, messages: Sequence[NewMessage]) -> list[NewMessage]:
@@ -116,7 +117,7 @@ class MoveDetector:
 
         Another mailbox may be selected afterwards. Raises ImapfsError.
         """
-        originals = [original for _, original in self._candidates.values()]
+        originals = [original.node for _, original in self._candidates.values()]
         sources = {original.parent for original in originals}
         for source in sources:
             uids = [original.uid or 0 for original in originals if original.parent == source]
@@ -124,12 +125,16 @@ class MoveDetector:
             self._there[source] = _still_there(session, mailbox, uids)
         return sources
 
-    def resolve(self) -> tuple[list[NewMessage], list[Moved]]:
-        """After `check_sources`: move in the cache what was moved; return the new messages, and the moves."""
+    def resolve(self) -> tuple[list[NewMessage], list[Moved], list[Node]]:
+        """After `check_sources`: move in the cache what was moved.
+
+        Return the new messages, the moves, and the messages as they were whose cached bytes were forgotten.
+        """
         candidates, there = list(self._candidates.values()), self._there
         self._candidates.clear()
-        new, moved = [], []
-        for message, before in candidates:
+        new, moved, rewritten = [], [], []
+        for message, original in candidates:
+            before = original.node
             now = self._cache.node(before.ino)
             place = before.parent, before.uid, before.name
             same = now is not None and (now.parent, now.uid, now.name) == place
@@ -137,9 +142,12 @@ class MoveDetector:
             if before.uid in there[before.parent] or not can_take:
                 new.append(message)
                 continue
-            name = self._cache.relocate(before.ino, self._mailbox, message)
+            name = self._cache.relocate(before.ino, self._mailbox, message, same_bytes=original.same_bytes)
             moved.append(Moved(before.ino, before.parent, before.name or b"", name))
-        return new, moved
+            if not original.same_bytes:
+                # Its body may have been cached since it was compared.
+                rewritten.append(now or before)
+        return new, moved, rewritten
 
 
 def _still_there(session: Session, mailbox: Mailbox | None, uids: list[int]) -> set[int]:
@@ -183,7 +191,18 @@ async def find_renamed_mailboxes(
             numbers = await pool.run(partial(Session.status, mailbox=directory.server_name or b""))
         except (MailboxGone, Refused):
             continue
-        match = gone.pop(numbers.get("UIDVALIDITY", 0), [])
-        if len(match) == 1 and numbers.get("UIDNEXT", 0) >= match[0].uidnext:
-            found.append((match[0], directory, parent))
+        candidates = gone.get(numbers.get("UIDVALIDITY", 0), [])
+        name = directory.server_name or b""
+        proven = [mailbox for mailbox in candidates if await _is_renamed(pool, cache, mailbox, name)]
+        if len(proven) == 1:
+            candidates.remove(proven[0])
+            found.append((proven[0], directory, parent))
     return found
+
+
+async def _is_renamed(pool: SessionPool, cache: Cache, mailbox: Mailbox, name: bytes) -> bool:
+    messages = cache.identities(mailbox.ino)
+    try:
+        return await pool.run(partial(is_same_mailbox, known=mailbox, messages=messages, name=name), name)
+    except (MailboxGone, Refused):
+        return False

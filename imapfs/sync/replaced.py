@@ -5,9 +5,11 @@ removed as `rm` would remove it. Until that has worked, it is in the journal, an
 version is still shown under another name, as the backup that an editor makes, a local file keeps its bytes.
 """
 
+import logging
+
 import trio
 
-from imapfs.errors import MailboxGone, MessageGone
+from imapfs.errors import MailboxGone, MessageGone, OtherMailbox, OtherMessage
 from imapfs.log import report
 from imapfs.model import MessageRef
 from imapfs.store.cache import Cache
@@ -19,6 +21,8 @@ from imapfs.sync.download import Downloader
 from imapfs.sync.locate import Locator
 from imapfs.sync.move import Mover
 from imapfs.waiting import Delays
+
+log = logging.getLogger(__name__)
 
 _FIRST_RETRY = 1.0
 """Seconds until a removal that failed is tried again; doubled each time, up to"""
@@ -89,6 +93,10 @@ class ReplacedMessages:
                 await self.keep_backup(old, old.name)
             if old is not None:
                 await self._mover.remove(old.ino)
+            elif self._locator.is_taken(ref):
+                raise OtherMessage("another message has its place on the server")
+        except (OtherMessage, OtherMailbox) as error:
+            log.warning("the version of a message that was edited here is not removed, both stay: %s", error)
         except (MessageGone, MailboxGone):
             pass
         except Exception as error:

@@ -21,7 +21,7 @@ from imapfs.imap.session import Session
 from imapfs.log import report
 from imapfs.model import ROOT, Ino
 from imapfs.store.cache import Cache
-from imapfs.store.rows import Directory, Mailbox
+from imapfs.store.rows import Directory, Mailbox, Node
 from imapfs.store.spool import Spool
 from imapfs.sync.changes import ChangeHub, Changes, Moved, Renamed
 from imapfs.sync.freshness import Freshness
@@ -245,6 +245,12 @@ class Synchroniser:
                 for ino in mailboxes:
                     self.freshness.forget(ino)
                 raise
+
+    def disown(self, node: Node) -> None:
+        """Take a message out of the cache that the server no longer has; list what may have its place."""
+        gone = self._cache.remove_node(node.ino)
+        self._hub.publish(Changes(node.parent, gone=gone))
+        self.look_again(node.parent)
 
     def look_again(self, mailbox: Ino) -> None:
         """Synchronise a mailbox that turned out to be another one: created again, renamed or deleted."""

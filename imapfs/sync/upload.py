@@ -570,7 +570,8 @@ class Uploader:
         """Let a draft that was written to go on as a new version of the message that it has become."""
         if draft.base is not None:
             self._replaced.note(draft.base.ref)
-        draft.base = Base(mailbox.ref(message.uid), message.date, message.zone)
+        ref = replace(mailbox.ref(message.uid), date=message.date, size=message.size)
+        draft.base = Base(ref, message.date, message.zone)
         draft.attempt = None
         draft.save()
         pending = self._pending.get(draft.ino)

@@ -739,3 +739,182 @@ def test_a_change_of_mailboxes_cut_off(
         entry for entry in ("Full", "Made") if (again.path / entry / "").exists() and name != "mkdir"
     ] or ["Full"]
     assert [path.read_bytes() for path in (again.path / full).iterdir()] == [OLD.content]
+
+
+# -- servers that were restored from a backup, and what is proven to be the known message
+
+
+def restore(user: Account, mailbox: str, *messages: Held) -> None:
+    """Let a mailbox be an older one, as after a restore: same UIDVALIDITY, other messages with its UIDs."""
+    with user.client() as client:
+        assert client.delete(mailbox)[0] == "OK"
+        assert client.create(mailbox)[0] == "OK"
+    keep_uidvalidity(user, mailbox)
+    for message in messages:
+        user.append(mailbox, message.content, message.date)
+
+
+def keep_uidvalidity(user: Account, mailbox: str) -> None:
+    user.server.doveadm("mailbox", "update", "-u", user.name, "--uid-validity", "4711", mailbox)
+
+
+def shows(mount: Mount, mailbox: str, *messages: Held) -> None:
+    """Wait until exactly these messages are shown in a mailbox."""
+
+    def is_shown() -> bool:
+        try:
+            return shown(mount).get(mailbox) == sorted(m.content for m in messages)
+        except OSError:
+            return False  # what was listed is gone
+
+    wait_until(is_shown, "all shown")
+
+
+INNOCENT = Held(plain(7), LATER, frozenset())
+MORE = Held(plain(8), LATER, frozenset())
+
+
+@pytest.mark.parametrize("messages", [(INNOCENT,), (INNOCENT, MORE, NEW)], ids=["fewer", "more"])
+def test_an_edit_that_waits_spares_the_message_that_has_the_old_uid_after_a_restore(
+    user: Account, mount: Mounter, proxy: Proxy, messages: Sequence[Held]
+) -> None:
+    """At stake: an innocent message, which the waiting edit would replace and move to Trash."""
+    user.deliver("x", [(m.content, m.date, "S") for m in (OLD, OTHER)])
+    keep_uidvalidity(user, "x")
+    killed = mount(proxy.account(user))
+    path = file_of(killed, 1, "x")
+    assert path.read_bytes() == OLD.content
+    proxy.stall()
+    path.write_bytes(EDITED.content)
+    wait_until(lambda: [state for _, state in waiting(killed)] == ["sending"], "closed")
+    killed.kill()
+    proxy.cut_all()
+    proxy.resume()
+    restore(user, "x", *messages)
+    mounted = mount(
+        proxy.account(user), cache=killed.cache, expected_log=["edited here is not removed, both stay"]
+    )
+    drain(mounted)
+    shows(mounted, "x", *messages, EDITED)
+    mounted.unmount()
+    assert everything(user) == {"x": in_order(*messages, EDITED)}
+
+
+@pytest.mark.parametrize("what", ["mv", "rm", "rm for good", "flag"])
+def test_a_command_spares_the_message_that_has_the_uid_after_a_restore(
+    user: Account, mount: Mounter, proxy: Proxy, what: str
+) -> None:
+    """At stake: `rm` of a message removes the one that has its UID now. UIDNEXT does not show it."""
+    user.deliver("x", [(m.content, m.date, "S") for m in (OLD, OTHER)])
+    user.deliver("Work", [])
+    keep_uidvalidity(user, "x")
+    mounted = mount(proxy.account(user), *(EXPUNGE if what == "rm for good" else ()))
+    path = file_of(mounted, 1, "x")
+    restore(user, "x", INNOCENT, MORE, NEW)
+    before = everything(user)
+    proxy.cut_all()
+    operations: dict[str, Operation] = {
+        "mv": lambda m: os.rename(path, m.path / "Work" / "1.eml"),
+        "flag": lambda _: os.setxattr(path, "user.imap.flags", b"$Work"),
+    }
+    error = outcome(operations.get(what, lambda _: os.unlink(path)), mounted)
+    assert error is not None
+    assert error.errno in {errno.ENOENT, errno.ESTALE}
+    shows(mounted, "x", INNOCENT, MORE, NEW)
+    mounted.unmount()
+    assert everything(user) == before
+
+
+@pytest.mark.parametrize("messages", [(INNOCENT,), (INNOCENT, MORE, NEW)], ids=["fewer", "more"])
+def test_a_message_is_not_read_with_the_bytes_of_the_one_that_has_its_uid_after_a_restore(
+    user: Account, mount: Mounter, proxy: Proxy, messages: Sequence[Held]
+) -> None:
+    """At stake: one message is shown, and kept in the cache, with the bytes of another."""
+    user.deliver("x", [(m.content, m.date, "S") for m in (OLD, OTHER)])
+    keep_uidvalidity(user, "x")
+    mounted = mount(proxy.account(user))
+    path = file_of(mounted, 1, "x")
+    path.stat()
+    restore(user, "x", *messages)
+    proxy.cut_all()
+    try:
+        raise AssertionError(path.read_bytes())
+    except OSError as error:
+        assert error.errno in {errno.ENOENT, errno.ESTALE}
+    shows(mounted, "x", *messages)
+
+
+def test_a_move_by_copy_whose_original_cannot_be_deleted_leaves_one_message(
+    user: Account, mount: Mounter, proxies: Callable[..., Proxy]
+) -> None:
+    """At stake: the message is doubled, and no mailbox can be renamed any more."""
+    deliver(user)
+    proxy = proxies(NO_MOVE)
+    mounted = mount(proxy.account(user))
+    path = file_of(mounted, 1)
+    fault = proxy.fault(b"UID STORE", b"NO [NOPERM] not yours")
+    error = outcome(lambda m: os.rename(path, m.path / "Work" / "moved.eml"), mounted)
+    assert error is not None
+    assert error.errno == errno.EACCES
+    fault.wait_hit()
+    os.rename(mounted.path / "Work", mounted.path / "Renamed")
+    assert path.read_bytes() == OLD.content
+    journal = spool_of(mounted).parent / "journal.json"
+    assert not journal.exists()
+    mounted.unmount()
+    assert everything(user) == BEFORE
+
+
+def test_a_copy_that_cannot_be_removed_again_is_reported_and_blocks_nothing(
+    user: Account, mount: Mounter, proxies: Callable[..., Proxy]
+) -> None:
+    """At stake: every mailbox rename fails from then on, and nobody knows of the second copy."""
+    deliver(user)
+    proxy = proxies(NO_MOVE)
+    mounted = mount(proxy.account(user), expected_log=["it is there twice"])
+    path = file_of(mounted, 1)
+    proxy.fault(b"UID STORE", b"NO [NOPERM] not yours", times=None)
+    assert outcome(lambda m: os.rename(path, m.path / "Work" / "moved.eml"), mounted) is not None
+    os.rename(mounted.path / "Work", mounted.path / "Renamed")
+    assert visible(everything(user)) == shown(mounted)
+    mounted.unmount()
+    assert everything(user) == contents(INBOX=[OLD, OTHER], Renamed=[OLD])
+
+
+def test_a_moved_message_is_not_taken_for_one_that_looks_like_it(
+    user: Account, mount: Mounter, proxies: Callable[..., Proxy]
+) -> None:
+    """At stake: the bytes of one message under the name of another, without COPYUID."""
+    deliver(user)
+    proxy = proxies(("UIDPLUS", "NOTIFY", "IDLE"))
+    mounted = mount(proxy.account(user))
+    path = file_of(mounted, 1)
+    assert path.read_bytes() == OLD.content
+    assert os.listdir(mounted.path / "Work") == []
+    likeness = OLD._replace(content=OLD.content[:-3] + b"#\r\n")
+    user.append("Work", likeness.content, likeness.date, "\\Seen")
+    os.rename(path, mounted.path / "Work" / "moved.eml")
+    shows(mounted, "Work", OLD, likeness)
+    mounted.unmount()
+    assert everything(user) == contents(INBOX=[OTHER], Work=[OLD, likeness])
+
+
+def test_a_copy_of_unknown_outcome_proves_itself_by_its_bytes(
+    user: Account, mount: Mounter, proxies: Callable[..., Proxy]
+) -> None:
+    """At stake: the original, if a message of the same size, date and Message-ID is taken for its copy."""
+    deliver(user)
+    proxy = proxies(NO_MOVE)
+    killed = mount(proxy.account(user))
+    path = file_of(killed, 1)
+    fault = proxy.fault(b"UID COPY", "stall")
+    kill_within(fault, proxy, lambda m: os.rename(path, m.path / "Work" / "moved.eml"), killed)
+    likeness = OLD._replace(content=OLD.content[:-3] + b"#\r\n")
+    assert len(likeness.content) == len(OLD.content)
+    assert likeness != OLD
+    user.append("Work", likeness.content, likeness.date, "\\Seen")
+    mounted = mount(proxy.account(user), cache=killed.cache)
+    drain(mounted)
+    wait_until(lambda: not (spool_of(mounted).parent / "journal.json").exists(), "the move is settled")
+    mounted.unmount()
+    assert everything(user) == contents(INBOX=[OLD, OTHER], Work=[likeness])

@@ -27,7 +27,7 @@ class Mirror:
         self.changes: list[Changes] = []
         self.hub = ChangeHub()
         self.hub.subscribe(self.changes.append)
-        self.hub.subscribe(lambda change: self.bodies.drop(change.gone))
+        self.hub.subscribe(lambda change: self.bodies.drop([*change.gone, *change.outdated]))
         self.spool = Spool(cache.directory / "spool")
         self.sync = Synchroniser(connections, cache, self.spool, nursery, self.hub)
 

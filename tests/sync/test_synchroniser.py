@@ -1,5 +1,6 @@
 """The cache becomes equal to the server, whichever of the three ways the server allows."""
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,13 @@ from hypothesis import strategies as st
 from imapfs.errors import MailboxGone, MessageGone
 from imapfs.imap.grammar import ListEntry
 from imapfs.model import ROOT, ModSeq, Uid
+from imapfs.store.bodies import IncomingBody
+from imapfs.store.cache import Cache
 from imapfs.store.journal import Journal
-from imapfs.store.rows import Body, Directory, NewMessage
+from imapfs.store.rows import Body, Directory, NewMessage, Node
 from imapfs.sync.changes import ChangeHub
 from imapfs.sync.flags import FlagChanger
+from imapfs.sync.identify import find_moved
 from imapfs.sync.locate import Locator
 from imapfs.sync.move import Mover
 from imapfs.sync.tree import plan_tree
@@ -24,7 +28,7 @@ from tests.conftest import ExpectedLog
 from tests.support import compare
 from tests.support.accounts import hide, pool, until
 from tests.support.mail import plain
-from tests.support.mirror import mirror
+from tests.support.mirror import Mirror, mirror
 from tests.support.mounting import DEADLINE
 from tests.support.servers.dovecot import Account
 
@@ -254,6 +258,92 @@ async def test_message_that_another_client_moved_is_the_same_file(
         assert not [changes for changes in here.changes if changes.gone]
 
 
+def keep_body(here: Mirror, mailbox: str, uid: int, content: bytes) -> Node:
+    """Cache a body as a download does; return the message."""
+    message = here.cache.message(here.ino(mailbox), Uid(uid))
+    assert message is not None
+    with here.bodies.lend_pack() as pack:
+        incoming = IncomingBody(here.bodies, len(content))
+        incoming.write(content)
+        body = incoming.keep(message.ino, Uid(uid), pack)
+        assert body is not None
+        here.bodies.add([body])
+        incoming.discard()
+    kept = here.cache.node(message.ino)
+    assert kept is not None
+    assert here.bodies.load(kept) == content
+    return kept
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("edited", [b"changed elsewhere: of equal length", b"of another length"])
+async def test_bytes_of_a_message_that_was_edited_and_moved_are_not_the_cached_ones(
+    user: Account, tmp_path: Path, edited: bytes
+) -> None:
+    """At stake: the old bytes under the new place, for ever; to edit that file destroys the other's edit."""
+    content = plain(1) + b"changed elsewhere: of equal length"
+    user.deliver("INBOX", [(content, DATE, "")])
+    user.deliver("Archive", [(plain(7), DATE, "")])
+    async with mirror(user, tmp_path) as here:
+        for mailbox in ("INBOX", "Archive"):
+            await here.refresh(mailbox)
+        before = keep_body(here, "INBOX", 1, content)
+        # As a client that edits does: same date, same Message-ID.
+        other = plain(1) + edited[::-1]
+        user.deliver("Archive", [(other, DATE, "")])
+        with user.client() as client:
+            client.select("INBOX")
+            client.uid("STORE", "1", "+FLAGS", "(\\Deleted)")
+            client.expunge()
+        await here.refresh_at_once("INBOX", "Archive")
+        after = here.cache.message(here.ino("Archive"), Uid(2))
+        assert after is not None
+        assert here.bodies.load(after) is None
+        assert (after.size, after.exact, after.announced) == (len(other), 0, len(other))
+        if len(other) == len(content):
+            assert after.ino == before.ino, "who watches sees the file moved"
+            assert after.ctime > before.ctime
+            assert [ino for changes in here.changes for ino in changes.rewritten] == [after.ino]
+        else:
+            assert after.ino != before.ino
+
+
+def test_message_that_a_server_names_by_its_emailid_keeps_its_bytes(tmp_path: Path) -> None:
+    """An EMAILID (RFC 8474) proves that the bytes are the same: nothing is fetched again."""
+    with contextlib.closing(Cache.open(tmp_path, "subject")) as cache:
+        cache.set_tree([Directory((name,), name, b"/", True, "") for name in (b"INBOX", b"Archive")])
+        inbox, archive = (cache.child(ROOT, name) for name in (b"INBOX", b"Archive"))
+        assert inbox is not None
+        assert archive is not None
+        listed = NewMessage(Uid(1), 10, DATE, 0, "", ModSeq(0), "", "", "", "<a>", "", "M1")
+        ((ino, _),) = cache.add_messages(inbox.ino, [listed])
+        original = find_moved(cache, archive.ino, listed._replace(uid=Uid(5), message_id="", size=11))
+        assert original is not None
+        assert (original.node.ino, original.same_bytes) == (ino, True)
+        assert find_moved(cache, archive.ino, listed._replace(object_id="M2")) is None
+        without = find_moved(cache, archive.ino, listed._replace(object_id=None))
+        assert without is not None
+        assert not without.same_bytes
+        # The true size, whatever it is, says nothing about what the server announces.
+        cache.set_size(ino, 12)
+        for size in (11, 12):
+            assert find_moved(cache, archive.ino, listed._replace(object_id=None, size=size)) is None
+
+
+@pytest.mark.trio
+async def test_flags_of_the_newest_message_are_reported(user: Account, tmp_path: Path, tier: str) -> None:
+    """At stake: `imapfs watch` is silent about the newest message, which each synchronisation lists."""
+    user.deliver("INBOX", ((plain(n), DATE, "") for n in range(2)))
+    async with mirror(user, tmp_path) as here:
+        await here.refresh()
+        with user.client() as client:
+            client.select("INBOX")
+            client.uid("STORE", "2", "+FLAGS", "(\\Flagged)")
+        await here.refresh()
+        assert here.flagged() == [here.messages()[2][0]]
+        assert here.flags()[2] == {"\\Flagged"}
+
+
 @pytest.mark.trio
 async def test_message_that_another_client_moves_meanwhile_is_not_changed(
     user: Account, tmp_path: Path
@@ -287,7 +377,7 @@ async def test_message_that_another_client_moves_meanwhile_is_not_changed(
             details = here.cache.details(ino)
             assert details is not None
             moved = NewMessage(Uid(2), 2000, details.date, 0, "", ModSeq(0), "", "", "", details.message_id)
-            here.cache.relocate(ino, here.ino("Archive"), moved)
+            here.cache.relocate(ino, here.ino("Archive"), moved, same_bytes=False)
         assert len(outcomes) == 3
         assert server_flags(user, "Archive") == {1: set(), 2: set()}
 
@@ -316,6 +406,38 @@ async def test_mailbox_that_another_client_renamed_is_the_same_directory(
             await here.refresh(mailbox)
         assert here.messages("New/below") == messages
         assert here.messages("Another") == {}
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("same", [True, False])
+async def test_renamed_mailbox_is_proven_by_its_messages(user: Account, tmp_path: Path, same: bool) -> None:
+    """At stake: cached bytes of a deleted mailbox are shown as messages of a new one that happens to have the
+    same UIDVALIDITY, which often is the time in seconds."""
+
+    def set_uidvalidity(mailbox: str) -> None:
+        user.server.doveadm("mailbox", "update", "-u", user.name, "--uid-validity", "4711", mailbox)
+
+    for mailbox, first in (("Old", 0), ("New", 0 if same else 3)):
+        user.deliver(mailbox, ((plain(n), DATE + n, "") for n in range(first, 3 + first)))
+        set_uidvalidity(mailbox)
+    with user.client() as client:
+        client.rename("New", "New.later")
+    async with mirror(user, tmp_path) as here:
+        await here.refresh("Old")
+        old, before = here.ino("Old"), here.messages("Old")
+        listed = here.cache.mailbox(here.ino("New.later"))
+        assert listed is not None
+        assert not listed.uidvalidity, "it was never opened"
+    with user.client() as client:
+        client.delete("Old")
+        client.rename("New.later", "New")
+    async with mirror(user, tmp_path) as here:
+        await here.refresh("New")
+        assert (here.ino("New") == old) is same
+        assert (here.messages("New") == before) is same
+        assert {uid: date for uid, (_, _, date) in here.messages("New").items()} == {
+            n: DATE + n - 1 + (0 if same else 3) for n in (1, 2, 3)
+        }
 
 
 @pytest.mark.trio

@@ -193,6 +193,8 @@ class Scripted:
         elif verb.startswith((b"SELECT", b"EXAMINE")):
             yield b"* %d EXISTS\r\n* OK [UIDVALIDITY 7] valid\r\n" % len(self.messages)
             yield b"* OK [UIDNEXT %d] next\r\n" % (len(self.messages) + 1)
+            if b"OBJECTID" in self.capabilities:
+                yield b"* OK [MAILBOXID (F7)] a name for ever\r\n"
         elif verb.startswith(b"STATUS"):
             count = len(self.messages)
             yield b"* STATUS INBOX (MESSAGES %d UIDNEXT %d UIDVALIDITY 7 UNSEEN 0)\r\n" % (count, count + 1)
@@ -215,12 +217,16 @@ class Scripted:
             parts.append(b'INTERNALDATE "20-Nov-2026 10:00:00 +0000"')
         if b"RFC822.SIZE" in items:
             parts.append(b"RFC822.SIZE %d" % self.claim(content))
+        if b"EMAILID" in items:
+            parts.append(b"EMAILID (M%d)" % uid)
+        if b"X-GM-MSGID" in items:
+            parts.append(b"X-GM-MSGID %d" % (1278455344230334864 + uid))
         if b"BODY.PEEK[HEADER" in items:
             header = (
-                b"".join(re.findall(rb"(?mi)^(?:From|Subject|Date|Message-ID):.*\r\n", content)) + b"\r\n"
+                b"".join(re.findall(rb"(?mi)^(?:From|To|Subject|Date|Message-ID):.*\r\n", content)) + b"\r\n"
             )
             parts.append(
-                b"BODY[HEADER.FIELDS (FROM SUBJECT DATE MESSAGE-ID)] {%d}\r\n%s" % (len(header), header)
+                b"BODY[HEADER.FIELDS (FROM TO SUBJECT DATE MESSAGE-ID)] {%d}\r\n%s" % (len(header), header)
             )
         if b"BODY.PEEK[]" in items:
             parts.append(b"BODY[] {%d}\r\n%s" % (len(content), content))

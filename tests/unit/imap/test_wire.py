@@ -14,13 +14,17 @@ from imapfs.errors import (
     ConnectionLost,
     ImapfsError,
     MailboxGone,
+    MessageGone,
+    OtherMailbox,
+    OtherMessage,
     ProtocolError,
     TimedOut,
 )
 from imapfs.imap.grammar import FetchData, number, parse_fetch, parse_sequence_set
-from imapfs.model import ModSeq, Uid, UidValidity
+from imapfs.model import MessageRef, ModSeq, Uid, UidValidity
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Directory, NewMessage
+from imapfs.sync.identify import select_known
 from tests.support.accounts import session
 from tests.support.mail import plain
 from tests.support.servers.scripted import Scripted
@@ -316,7 +320,59 @@ def test_uid_of_a_copy_is_found(ca: CertificateAuthority, code: bytes, uid: int 
     script = answering({b"UID COPY": b"TAG OK [" + code + b"] done\r\n"})
     with Scripted(ca, [plain(1)], script=script) as server, session(server) as connected:
         connected.select(INBOX, UidValidity(7))
-        assert connected.copy(5, b"x") == uid
+        copy = None if uid is None else MessageRef(b"x", UidValidity(7), Uid(uid))
+        assert connected.copy(5, b"x") == copy
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "message", "mailbox"),
+    [
+        (b"IMAP4rev1 SASL-IR AUTH=PLAIN OBJECTID X-GM-EXT-1", "M1", "F7"),
+        (b"IMAP4rev1 SASL-IR AUTH=PLAIN X-GM-EXT-1", "1278455344230334865", None),
+        (b"IMAP4rev1 SASL-IR AUTH=PLAIN", None, None),
+    ],
+)
+def test_the_identities_that_a_server_gives_are_asked_for(
+    ca: CertificateAuthority, capabilities: bytes, message: str | None, mailbox: str | None
+) -> None:
+    """EMAILID, MAILBOXID and X-GM-MSGID: without them what moved elsewhere is fetched again."""
+    found: list[FetchData] = []
+    with Scripted(ca, [plain(1)], capabilities=capabilities) as server, session(server) as connected:
+        connected.list_all(INBOX, found.append, lambda _: None)
+        assert [data.object_id for data in found] == [message]
+        assert connected.state.object_id == mailbox
+        assert found[0].body is not None
+
+
+@pytest.mark.parametrize(
+    ("date", "size", "uidnext", "error"),
+    [
+        (0, 0, 0, None),
+        (1795168800, len(plain(1)), 2, None),
+        (1795168801, len(plain(1)), 2, OtherMessage),
+        (1795168800, len(plain(1)) + 1, 2, OtherMessage),
+        (1795168800, len(plain(1)), 3, OtherMailbox),
+    ],
+)
+def test_what_is_known_of_a_message_is_asked_with_each_new_select_and_only_then(
+    ca: CertificateAuthority, date: int, size: int, uidnext: int, error: type[ImapfsError] | None
+) -> None:
+    """At stake: a command removes another message that has the UID; and one more round trip for each `rm`."""
+    known = MessageRef(INBOX, UidValidity(7), Uid(1), date or None, size or None)
+    with Scripted(ca, [plain(1)]) as server, session(server) as connected:
+        for _ in range(2):
+            if error is None:
+                select_known(connected, known, uidnext)
+            else:
+                # The second time as well: what failed once has not become true.
+                with pytest.raises(error):
+                    select_known(connected, known, uidnext)
+        asked = [line for line in server.commands if line.startswith((b"SELECT", b"UID FETCH"))]
+        assert asked == [b'SELECT "INBOX"', b"UID FETCH 1 (UID INTERNALDATE RFC822.SIZE)"] * (
+            2 if error else 1
+        )
+        with pytest.raises(MessageGone):
+            select_known(connected, MessageRef(INBOX, UidValidity(7), Uid(9)), afresh=True)
 
 
 # -- the cache takes what servers say

@@ -56,6 +56,13 @@ def test_entries_come_back_as_they_were_until_they_are_done(
     assert (Journal(path).interrupted, Journal(path).removals) == ([], [])
 
 
+def test_what_proves_a_message_comes_back_with_it(path: Path) -> None:
+    """At stake: after a restore of the server, a removal that is owed removes another message."""
+    Journal(path).add_removal(MessageRef(b"INBOX", UidValidity(1), Uid(2), 1_700_000_000, 2000))
+    (found,) = Journal(path).removals
+    assert (found.date, found.size) == (1_700_000_000, 2000)
+
+
 def test_a_kill_at_any_byte_loses_no_entry_before_it(path: Path) -> None:
     journal = Journal(path)
     journal.begin(move(1))

@@ -100,6 +100,18 @@ def test_a_file_that_was_being_written_when_the_process_ended_is_unsent(spool: S
     assert read.file.read_bytes() == b"From: me\r\n\r\n"
 
 
+def test_what_proves_the_message_that_an_edit_began_from_comes_back(spool: Spool) -> None:
+    """At stake: after a restore of the server the edit removes another message with that UID."""
+    draft = made(spool)
+    draft.base = Base(MessageRef(b"INBOX", UidValidity(1), Uid(2), 1_700_000_000, 2000), 1_700_000_000, 0)
+    draft.state = "sending"
+    draft.save()
+    read = again(spool).get(draft.ino)
+    assert read is not None
+    assert read.base is not None
+    assert (read.base.ref.date, read.base.ref.size) == (1_700_000_000, 2000)
+
+
 def test_a_new_version_that_nobody_wrote_to_is_none(spool: Spool) -> None:
     draft = made(spool)
     draft.base = Base(MessageRef(b"INBOX", UidValidity(1), Uid(2)), 3, 0)
