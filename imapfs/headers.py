@@ -16,7 +16,7 @@ _MAX_BYTES = 32_768
 """Bytes of a raw field that are read: enough for `_MAX_CHARACTERS`, even if each encoded word holds one
 character, which takes about 16 bytes."""
 _MAX_CACHED = 512
-"""Maximum length of a raw From field that is cached, in bytes."""
+"""Maximum length of a raw From or To field that is cached, in bytes."""
 
 _FOLD = re.compile(rb"(?:[ \t]?\n[ \t]+)+")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029][\x00-\x20\x7f-\x9f\u2028\u2029]*")
@@ -69,6 +69,8 @@ class Headers(NamedTuple):
     """The whole From field."""
     message_id: str
     """Unchanged, with its angle brackets."""
+    recipient: str = ""
+    """Display name of the first mailbox in To, or else its address."""
 
 
 def parse_headers(block: bytes) -> Headers:
@@ -90,7 +92,7 @@ def parse_headers(block: bytes) -> Headers:
     if b"\n " in lines or b"\n\t" in lines:
         lines = _FOLD.sub(b" ", lines)
 
-    subject = sender = message_id = None
+    subject = sender = recipient = message_id = None
     for line in lines.split(b"\n"):
         name, colon, value = line.partition(b":")
         if not colon:
@@ -100,17 +102,17 @@ def parse_headers(block: bytes) -> Headers:
                 subject = value
             case b"from" if sender is None:
                 sender = value
+            case b"to" if recipient is None:
+                recipient = value
             case b"message-id" if message_id is None:
                 message_id = value
 
-    name_and_field = ("", "")
-    if sender is not None:
-        sender = _bounded(sender)
-        name_and_field = _cached_from(sender) if len(sender) <= _MAX_CACHED else _decode_from(sender)
+    name_and_field = _decode_mailboxes(sender) if sender is not None else ("", "")
     return Headers(
         _clean(_decode_words(_bounded(subject))) if subject is not None else "",
         *name_and_field,
         _clean(_decode_8bit(_bounded(message_id))) if message_id is not None else "",
+        _decode_mailboxes(recipient)[0] if recipient is not None else "",
     )
 
 
@@ -190,7 +192,12 @@ def _decode_charset(data: bytes, charset: bytes) -> str:
     return data.decode(_SUPERSETS.get(codec, codec), "replace")
 
 
-def _decode_from(value: bytes) -> tuple[str, str]:
+def _decode_mailboxes(value: bytes) -> tuple[str, str]:
+    value = _bounded(value)
+    return _cached_field(value) if len(value) <= _MAX_CACHED else _decode_field(value)
+
+
+def _decode_field(value: bytes) -> tuple[str, str]:
     """Return the display name of the first mailbox, or else its address, and the whole field."""
     name, comment, address = _first_mailbox(value)
     for candidate in (name, comment, address):
@@ -199,7 +206,7 @@ def _decode_from(value: bytes) -> tuple[str, str]:
     return sender, _clean(_decode_words(value))
 
 
-_cached_from = lru_cache(maxsize=2048)(_decode_from)
+_cached_field = lru_cache(maxsize=2048)(_decode_field)
 
 
 def _first_mailbox(value: bytes) -> tuple[bytes, bytes, bytes]:

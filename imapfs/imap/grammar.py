@@ -28,6 +28,7 @@ _FETCH_ITEM = re.compile(
     rb'|INTERNALDATE "(?P<date>[^"]*)"'
     rb"|RFC822\.SIZE (?P<size>\d+)"
     rb"|MODSEQ \((?P<modseq>\d+)\)"
+    rb"|(?:EMAILID \((?P<emailid>[A-Za-z0-9_-]{1,255})\)|X-GM-MSGID (?P<msgid>\d{1,20}))"
     rb"|BODY\[(?P<section>[^\]]*)\](?:<\d+>)? (?P<value>NIL\b|\"(?:[^\"\\]|\\.)*\"|\Z)"
     rb")",
     re.I | re.S,
@@ -53,6 +54,8 @@ class FetchData:
     date: bytes | None = None
     size: int | None = None
     modseq: ModSeq | None = None
+    object_id: str | None = None
+    """EMAILID (RFC 8474 section 5.1), or X-GM-MSGID (Gmail)."""
     section: bytes | None = None
     """The BODY section that `body` holds; None where the response has no BODY."""
     body: bytes | None = None
@@ -138,6 +141,8 @@ def parse_fetch(response: Response) -> FetchData | None:
             data.size = number(m["size"])
         elif kind == "modseq":
             data.modseq = ModSeq(number(m["modseq"]))
+        elif kind in {"emailid", "msgid"}:
+            data.object_id = m[kind].decode()
         else:
             data.section = m["section"].upper()
             value = m["value"]

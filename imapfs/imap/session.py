@@ -53,7 +53,7 @@ from imapfs.model import Account, CredentialProvider, ModSeq, Secret, UidValidit
 
 log = logging.getLogger(__name__)
 
-_HEADERS: Final = b" BODY.PEEK[HEADER.FIELDS (FROM SUBJECT DATE MESSAGE-ID)]"
+_HEADERS: Final = b" BODY.PEEK[HEADER.FIELDS (FROM TO SUBJECT DATE MESSAGE-ID)]"
 
 OnMessage = Callable[[FetchData], None]
 OnStatus = Callable[[bytes, dict[str, int]], None]
@@ -157,12 +157,6 @@ class Upload:
     """INTERNALDATE in seconds since the epoch."""
     zone: int
     """Minutes east of UTC."""
-
-
-def _items(*, modseq: bool, headers: bool = True) -> bytes:
-    """Return the FETCH items that are the metadata of a message."""
-    extra = (b" MODSEQ" if modseq else b"") + (_HEADERS if headers else b"")
-    return b"(UID FLAGS INTERNALDATE RFC822.SIZE%s)" % extra
 
 
 def _as_lost(error: Exception, account: Account) -> ConnectionLost:
@@ -509,7 +503,7 @@ class Session:
         return self._examine(
             mailbox,
             b" (QRESYNC (%d %d))" % (uidvalidity, modseq),
-            [b"UID FETCH %d:* %s" % (max(last_uid, 1), _items(modseq=True))],
+            [b"UID FETCH %d:* %s" % (max(last_uid, 1), self._items(modseq=True))],
             on_message,
         )
 
@@ -546,7 +540,16 @@ class Session:
             elif data.flags is not None:
                 on_flags(data)
 
-        self._fetch(uid_set, _items(modseq=bool(self.state.highestmodseq), headers=headers), take)
+        self._fetch(uid_set, self._items(modseq=bool(self.state.highestmodseq), headers=headers), take)
+
+    def _items(self, *, modseq: bool, headers: bool = True) -> bytes:
+        """Return the FETCH items that are the metadata of a message."""
+        extra = b" MODSEQ" if modseq else b""
+        if self.has("OBJECTID"):
+            extra += b" EMAILID"
+        elif self.has("X-GM-EXT-1"):
+            extra += b" X-GM-MSGID"
+        return b"(UID FLAGS INTERNALDATE RFC822.SIZE%s%s)" % (extra, _HEADERS if headers else b"")
 
     def _fetch(self, uid_set: bytes, items: bytes, on_message: OnMessage) -> None:
         def take(response: Response) -> None:
@@ -767,7 +770,7 @@ class Session:
         ]
         look_up: list[Command] = [
             (self._open_command, astring(mailbox)),
-            (b"UID FETCH %d:* %s" % (max(uidnext, 1), _items(modseq=modseq)),),
+            (b"UID FETCH %d:* %s" % (max(uidnext, 1), self._items(modseq=modseq)),),
         ]
         # Courier refuses APPEND to a mailbox that is selected read-only.
         before: list[Command] = [(self._unselect_command(),)] if self.selected == mailbox else []

@@ -22,7 +22,16 @@ from imapfs.model import ROOT, Ino, MessageRef, ModSeq, NameScheme, Uid, UidVali
 from imapfs.names import message_name
 from imapfs.store.body_table import BodyTable
 from imapfs.store.database import Connection, Database, IntegrityError
-from imapfs.store.rows import MAILBOX_COLUMNS, NODE_COLUMNS, Details, Directory, Mailbox, NewMessage, Node
+from imapfs.store.rows import (
+    DETAILS_COLUMNS,
+    MAILBOX_COLUMNS,
+    NODE_COLUMNS,
+    Details,
+    Directory,
+    Mailbox,
+    NewMessage,
+    Node,
+)
 
 MAX_UID: Final = (1 << 63) - 1
 """Above every UID of a server."""
@@ -119,9 +128,7 @@ class Cache:
         """Return the details of a message, or None if there is no such message."""
         with self._database.read() as db:
             row = db.execute(
-                "SELECT parent, uid, date, zone, flags, modseq, subject, from_, message_id"
-                " FROM node WHERE ino = ? AND uid IS NOT NULL",
-                (ino,),
+                f"SELECT {DETAILS_COLUMNS} FROM node WHERE ino = ? AND uid IS NOT NULL", (ino,)
             ).fetchone()
         return Details._make(row) if row else None
 
@@ -290,7 +297,7 @@ class Cache:
                     (ino, parent, name, now, now),
                 )
                 db.execute(
-                    f"INSERT INTO mailbox ({MAILBOX_COLUMNS}) VALUES (?, ?, ?, ?, ?, 0, 0, 0, 0)",
+                    f"INSERT INTO mailbox ({MAILBOX_COLUMNS}) VALUES (?, ?, ?, ?, ?, 0, 0, 0, 0, NULL)",
                     (ino, *values),
                 )
                 added.append(Node(ino, parent, name, None, 0, 1, None, now, now, None, None, None, 0))
@@ -493,7 +500,7 @@ class Cache:
         with self._database.write() as db:
             if original_stays:
                 columns = "uid, size, exact, date, mtime, ctime, zone, flags, modseq, subject, sender, from_,"
-                columns += " message_id"
+                columns += " message_id, recipient, object_id, announced"
                 db.execute(
                     f"INSERT INTO node (ino, parent, name, alias, {columns})"
                     f" SELECT ?, parent, NULL, 1, -uid {columns.removeprefix('uid')} FROM node WHERE ino = ?",
@@ -653,12 +660,13 @@ def _take_inos(db: Connection, n: int) -> Ino:
 
 def _row(ino: Ino, mailbox: Ino, name: bytes | None, alias: int, message: NewMessage) -> tuple[Any, ...]:
     time_ns = message.date * 1_000_000_000
-    return (ino, mailbox, name, alias, time_ns, time_ns, *message)
+    return (ino, mailbox, name, alias, time_ns, time_ns, message.size, *message)
 
 
 _INSERT_MESSAGE: Final = (
-    "INSERT INTO node (exact, ino, parent, name, alias, mtime, ctime, uid, size, date, zone, flags, modseq,"
-    " subject, sender, from_, message_id) VALUES (0, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO node (exact, ino, parent, name, alias, mtime, ctime, announced, uid, size, date, zone,"
+    " flags, modseq, subject, sender, from_, message_id, recipient, object_id)"
+    " VALUES (0, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 
 

@@ -29,7 +29,7 @@ _MAX_LOG_PAGES: Final = 2000
 """Changed pages (of 4 KiB) after which the write-ahead log is moved into the database."""
 _MIN_PAGES_EACH: Final = 4
 """Pages that any transaction changes: tables, indexes, and the pages above them."""
-_VERSION: Final = 3
+_VERSION: Final = 4
 _SCHEMA: Final = """
 CREATE TABLE meta (
   key TEXT PRIMARY KEY,        -- 'next_ino': first inode number not yet given out; 'names': naming scheme
@@ -55,6 +55,9 @@ CREATE TABLE node (            -- every directory entry
   flags TEXT,                  -- space-separated as the server spells them, without \\Recent
   modseq INTEGER,              -- 0 where the server keeps none
   subject TEXT, sender TEXT, from_ TEXT, message_id TEXT,  -- decoded header fields
+  announced INTEGER,           -- RFC822.SIZE as last listed, whatever the true size is; NULL if not known
+  object_id TEXT,              -- EMAILID (RFC 8474) or X-GM-MSGID; NULL if the server gave none
+  recipient TEXT NOT NULL DEFAULT '',  -- decoded: who is named first in To; '' if not known
   UNIQUE (parent, name)
 );
 CREATE INDEX node_order ON node (parent, ino);
@@ -70,9 +73,21 @@ CREATE TABLE mailbox (         -- what a directory stands for on the server
   uidvalidity INTEGER NOT NULL,
   uidnext INTEGER NOT NULL,    -- at the last synchronisation
   modseq INTEGER NOT NULL,     -- HIGHESTMODSEQ up to which all changes are known
-  complete INTEGER NOT NULL    -- 1 once every message was listed
+  complete INTEGER NOT NULL,   -- 1 once every message was listed
+  object_id TEXT               -- MAILBOXID (RFC 8474); NULL if the server gave none
 );
 """
+_UPGRADES: Final = {
+    # Unless a message was read, its size is the announced one.
+    3: """
+ALTER TABLE node ADD COLUMN announced INTEGER;
+ALTER TABLE node ADD COLUMN object_id TEXT;
+ALTER TABLE node ADD COLUMN recipient TEXT NOT NULL DEFAULT '';
+ALTER TABLE mailbox ADD COLUMN object_id TEXT;
+UPDATE node SET announced = size WHERE uid IS NOT NULL AND NOT exact;
+""",
+}
+"""By format: the statements that make the next one of it, so that nothing has to be listed again."""
 
 
 class Database:
@@ -232,15 +247,23 @@ def _connect(path: Path) -> Connection:
                 f"PRAGMA user_version = {_VERSION}; COMMIT;"
             )
             return db
-        if version != _VERSION:
+        if version != _VERSION and version not in _UPGRADES:
             raise _Unusable(f"it has format {version}, this imapfs reads format {_VERSION}")
         (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise _Unusable("it is damaged")
+        if version != _VERSION:
+            _upgrade(db, version)
     except BaseException:
         db.close()
         raise
     return db
+
+
+def _upgrade(db: Connection, version: int) -> None:
+    """Bring a database of an earlier format up to date, in one transaction: a kill leaves it as it was."""
+    steps = "".join(_UPGRADES[step] for step in range(version, _VERSION))
+    db.executescript(f"BEGIN IMMEDIATE; {steps} PRAGMA user_version = {_VERSION}; COMMIT;")
 
 
 def _take_lock(lock: int, directory: Path) -> None:

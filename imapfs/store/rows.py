@@ -22,6 +22,7 @@ class Node(NamedTuple):
     crc: int | None
     pack: int | None
     offset: int
+    announced: int | None = None
 
     @property
     def is_dir(self) -> bool:
@@ -33,7 +34,9 @@ class Node(NamedTuple):
         return self._replace(crc=None, pack=None, offset=0)
 
 
-NODE_COLUMNS: Final = "ino, parent, name, uid, size, exact, date, mtime, ctime, mode, crc, pack, offset"
+NODE_COLUMNS: Final = (
+    "ino, parent, name, uid, size, exact, date, mtime, ctime, mode, crc, pack, offset, announced"
+)
 
 
 class NewMessage(NamedTuple):
@@ -49,6 +52,8 @@ class NewMessage(NamedTuple):
     sender: str
     from_: str
     message_id: str
+    recipient: str = ""
+    object_id: str | None = None
 
 
 class Details(NamedTuple):
@@ -63,6 +68,14 @@ class Details(NamedTuple):
     subject: str
     from_: str
     message_id: str
+    recipient: str
+    object_id: str | None
+    announced: int | None
+
+
+DETAILS_COLUMNS: Final = (
+    "parent, uid, date, zone, flags, modseq, subject, from_, message_id, recipient, object_id, announced"
+)
 
 
 class Mailbox(NamedTuple):
@@ -77,6 +90,7 @@ class Mailbox(NamedTuple):
     uidnext: int
     modseq: ModSeq
     complete: int
+    object_id: str | None = None
 
     @property
     def selectable_name(self) -> bytes | None:
@@ -85,7 +99,7 @@ class Mailbox(NamedTuple):
 
 
 MAILBOX_COLUMNS: Final = (
-    "ino, server_name, delimiter, selectable, special_use, uidvalidity, uidnext, modseq, complete"
+    "ino, server_name, delimiter, selectable, special_use, uidvalidity, uidnext, modseq, complete, object_id"
 )
 
 

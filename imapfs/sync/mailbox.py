@@ -386,4 +386,6 @@ def new_message(data: FetchData) -> NewMessage:
         headers.sender,
         headers.from_,
         headers.message_id,
+        headers.recipient,
+        data.object_id,
     )

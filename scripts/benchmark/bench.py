@@ -348,7 +348,7 @@ SyncState *
             "FLAGS",
             "INTERNALDATE",
             "RFC822.SIZE",
-            "BODY.PEEK[HEADER.FIELDS (FROM SUBJECT DATE MESSAGE-ID)]",
+            "BODY.PEEK[HEADER.FIELDS (FROM TO SUBJECT DATE MESSAGE-ID)]",
         ]
         context = ssl.create_default_context(cafile=self.server.authority.certificate)
         with imapclient.IMAPClient(

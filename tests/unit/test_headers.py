@@ -14,12 +14,15 @@ from imapfs.headers import Headers, parse_headers
 
 BLOCK = (
     b"From: Alice Example <alice@example.com>\r\n"
+    b"To: =?utf-8?q?B=C3=B6b?= <bob@example.com>, carol@example.com\r\n"
     b"Subject: Quarterly report\r\n"
     b"Date: Fri, 20 Nov 2026 10:02:00 +0100\r\n"
     b"Message-ID: <1@example.com>\r\n"
     b"\r\n"
 )
-PARSED = Headers("Quarterly report", "Alice Example", "Alice Example <alice@example.com>", "<1@example.com>")
+PARSED = Headers(
+    "Quarterly report", "Alice Example", "Alice Example <alice@example.com>", "<1@example.com>", "Böb"
+)
 # Dense in the syntax of header fields; purely random bytes would hardly ever hold an encoded word.
 _PIECES = [
     b"Subject:",

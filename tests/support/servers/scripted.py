@@ -217,10 +217,10 @@ class Scripted:
             parts.append(b"RFC822.SIZE %d" % self.claim(content))
         if b"BODY.PEEK[HEADER" in items:
             header = (
-                b"".join(re.findall(rb"(?mi)^(?:From|Subject|Date|Message-ID):.*\r\n", content)) + b"\r\n"
+                b"".join(re.findall(rb"(?mi)^(?:From|To|Subject|Date|Message-ID):.*\r\n", content)) + b"\r\n"
             )
             parts.append(
-                b"BODY[HEADER.FIELDS (FROM SUBJECT DATE MESSAGE-ID)] {%d}\r\n%s" % (len(header), header)
+                b"BODY[HEADER.FIELDS (FROM TO SUBJECT DATE MESSAGE-ID)] {%d}\r\n%s" % (len(header), header)
             )
         if b"BODY.PEEK[]" in items:
             parts.append(b"BODY[] {%d}\r\n%s" % (len(content), content))

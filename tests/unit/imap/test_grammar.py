@@ -37,11 +37,17 @@ def test_fetch_items_are_read_in_any_order() -> None:
         b'INTERNALDATE "20-Nov-2026 10:00:00 +0100"': ("date", b"20-Nov-2026 10:00:00 +0100"),
         b"RFC822.SIZE 1234": ("size", 1234),
         b"MODSEQ (99)": ("modseq", 99),
+        b"EMAILID (M6d99ac3275bb4e)": ("object_id", "M6d99ac3275bb4e"),
     }
     for start in range(len(items)):
         order = list(items)[start:] + list(items)[:start]
         data = parse_fetch([b"* 1 FETCH (" + b" ".join(order) + b")\r\n"])
         assert data == FetchData(**dict(items.values()))  # type: ignore[arg-type]
+
+
+def test_gmail_names_a_message_by_a_number() -> None:
+    data = parse_fetch([b"* 1 FETCH (X-GM-MSGID 1278455344230334865 UID 7)\r\n"])
+    assert data == FetchData(uid=7, object_id="1278455344230334865")  # type: ignore[arg-type]
 
 
 def test_fetch_is_not_case_sensitive() -> None:
@@ -80,8 +86,8 @@ def test_nil_body_is_no_body() -> None:
 @pytest.mark.parametrize(
     "unknown",
     [
-        [b"X-GM-MSGID 1278455344230334865"],
-        [b"EMAILID (M6d99ac3275bb4e)"],
+        [b"X-GM-THRID 1278455344230334865"],
+        [b"THREADID (M6d99ac3275bb4e)"],
         [b'ENVELOPE (NIL "a)b(" ((NIL NIL "x" "y")) NIL)'],
         [b"BODYSTRUCTURE ((", b") UID 999 (", b") NIL)"],
         [b"PREVIEW ", b"UID 999 FLAGS (\\Deleted)", b""],

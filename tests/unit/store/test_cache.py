@@ -1,7 +1,9 @@
 """The database and the body files by themselves: identity, eviction, damage, and what is cleaned up."""
 
+import contextlib
 import os
 import shutil
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import trio
 
 from imapfs.errors import CacheError
 from imapfs.model import ROOT, Ino, ModSeq, Uid, UidValidity
+from imapfs.store import database
 from imapfs.store.bodies import SMALL, BodyStore, IncomingBody
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Directory, NewMessage, Node
@@ -238,6 +241,81 @@ def test_database_that_is_none_is_built_anew(
     assert cache.totals() == (0, 0, 0)
     assert cache.children(ROOT, 0, 10) == []
     cache.close()
+
+
+def of_format_3(directory: Path, *read: Ino) -> None:
+    """Turn a closed cache into what the version before wrote; the messages ``read`` have exact sizes."""
+    with contextlib.closing(sqlite3.connect(directory / "cache.db", isolation_level=None)) as db:
+        for table, column in [
+            ("node", "announced"),
+            ("node", "object_id"),
+            ("node", "recipient"),
+            ("mailbox", "object_id"),
+        ]:
+            db.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        db.executemany("UPDATE node SET exact = 1, size = size + 5 WHERE ino = ?", [(ino,) for ino in read])
+        db.execute("PRAGMA user_version = 3")
+
+
+def test_cache_of_format_3_is_taken_over(tmp_path: Path) -> None:
+    """At stake: everybody's mail is listed again, and every inode number changes, at the first new mount."""
+    cache = Cache.open(tmp_path, "subject")
+    box = inbox(cache)
+    (unread, _), (read, _) = cache.add_messages(box, [message(1), message(2)])
+    cache.set_state(box, UidValidity(7), 3, ModSeq(9), complete=True)
+    before = cache.children(box, 0, 10)
+    cache.close()
+    of_format_3(tmp_path, read)
+    cache = Cache.open(tmp_path, "subject")
+    try:
+        assert [n._replace(announced=10, size=10, exact=0) for n in cache.children(box, 0, 10)] == before
+        # What was read has its true size only: nobody knows what the server announced.
+        assert [(n.ino, n.size, n.announced) for n in cache.children(box, 0, 10)] == [
+            (unread, 10, 10),
+            (read, 15, None),
+        ]
+        details, mailbox = cache.details(unread), cache.mailbox(box)
+        assert details is not None
+        assert mailbox is not None
+        assert (details.recipient, details.object_id) == ("", None)
+        assert (mailbox.uidvalidity, mailbox.modseq, mailbox.complete, mailbox.object_id) == (7, 9, 1, None)
+    finally:
+        cache.close()
+
+
+def test_cut_upgrade_leaves_the_cache_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At stake: a cache of neither format, so that all mail is listed again."""
+    cache = Cache.open(tmp_path, "subject")
+    cache.add_messages(inbox(cache), [message(1)])
+    cache.close()
+    of_format_3(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "_UPGRADES", {3: database._UPGRADES[3] + "SELECT cut_here();"})
+        with pytest.raises(CacheError, match="cut_here"):
+            Cache.open(tmp_path, "subject")
+    with contextlib.closing(sqlite3.connect(tmp_path / "cache.db")) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (3,)
+    cache = Cache.open(tmp_path, "subject")
+    assert cache.totals()[0] == 1
+    cache.close()
+
+
+def test_true_size_leaves_the_announced_one(cache: Cache) -> None:
+    """At stake: whether the message that has a UID is the one we know is judged by the announced size."""
+    ((ino, _),) = cache.add_messages(inbox(cache), [message(1, size=10)])
+    assert cache.set_size(ino, 12)
+    node, details = cache.node(ino), cache.details(ino)
+    assert node is not None
+    assert details is not None
+    assert (node.size, node.announced, details.announced) == (12, 10, 10)
+
+
+def test_what_a_listing_says_is_kept(cache: Cache) -> None:
+    listed = message(1)._replace(recipient="Bob", object_id="M1")
+    ((ino, _),) = cache.add_messages(inbox(cache), [listed])
+    details = cache.details(ino)
+    assert details is not None
+    assert (details.recipient, details.object_id) == ("Bob", "M1")
 
 
 # -- bodies
