@@ -266,6 +266,15 @@ def test_message_whose_name_is_given_to_another_gets_one_like_it(cache: Cache) -
     shown = {node.ino: node.name for node in cache.children(box, 0, 10)}
     assert shown == {first: other, second: b"2023-11-14_2213_Alice_Report.2~2.eml"}
     assert cache.child(box, name) is None
+    cache.rename(first, b"2023-11-14_2213_Alice_Report.2~2.eml")
+    [(third, _)] = cache.add_messages(box, [message(3)])
+    cache.rename(third, other)
+    cache.rename(second, b"mine.eml")
+    cache.hide(second)
+    cache.show(second)
+    node = cache.node(second)
+    assert node is not None
+    assert node.name == b"2023-11-14_2213_Alice_Report.2~3.eml"
 
 
 def test_times_of_a_directory_never_go_back(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
