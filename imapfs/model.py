@@ -15,7 +15,6 @@ UidValidity = NewType("UidValidity", int)
 ModSeq = NewType("ModSeq", int)
 """Modification sequence (RFC 7162); 0 if the server has none."""
 
-NameScheme = Literal["subject", "uid"]
 DeletePolicy = Literal["trash", "expunge"]
 """What rm does with a message outside Trash: move it to Trash, or delete it permanently."""
 Security = Literal["tls", "starttls"]
@@ -136,7 +135,10 @@ class MountConfig:
     """Maximum size of all cached bodies, in bytes."""
     fetch_ahead: int
     """Maximum bytes per day that are prefetched; 0 for none."""
-    names: NameScheme
+    names: str
+    """A template of `message_names.NameTemplate`, or a short form of one."""
+    own_mail: frozenset[str]
+    """Paths of the mailboxes that the configuration calls Sent or Drafts."""
     delete: DeletePolicy
     connections: int
     """Maximum number of IMAP connections, at least 1."""

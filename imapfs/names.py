@@ -1,4 +1,4 @@
-"""Names: mailbox names on the server to directory entries and back, and the file names of messages.
+"""Mailbox names on the server to directory entries, and back. Names of messages: `imapfs.message_names`.
 
 Pure and deterministic: no locale, no time zone, no I/O. Directory entries are ``bytes`` in UTF-8, at most
 255 bytes long (NAME_MAX), and never contain ``/`` or NUL.
@@ -19,14 +19,10 @@ A hierarchy component of a mailbox name is shown in one of these forms, where ``
     has no inverse.
 """
 
-import datetime
 import hashlib
 import re
-import unicodedata
-from functools import lru_cache
 
 from imapfs.encoding import decode_utf7, encode_utf7
-from imapfs.model import NameScheme
 
 _NAME_MAX = 255
 _MARKER = b"%~"
@@ -36,19 +32,6 @@ _HASH_DIGITS = 16
 _IN_TEXT = re.compile(rb"[/\x00-\x1f\x7f]|\xc2[\x80-\x9f]|%(?=~|[0-9A-Fa-f]{2})")
 _IN_MALFORMED = re.compile(rb"[/&\x00-\x1f\x7f-\xff]|%(?=~|[0-9A-Fa-f]{2})")
 _ESCAPE = re.compile(rb"%([0-9A-F]{2})")
-# Characters that other file systems (FAT, exFAT, NTFS) do not allow, or that programs misread
-# (``host:path``). They become spaces, so that each run of them is one underscore in the end.
-_TO_SPACE = str.maketrans(dict.fromkeys('/:*?"<>|\\_', " "))
-
-_SECONDS_PER_DAY = 86_400
-_EPOCH_DAY = datetime.date(1970, 1, 1).toordinal()
-_FIRST_DAY = datetime.date.min.toordinal() - _EPOCH_DAY
-_LAST_DAY = datetime.date.max.toordinal() - _EPOCH_DAY
-_MAX_SENDER = 60
-"""Maximum length of the sender in a file name, in bytes."""
-_MAX_PART = 1_000
-"""Characters of a field that are considered: more than fit into a name. Normalisation takes quadratic time
-for long runs of combining marks."""
 
 
 def decode_mailbox(raw: bytes) -> str | None:
@@ -135,60 +118,3 @@ def _escaped(special: re.Pattern[bytes], name: bytes) -> bytes:
 
 def _unescaped(shown: bytes) -> bytes:
     return _ESCAPE.sub(lambda match: bytes([int(match[1], 16)]), shown)
-
-
-def message_name(scheme: NameScheme, date: int, sender: str, subject: str, uid: int) -> bytes:
-    """Return the file name of a message: ``1234.eml``, or ``2026-11-20_Alice_Example_Report.1234.eml``.
-
-    ``date`` is in seconds since the epoch, and appears as the day in UTC. Any integer is valid; a date
-    outside the years 1 to 9999 becomes the nearest day inside. Empty parts are left out.
-
-    The name is at most 255 bytes long, printable, in normalisation form C, and has one ``_`` for each run of
-    whitespace and of characters that other file systems do not allow. Characters newer than Python's Unicode
-    tables count as not printable, and are left out. The name is unique in a mailbox because ``uid`` is. Never
-    raises.
-    """
-    if scheme == "uid":
-        return b"%d.eml" % uid
-    name = _day(date // _SECONDS_PER_DAY)
-    if sender_part := _sender_part(sender):
-        name = f"{name}_{sender_part}"
-    end = f".{uid}.eml"
-    if subject_part := _part(subject):
-        whole = f"{name}_{subject_part}{end}".encode()
-        if len(whole) <= _NAME_MAX:
-            return whole
-        name = f"{name}_{_clipped(subject_part, _NAME_MAX - len(f'{name}_{end}'.encode()))}"
-    return f"{name}{end}".encode()
-
-
-@lru_cache(maxsize=4096)
-def _day(day: int) -> str:
-    return datetime.date.fromordinal(_EPOCH_DAY + min(max(day, _FIRST_DAY), _LAST_DAY)).isoformat()
-
-
-@lru_cache(maxsize=1024)
-def _sender_part(sender: str) -> str:
-    return _clipped(_part(sender), _MAX_SENDER).rstrip("_")
-
-
-def _part(text: str) -> str:
-    text = text[:_MAX_PART]
-    if not text.isprintable():
-        text = "".join(c if c.isprintable() else " " for c in text if c.isprintable() or c.isspace())
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
-    return "_".join(text.translate(_TO_SPACE).split())
-
-
-def _clipped(text: str, limit: int) -> str:
-    """Cut ``text`` to at most ``limit`` bytes of UTF-8, between characters and never before a combining
-    mark."""
-    encoded = text.encode("utf-8")
-    if len(encoded) <= limit:
-        return text
-    longest = len(encoded[:limit].decode("utf-8", "ignore"))
-    end = longest
-    while end and unicodedata.category(text[end]).startswith("M"):
-        end -= 1
-    return text[: end or longest]

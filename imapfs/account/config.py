@@ -231,6 +231,7 @@ def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config
         "mountpoint": mountinfo.real_path(mountpoint),
         "read_only": read_only,
         "fuse_options": fuse_options,
+        "own_mail": frozenset(filter(None, map(located.options.get, ("sent", "drafts")))),
     }
     return Resolved(MountConfig(**fields), located.credentials, located.options.get("log-file"))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
 from imapfs.account import values
-from imapfs.model import AuthMethod, DeletePolicy, NameScheme, Secret, Security
+from imapfs.model import AuthMethod, DeletePolicy, Secret, Security
 
 ValueKind = Literal[
     "text", "path", "directory", "size", "integer", "number", "flag", "choice", "list", "table"
@@ -152,6 +152,15 @@ def _oauth_client(value: object) -> object:
     return OAuthClient(**{settings[key].field: one for key, one in found.items()})
 
 
+def _name_template(value: object) -> str:
+    """Check a template for the names of messages, or a short form of one."""
+    from imapfs.message_names import NameTemplate
+
+    template = values.text(value)
+    NameTemplate.parse(template)
+    return template
+
+
 SETTINGS: Final = (
     Setting("host", "The server's name or address.", "text", "HOST", option=None, converter=values.host),
     Setting("user", "The name to log in with.", "text", "USER", option=None, converter=values.user),
@@ -276,10 +285,26 @@ SETTINGS: Final = (
     ),
     Setting(
         "names",
-        "How files are named: 2026-11-20_Alice_Report.1234.eml, or 1234.eml.",
-        "choice",
-        default="subject",
-        choices=get_args(NameScheme),
+        "How files are named: subject (2026-11-20_1432_Alice_Report.1234.eml), uid (1234.eml), or a template "
+        "of {date} {time} {from} {to} {subject} {uid}.",
+        "text",
+        "subject|uid|TEMPLATE",
+        "subject",
+        converter=_name_template,
+    ),
+    Setting(
+        "sent",
+        "The mailbox of sent mail if the server marks none: files in it are named after the recipient.",
+        "text",
+        "PATH",
+        converter=values.mailbox,
+    ),
+    Setting(
+        "drafts",
+        "The mailbox of drafts if the server marks none: files in it are named after the recipient.",
+        "text",
+        "PATH",
+        converter=values.mailbox,
     ),
     Setting(
         "connections",

@@ -228,6 +228,12 @@ def imapfs_toml_5() -> str:
         _section("SYNOPSIS", _text("~/.config/imapfs/config.toml")),
         _section("DESCRIPTION", _paragraphs(_TOML)),
         _section("KEYS", *map(_setting, SETTINGS)),
+        _section(
+            "NAMES",
+            _paragraphs(_NAMES),
+            *(_item(*one) for one in _NAME_FIELDS),
+            ".PP\n" + _paragraphs(_NAME_RULES),
+        ),
         _section("OAUTH", _paragraphs(_OAUTH), *map(_setting, OAUTH_SETTINGS)),
         _section("EXAMPLE", _paragraphs(_TOML_EXAMPLE)),
         _section("SEE ALSO", _text("imapfs(1), mount.imapfs(8)")),
@@ -243,6 +249,34 @@ belong in this file: it comes from a command, from a file that nobody else can r
 named like the account or imapfs, from the keyring, or from a prompt on the terminal.
 
 "imapfs setup" adds such tables, and "imapfs accounts" lists them.
+"""
+_NAMES: Final = """
+The value of "names" is a template: text with fields in braces. The suffix .eml is added. "subject" is short
+for {date}_{time}_{from}_{subject}.{uid}, and "uid" for {uid}.
+"""
+_NAME_FIELDS: Final = (
+    ("{date}", "The day when the message arrived, in UTC: 2026-11-20."),
+    ("{time}", "The time of day when it arrived, in UTC: 1432."),
+    (
+        "{from}",
+        "The sender. In a mailbox that the server marks as Sent or Drafts, or that the keys sent and drafts "
+        "name, it is the recipient instead, unless the template has {to} as well.",
+    ),
+    ("{to}", "The first recipient."),
+    ("{subject}", "The subject."),
+    ("{uid}", "The UID of the message (required)."),
+)
+_NAME_RULES: Final = """
+Each field occurs at most once. A character that is not a digit separates {uid} from the other fields, and
+{from}, {to} and {subject} are all on the same side of it, so that no subject can imitate the name of another
+message. A template does not begin with a dot, dash, tilde, underscore or space, does not contain a backslash
+or any of / : * ? " < > | and has at most 32 bytes of text outside its fields.
+
+A field that is empty is left out with the text between it and its neighbour. Sender and recipient are cut
+to 40 bytes each, and all is shortened, the subject first, until the name has at most 150 bytes.
+
+The first mount after a change renames all messages, except those that you have named by mv. A backup by path
+then copies every message again, under its new name.
 """
 _OAUTH: Final = """
 The keys of the table [accounts.NAME.oauth]. Required are client-id, and either provider, or token-url, scope

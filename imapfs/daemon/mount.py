@@ -153,7 +153,7 @@ def serve(config: MountConfig, credentials: CredentialProvider, observer: Observ
 
 async def _serve(config: MountConfig, credentials: CredentialProvider, observer: Observer) -> None:
     pool = SessionPool(config.account, credentials, config.connections, config.timeout)
-    cache = Cache.open(config.cache_dir / _cache_name(config), config.names)
+    cache = Cache.open(config.cache_dir / _cache_name(config), config.names, config.own_mail)
     failure: ImapfsError | None = None
     try:
         async with trio.open_nursery() as background:

@@ -14,12 +14,12 @@ hides and removes messages, and the other way round. Types of rows and the colum
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from imapfs.model import ROOT, Ino, MessageRef, ModSeq, NameScheme, Uid, UidValidity
-from imapfs.names import message_name
+from imapfs.message_names import NameTemplate, variant
+from imapfs.model import ROOT, Ino, MessageRef, ModSeq, Uid, UidValidity
 from imapfs.store.body_table import BodyTable
 from imapfs.store.database import Connection, Database, IntegrityError
 from imapfs.store.rows import (
@@ -55,17 +55,23 @@ class Cache:
     ================================================================  =============================
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, names: NameTemplate, own_mail: Collection[str]) -> None:
         self._database = database
+        self._names = names
+        self._own_mail = {tuple(path.encode().split(b"/")) for path in own_mail}
         self.directory = database.directory
         self.bodies = BodyTable(database)
 
     @classmethod
-    def open(cls, directory: Path, names: NameScheme) -> "Cache":
-        """Open the cache in ``directory``, with message names by the scheme ``names``."""
-        cache = cls(Database.open(directory))
+    def open(cls, directory: Path, names: str, own_mail: Collection[str] = ()) -> "Cache":
+        """Open the cache in ``directory``, with message names by the template ``names``.
+
+        ``own_mail`` has paths of mailboxes that are Sent or Drafts even if the server does not mark them. If
+        messages were named by other rules, all are renamed, except those that a user has named.
+        """
+        cache = cls(Database.open(directory), NameTemplate.parse(names), own_mail)
         try:
-            cache._use_names(names)
+            cache._use_names()
         except BaseException:
             cache.close()
             raise
@@ -383,7 +389,6 @@ class Cache:
         """
         messages = list({m.uid: m for m in messages}.values())
         with self._database.write() as db:
-            names = self._names(db)
             known = {
                 uid
                 for m in messages
@@ -400,8 +405,12 @@ class Cache:
             )
             new = [m for m in messages if m.uid not in known]
             first = _take_inos(db, len(new))
+            is_own = self._is_own(mailbox)
             added = [
-                (Ino(first + i), message_name(names, m.date, m.sender, m.subject, m.uid))
+                (
+                    Ino(first + i),
+                    self._names.name(m.date, m.sender, m.recipient, m.subject, m.uid, is_own=is_own),
+                )
                 for i, m in enumerate(new)
             ]
             rows = [_row(ino, mailbox, name, 0, m) for (ino, name), m in zip(added, new, strict=True)]
@@ -507,9 +516,10 @@ class Cache:
 
     def _name_after_message(self, db: Connection, ino: Ino) -> None:
         parent, *message = db.execute(
-            "SELECT parent, date, sender, subject, uid FROM node WHERE ino = ?", (ino,)
+            "SELECT parent, date, sender, recipient, subject, uid FROM node WHERE ino = ?", (ino,)
         ).fetchone()
-        name = _free_name(db, Ino(parent), message_name(self._names(db), *message))
+        name = self._names.name(*message, is_own=self._is_own(Ino(parent)))
+        name = _free_name(db, Ino(parent), name)
         db.execute("UPDATE node SET name = ?, alias = 0 WHERE ino = ?", (name, ino))
         self._changed(db, {Ino(parent)})
 
@@ -580,7 +590,14 @@ class Cache:
         now = time.time_ns()
         with self._database.write() as db:
             (old,) = db.execute("SELECT parent FROM node WHERE ino = ?", (ino,)).fetchone()
-            name = message_name(self._names(db), message.date, message.sender, message.subject, message.uid)
+            name = self._names.name(
+                message.date,
+                message.sender,
+                message.recipient,
+                message.subject,
+                message.uid,
+                is_own=self._is_own(mailbox),
+            )
             name = _free_name(db, mailbox, name)
             db.execute(
                 "UPDATE node SET parent = ?, uid = ?, name = ?, alias = 0, flags = ?, modseq = ?, ctime = ?,"
@@ -668,23 +685,50 @@ class Cache:
 
     # -- names ---------------------------------------------------------------------------------------------
 
-    def _names(self, db: Connection) -> NameScheme:
-        (names,) = db.execute("SELECT value FROM meta WHERE key = 'names'").fetchone()
-        return "uid" if names == "uid" else "subject"
+    def _is_own(self, mailbox: Ino) -> bool:
+        """Return whether the messages in a mailbox are the user's own: whether it is Sent or Drafts."""
+        box = self.mailbox(mailbox)
+        return box is not None and (
+            box.special_use in ("\\Sent", "\\Drafts") or self.path(mailbox) in self._own_mail
+        )
 
-    def _use_names(self, names: NameScheme) -> None:
+    def _use_names(self) -> None:
+        """Rename the messages that were named by another template, or when their mailbox had another use."""
+        boxes = {box.ino: self._is_own(box.ino) for box in self.mailboxes()}
+        own = " ".join(str(ino) for ino, is_own in boxes.items() if is_own)
         with self._database.read() as db:
-            if self._names(db) == names:
-                return
+            known = dict(db.execute("SELECT key, value FROM meta WHERE key IN ('names', 'own_mail')"))
+        if known == {"names": self._names.text, "own_mail": own}:
+            return
+        if known.get("names") == self._names.text:
+            known_own = set(known.get("own_mail", "").split())
+            boxes = {ino: is_own for ino, is_own in boxes.items() if is_own != (str(ino) in known_own)}
         with self._database.write() as db:
-            rows = db.execute(
-                "SELECT ino, date, sender, subject, uid, parent FROM node WHERE uid IS NOT NULL AND NOT alias"
-            ).fetchall()
-            db.execute("UPDATE node SET name = NULL WHERE uid IS NOT NULL AND NOT alias")
-            for ino, date, sender, subject, uid, parent in rows:
-                name = _free_name(db, Ino(parent), message_name(names, date, sender, subject, uid))
-                db.execute("UPDATE node SET name = ? WHERE ino = ?", (name, ino))
-            db.execute("UPDATE meta SET value = ? WHERE key = 'names'", (names,))
+            for ino, is_own in boxes.items():
+                self._rename_all(db, ino, is_own)
+            db.executemany(
+                "INSERT OR REPLACE INTO meta VALUES (?, ?)", [("names", self._names.text), ("own_mail", own)]
+            )
+
+    def _rename_all(self, db: Connection, mailbox: Ino, is_own: bool) -> None:
+        """Rename the messages of a mailbox, except those that a user has named."""
+        now = time.time_ns()
+        rows = db.execute(
+            "SELECT ino, name, ctime, date, sender, recipient, subject, uid FROM node"
+            " WHERE parent = ? AND uid IS NOT NULL AND NOT alias ORDER BY uid",
+            (mailbox,),
+        ).fetchall()
+        db.executemany("UPDATE node SET name = NULL WHERE ino = ?", [(ino,) for ino, *_ in rows])
+        is_changed = False
+        for ino, old, ctime, *message in rows:
+            name = _free_name(db, mailbox, self._names.name(*message, is_own=is_own))
+            if name != old:
+                # Backup programs find what was renamed by its ctime.
+                ctime = now
+                is_changed = True
+            db.execute("UPDATE node SET name = ?, ctime = ? WHERE ino = ?", (name, ctime, ino))
+        if is_changed:
+            self._changed(db, {mailbox}, now)
 
     def set_size(self, ino: Ino, size: int) -> bool:
         """Set the exact size of a message; return whether it was not known before."""
@@ -728,11 +772,10 @@ def _forget_body(db: Connection, ino: Ino) -> None:
 
 def _free_name(db: Connection, parent: Ino, name: bytes) -> bytes:
     """Return ``name``, or a variant of it if it is taken."""
-    stem = name.removesuffix(b".eml")
-    n = 1
+    wanted, n = name, 1
     while db.execute("SELECT 1 FROM node WHERE parent = ? AND name = ?", (parent, name)).fetchone():
         n += 1
-        name = b"%s~%d.eml" % (stem[:240].decode("utf-8", "ignore").encode(), n)
+        name = variant(wanted, n)
     return name
 
 

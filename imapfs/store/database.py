@@ -32,7 +32,8 @@ _MIN_PAGES_EACH: Final = 4
 _VERSION: Final = 4
 _SCHEMA: Final = """
 CREATE TABLE meta (
-  key TEXT PRIMARY KEY,        -- 'next_ino': first inode number not yet given out; 'names': naming scheme
+  key TEXT PRIMARY KEY,        -- 'next_ino': first inode number not yet given out; 'names', 'own_mail': how
+                               -- messages are named: the template, inos of the mailboxes of own mail
   value
 ) WITHOUT ROWID;
 CREATE TABLE node (            -- every directory entry

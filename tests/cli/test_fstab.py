@@ -48,7 +48,7 @@ def test_options_are_those_of_imapfs_mount(options: str, arguments: list[str]) -
         ("host=h", "unknown mount option"),
         ("read-only=yes", "write read-only$"),
         ("connections", "write connections=N"),
-        ("names", r"write names=subject\|uid"),
+        ("names", r"write names=subject\|uid\|TEMPLATE"),
         ("remount,ro", "unmount it, and mount it again"),
     ],
 )

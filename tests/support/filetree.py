@@ -293,6 +293,7 @@ class ModelTree(FileTree):
             cache_size=1 << 30,
             fetch_ahead=0,
             names="subject",
+            own_mail=frozenset(),
             delete=delete,
             connections=4,
             timeout=TIMEOUT,

@@ -1,4 +1,4 @@
-"""Mailbox names to directory entries and back, and message file names."""
+"""Mailbox names to directory entries and back."""
 
 import unicodedata
 
@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from imapfs.encoding import encode_utf7
-from imapfs.names import decode_mailbox, entry_name, message_name, server_component
+from imapfs.names import decode_mailbox, entry_name, server_component
 
 names = st.text(st.characters(exclude_categories=["Cs"]))
 # Dense in what escaping is about; purely random bytes would hardly ever hold a valid shift or escape.
@@ -30,7 +30,6 @@ _PIECES = [
 ]
 _PIECES += ["é".encode(), "\x85".encode(), b"\xff", b"\xc3", b"\0", b" "]
 components = st.lists(st.one_of(st.sampled_from(_PIECES), st.binary(max_size=3)), max_size=9).map(b"".join)
-moments = st.one_of(st.integers(), st.integers(-(10**11), 10**12))
 
 
 @pytest.mark.parametrize(
@@ -190,82 +189,3 @@ def test_long_components_are_cut_between_characters_and_kept_apart() -> None:
     assert entry_name(one) != entry_name(other)
     assert server_component(entry_name(one)) is None
     assert entry_name(b"a" * 255) == b"a" * 255
-
-
-@pytest.mark.parametrize(
-    ("sender", "subject", "name"),
-    [
-        ("Alice Example", "Quarterly report", "2026-11-20_Alice_Example_Quarterly_report.1234.eml"),
-        ("", "Quarterly report", "2026-11-20_Quarterly_report.1234.eml"),
-        ("Alice", "", "2026-11-20_Alice.1234.eml"),
-        ("", "", "2026-11-20.1234.eml"),
-        (" \t", "\u200b\u202e\0", "2026-11-20.1234.eml"),
-        ("a/b", "../../etc/passwd", "2026-11-20_a_b_.._.._etc_passwd.1234.eml"),
-        ("Ops: on call", "Re: [x] 10:30?", "2026-11-20_Ops_on_call_Re_[x]_10_30.1234.eml"),
-        ("", '\\\\host\\a *"<b>"* | c', "2026-11-20_host_a_b_c.1234.eml"),
-        ("__init__", " ___ ", "2026-11-20_init.1234.eml"),
-        ("Zoë", "naïve  \t café", "2026-11-20_Zoë_naïve_café.1234.eml"),
-        ("", "cafe\u0301", "2026-11-20_caf\u00e9.1234.eml"),
-        ("", "a \0 b\x1b[1mc\u2028d\u00a0e", "2026-11-20_a_b[1mc_d_e.1234.eml"),
-        ("", "gnp.\u202efdp\ud800\ue000\uffff", "2026-11-20_gnp.fdp.1234.eml"),
-        ("", "...", "2026-11-20_....1234.eml"),
-        ("", "日本語 \U0001f48c", "2026-11-20_日本語_\U0001f48c.1234.eml"),
-    ],
-)
-def test_messages_are_named_by_date_sender_subject_and_uid(sender: str, subject: str, name: str) -> None:
-    assert message_name("subject", 1_795_132_800, sender, subject, 1234).decode() == name
-    assert message_name("uid", 1_795_132_800, sender, subject, 1234) == b"1234.eml"
-
-
-@pytest.mark.parametrize(
-    ("date", "day"),
-    [
-        (0, "1970-01-01"),
-        (-1, "1969-12-31"),
-        (86_399, "1970-01-01"),
-        (86_400, "1970-01-02"),
-        (-58_979_923_200, "0101-01-01"),
-        (10**30, "9999-12-31"),
-        (-(10**30), "0001-01-01"),
-    ],
-)
-def test_the_day_is_in_utc_and_clamped(date: int, day: str) -> None:
-    assert message_name("subject", date, "", "", 1) == f"{day}.1.eml".encode()
-
-
-@given(moments, st.text(), st.text(), st.integers(1, 2**32 - 1))
-def test_message_names_are_printable_and_normalised(date: int, sender: str, subject: str, uid: int) -> None:
-    name = message_name("subject", date, sender, subject, uid).decode()
-    assert name.endswith(f".{uid}.eml")
-    assert name[0].isdigit()
-    assert name.isprintable()
-    assert not any(c.isspace() or c in '/:*?"<>|\\' for c in name)
-    assert "__" not in name
-    assert unicodedata.is_normalized("NFC", name)
-
-
-@given(st.text(min_size=1), st.text(min_size=1), st.integers(1, 400), st.integers(1, 2**32 - 1))
-@example("\u0301", "\u0301", 400, 1)
-def test_message_names_fit_however_long_the_parts(sender: str, subject: str, times: int, uid: int) -> None:
-    name = message_name("subject", 0, sender * times, subject * times, uid)
-    assert len(name) <= 255
-    assert name.decode().endswith(f".{uid}.eml")
-
-
-@pytest.mark.parametrize("letter", ["a", "é", "語", "\U0001f48c", "q\u0323\u0308"])
-def test_long_parts_are_cut_between_characters(letter: str) -> None:
-    name = message_name("subject", 0, letter * 99, letter * 999, 1).decode()
-    _, sender, subject = name.removesuffix(".1.eml").split("_")
-    size = len(letter.encode())
-    assert sender == letter * (60 // size)
-    assert subject == letter * ((255 - len("1970-01-01__.1.eml") - len(sender.encode())) // size)
-
-
-def test_a_part_of_combining_marks_alone_is_cut_too() -> None:
-    name = message_name("subject", 0, "\u0301" * 99, "", 1).decode()
-    assert name == "1970-01-01_" + "\u0301" * 30 + ".1.eml"
-
-
-def test_names_use_all_of_255_bytes() -> None:
-    lengths = [len(message_name("subject", 0, "", "a" * n, 1)) for n in (237, 238, 239, 999)]
-    assert lengths == [254, 255, 255, 255]

@@ -239,7 +239,11 @@ def test_no_file_means_no_accounts(tmp_path: Path) -> None:
         ("timeout = nan", "accounts.a.timeout"),
         ("timeout = true", "accounts.a.timeout: must be a number"),
         ("read-only = 'yes'", "accounts.a.read-only: must be true or false"),
-        ("names = 'date'", "accounts.a.names"),
+        ("names = 'date'", 'accounts.a.names: must be "subject", "uid" or a template'),
+        ('names = "date\\n{uid}"', r"accounts.a.names: must not contain '\n'"),
+        ("names = '{date}'", "accounts.a.names: must have the field {uid}"),
+        ("names = 1", "accounts.a.names: must be a string"),
+        ("sent = 1", "accounts.a.sent: must be a string"),
         ("cache-size = 'huge'", "accounts.a.cache-size: not a size"),
         ("cache-size = true", "accounts.a.cache-size"),
         ("mailbox = 1", "accounts.a.mailbox: must be a string"),
@@ -324,7 +328,7 @@ def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         4,
         30.0,
     )
-    assert (mount.read_only, mount.fuse_options) == (False, frozenset())
+    assert (mount.read_only, mount.fuse_options, mount.own_mail) == (False, frozenset(), frozenset())
     assert (resolved.credentials.command, resolved.credentials.file, resolved.log_file) == (None, None, None)
 
 
@@ -340,6 +344,8 @@ def test_command_line_wins_over_the_entry_and_adds_mount_options(
         user = "u"
         mailbox = "INBOX"
         names = "uid"
+        sent = "Sent Items"
+        drafts = "/Entwürfe/"
         timeout = 5
         ca-file = "ca.pem"
         cache-dir = "~/cache"
@@ -349,12 +355,14 @@ def test_command_line_wins_over_the_entry_and_adds_mount_options(
     )
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     given = {"names": "subject", "password-file": "pw", "log-file": "log", "options": ["dev,ro", "noexec"]}
+    given["sent"] = "a/Gesendet"
     resolved = config.resolve("a", Path("mnt"), given, path)
     assert resolved.mount.account == Account("h", "u", mailbox="INBOX", ca_file=tmp_path / "ca.pem")
     assert resolved.mount.mountpoint == tmp_path / "mnt"
     assert resolved.mount.cache_dir == tmp_path / "home" / "cache"
     assert (resolved.mount.names, resolved.mount.timeout, resolved.mount.read_only) == ("subject", 5.0, True)
     assert resolved.mount.fuse_options == {"dev", "noatime", "noexec"}
+    assert resolved.mount.own_mail == {"a/Gesendet", "Entwürfe"}
     assert (resolved.credentials.command, resolved.credentials.file) == (None, tmp_path / "pw")
     assert resolved.log_file == tmp_path / "log"
 

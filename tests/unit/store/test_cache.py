@@ -123,8 +123,89 @@ def test_other_naming_renames_every_message_and_keeps_inodes(tmp_path: Path) -> 
         inos.append({int(n.uid or 0): n.ino for n in nodes})
         cache.close()
     assert names["uid"] == {1: b"1.eml", 2: b"2.eml", 3: b"3.eml"}
-    assert names["subject"][1] == b"2023-11-14_Alice_Report.1.eml"
+    assert names["subject"][1] == b"2023-11-14_2213_Alice_Report.1.eml"
     assert inos[0] == inos[1] == inos[2]
+
+
+def names_in(cache: Cache, box: Ino) -> dict[int, bytes | None]:
+    return {int(node.uid or 0): node.name for node in cache.children(box, 0, 100)}
+
+
+def test_messages_named_by_an_older_version_are_renamed_once(tmp_path: Path) -> None:
+    """Without asking the server for anything: a mailbox is listed for hours where it has a million messages.
+
+    Programs that look only into directories and files that have changed must find the new names: a backup
+    would miss them, and delete what it has under the old ones.
+    """
+    cache = Cache.open(tmp_path / "cache", "subject")
+    box = inbox(cache)
+    cache.add_messages(box, [message(1), message(2), message(3), message(4, subject="")])
+    cache.rename(Ino(cache.message(box, Uid(2)).ino), b"mine.eml")  # type: ignore[union-attr]
+    cache.hide(Ino(cache.message(box, Uid(3)).ino))  # type: ignore[union-attr]
+    with cache._database.write() as db:
+        db.execute("UPDATE meta SET value = 'subject' WHERE key = 'names'")
+        db.execute("DELETE FROM meta WHERE key = 'own_mail'")
+        db.execute("UPDATE node SET name = '2023-11-14_Alice_Report.1.eml' WHERE uid = 1")
+    before = {node.uid: node for node in cache.children(ROOT, 0, 10) + cache.children(box, 0, 10)}
+    cache.close()
+
+    cache = Cache.open(tmp_path / "cache", "subject")
+    assert names_in(cache, box) == {
+        1: b"2023-11-14_2213_Alice_Report.1.eml",
+        2: b"mine.eml",
+        4: b"2023-11-14_2213_Alice.4.eml",
+    }
+    after = {node.uid: node for node in cache.children(ROOT, 0, 10) + cache.children(box, 0, 10)}
+    for uid, node in after.items():
+        was = before[uid]
+        assert (node.ino, node.size) == (was.ino, was.size)
+        assert (node.ctime > was.ctime) == (uid in (None, Uid(1)))
+        assert (node.mtime > was.mtime) == (uid is None)
+    cache.close()
+
+    cache = Cache.open(tmp_path / "cache", "subject")
+    assert {node.uid: node for node in cache.children(ROOT, 0, 10) + cache.children(box, 0, 10)} == after
+    cache.close()
+
+
+@pytest.mark.parametrize("use", ["\\Sent", "\\Drafts"])
+def test_own_mail_is_named_after_its_recipient(cache: Cache, use: str) -> None:
+    cache.set_tree([INBOX, Directory((b"Mine",), b"Mine", b"/", True, use)])
+    here, there = (node.ino for node in cache.children(ROOT, 0, 10))
+    to_bob = [message(1)._replace(recipient="Bob"), message(2)]
+    cache.add_messages(here, to_bob)
+    cache.add_messages(there, to_bob)
+    assert names_in(cache, here) == {
+        1: b"2023-11-14_2213_Alice_Report.1.eml",
+        2: b"2023-11-14_2213_Alice_Report.2.eml",
+    }
+    own = {1: b"2023-11-14_2213_Bob_Report.1.eml", 2: b"2023-11-14_2213_Report.2.eml"}
+    assert names_in(cache, there) == own
+    [(ino, name)] = cache.add_messages(there, [message(3)._replace(recipient="Bob")])
+    cache.rename(ino, b"mine.eml")
+    cache.hide(ino)
+    cache.show(ino)
+    assert names_in(cache, there) == {**own, 3: name}
+    assert cache.relocate(ino, here, message(4)._replace(recipient="Bob")).endswith(b"_Alice_Report.4.eml")
+    assert cache.relocate(ino, there, message(4)._replace(recipient="Bob")).endswith(b"_Bob_Report.4.eml")
+
+
+def test_mailboxes_of_own_mail_may_be_configured(tmp_path: Path) -> None:
+    """For servers that mark none. A change of the configuration renames what is in these mailboxes."""
+    paths = [(b"INBOX",), (b"a",), (b"a", b"Gesendet")]
+    tree = [Directory(path, b"/".join(path), b"/", True, "") for path in paths]
+    found = []
+    for own_mail in ((), ("a/Gesendet",), ("a/Gesendet", "a"), ("Gesendet", "INBOX")):
+        cache = Cache.open(tmp_path / "cache", "{from}.{uid}", own_mail)
+        cache.set_tree(tree)
+        boxes = [cache.directory_at(path) for path in paths]
+        for box in boxes:
+            assert box is not None
+            cache.add_messages(box, [message(1)._replace(recipient="Bob")])
+        found.append([names_in(cache, box)[1] for box in boxes if box is not None])
+        cache.close()
+    alice, bob = b"Alice.1.eml", b"Bob.1.eml"
+    assert found == [[alice, alice, alice], [alice, alice, bob], [alice, bob, bob], [bob, alice, alice]]
 
 
 def test_listing_goes_on_behind_any_entry(cache: Cache) -> None:
@@ -183,8 +264,17 @@ def test_message_whose_name_is_given_to_another_gets_one_like_it(cache: Cache) -
     [(first, name), (second, other)] = cache.add_messages(box, [message(1), message(2)])
     cache.rename(first, other)
     shown = {node.ino: node.name for node in cache.children(box, 0, 10)}
-    assert shown == {first: other, second: b"2023-11-14_Alice_Report.2~2.eml"}
+    assert shown == {first: other, second: b"2023-11-14_2213_Alice_Report.2~2.eml"}
     assert cache.child(box, name) is None
+    cache.rename(first, b"2023-11-14_2213_Alice_Report.2~2.eml")
+    [(third, _)] = cache.add_messages(box, [message(3)])
+    cache.rename(third, other)
+    cache.rename(second, b"mine.eml")
+    cache.hide(second)
+    cache.show(second)
+    node = cache.node(second)
+    assert node is not None
+    assert node.name == b"2023-11-14_2213_Alice_Report.2~3.eml"
 
 
 def test_times_of_a_directory_never_go_back(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
