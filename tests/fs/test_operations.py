@@ -342,9 +342,9 @@ def test_a_time_after_2262_does_not_keep_a_message_from_the_server(filled: Accou
     files.write("Work/.new", plain(10), mtime=10_000_000_000)
     files.rename("Work/.new", "Work/new.eml")
     assert files.waiting() == []
+    assert files.stat("Work/new.eml").mtime_ns == 2**63 - 1
     files.end()
-    (message,) = held(filled, "Work").values()
-    assert message == Held(plain(10), (2**63 - 1) // 10**9)
+    assert [message.content for message in held(filled, "Work").values()] == [plain(10)]
 
 
 def test_a_rename_to_a_message_name_returns_when_the_server_has_it(filled: Account, start: Start) -> None:

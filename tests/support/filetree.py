@@ -272,6 +272,10 @@ class ModelFile(OpenFile):
     def fsync(self) -> None:
         self._tree.run(partial(self._tree.model.fs.fsync, self._ino, writing=self._writing))
 
+    def flush(self) -> None:
+        """Do what close() waits for. The rest, RELEASE, may be lost with the mount."""
+        self._tree.run(self._tree.model.files.flush, self._ino)
+
     def close(self) -> None:
         async def close() -> None:
             try:
@@ -408,7 +412,7 @@ class ModelTree(FileTree):
         entry = self.run(self._entry, path)
         return Status(entry.ino, entry.size, entry.mtime)
 
-    def open(self, path: str, mode: Mode) -> OpenFile:
+    def open(self, path: str, mode: Mode) -> ModelFile:
         async def opened() -> tuple[Ino, int]:
             fs, files = self.model.fs, self.model.files
             parent, name = await self._parent(path)
