@@ -231,7 +231,7 @@ class Uploader:
         """
         while (claim := self._claimed.get(draft.ino)) is not None:
             await claim.wait()
-        if draft.attempt is not None and self._spool.get(draft.ino) is draft:
+        while draft.attempt is not None and self._spool.get(draft.ino) is draft:
             with self._claim([draft]):
                 await self._settle_earlier(draft.parent, [draft])
         pending = self._pending.pop(draft.ino, None)
@@ -553,6 +553,8 @@ class Uploader:
         for draft, attempt, answer in search.answers:
             if draft.attempt != attempt or self._spool.get(draft.ino) is not draft:
                 continue  # its mailbox was renamed meanwhile: searched again
+            if answer.found is not None and self._is_other(draft, attempt, answer.found.uid or Uid(0)):
+                continue  # another task has found that this is the upload of an equal file: searched again
             if answer.found is not None:
                 mailbox = self._locator.named(attempt.mailbox, attempt.uidvalidity)
                 payload = await trio.to_thread.run_sync(make_payload, draft)

@@ -351,7 +351,7 @@ def test_over_quota(full_dovecot: Dovecot, mount: Mounter) -> None:
 
 def test_a_mailbox_deleted_under_an_open_file(filled: Account, mount: Mounter) -> None:
     with Proxy(filled.server) as proxy:
-        mounted = mount(proxy.account(filled), expected_log=["is not uploaded:"])
+        mounted = mount(proxy.account(filled), expected_log=["is not uploaded:", "its mailbox was deleted"])
         path = mounted.path / "Work" / "new.eml"
         with path.open("wb", buffering=0) as file:
             file.write(plain(10))
@@ -361,6 +361,7 @@ def test_a_mailbox_deleted_under_an_open_file(filled: Account, mount: Mounter) -
             proxy.cut_all()
         with path.open("rb") as file:
             fails_with(errno.ENOENT, _fsync_again, file.fileno())
+        wait_until((mounted.path / "new.eml").exists, "the file is at the top of the mount")
         _check_left_unsent(mounted)
 
 
