@@ -206,7 +206,7 @@ class Files:
     async def write(self, ino: Ino, offset: int, data: bytes) -> int:
         """Write to an open file, and return the number of bytes. Raises ImapfsError."""
         draft, fd = await self._for_writing(ino, keep=None)
-        await self._about_to_write(draft)
+        self._about_to_write(draft)
         try:
             view, at = memoryview(data), offset
             while view:
@@ -222,7 +222,7 @@ class Files:
         self._use(ino, writing=True)
         try:
             draft, fd = await self._for_writing(ino, keep=size)
-            await self._about_to_write(draft)
+            self._about_to_write(draft)
             try:
                 os.ftruncate(fd, size)
             except OSError as error:
@@ -231,7 +231,7 @@ class Files:
         finally:
             self.release(ino, writing=True)
 
-    async def _about_to_write(self, draft: Draft) -> None:
+    def _about_to_write(self, draft: Draft) -> None:
         """Note that a draft is not complete, before its bytes change. Raises CacheError.
 
         So a file of which only a part was written is never taken for a complete one.
@@ -240,8 +240,7 @@ class Files:
             file.flushed = 0
         if self._spool.get(draft.ino) is not draft:
             return  # deleted: it lives only until it is closed
-        was_complete = draft.closed or draft.state == "sending"
-        if not draft.dirty or was_complete or draft.state == "unsent":
+        if not draft.dirty or draft.closed or draft.state in {"sending", "unsent"}:
             before = draft.dirty, draft.closed, draft.state
             draft.dirty, draft.closed = True, False
             if draft.state != "local":
@@ -251,8 +250,6 @@ class Files:
             except CacheError:
                 draft.dirty, draft.closed, draft.state = before
                 raise
-            if was_complete:
-                await draft.secure()
 
     async def _for_writing(self, ino: Ino, keep: int | None) -> tuple[Draft, int]:
         """Return the draft of an open file and its descriptor. A message becomes a draft with this call.

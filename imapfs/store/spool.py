@@ -5,7 +5,8 @@ draft is two plain files, so that a text editor is enough to rescue mail: ``INO`
 the description. The spool is no part of the database, because the database can be rebuilt and drafts cannot.
 
 INVARIANT: a draft leaves the disk only when its bytes are known to be on the server, or when the user
-has deleted it. The description is replaced atomically; `Draft.secure` makes both files survive a power cut.
+has deleted it. The description is replaced atomically; `Draft.secure` makes both files survive a power cut,
+and from then on each new description is durable before it replaces another.
 """
 
 import contextlib
@@ -77,6 +78,8 @@ class Draft:
     description then says ``sending``, although the kernel has not said yet that these were the last."""
     described: bytes = b""
     """Its description on disk."""
+    secured: bool = False
+    """Whether the description is durable, so that it is replaced by a durable one only."""
     known_size: int = 0
     """The last known `size`; not on disk."""
     writes: int = 0
@@ -126,6 +129,7 @@ class Draft:
     async def secure(self) -> None:
         """Return when bytes and description survive a power cut. Raises CacheError."""
         await trio.to_thread.run_sync(self.spool.sync, self.ino)
+        self.secured = True
 
 
 class Spool:
@@ -293,7 +297,7 @@ class Spool:
         if described == draft.described:
             return  # it may be durable already, which a new one would not be
         try:
-            replace_file(self._description(draft.ino), described, durable=False)
+            replace_file(self._description(draft.ino), described, durable=draft.secured)
         except OSError as error:
             raise CacheError.from_os_error(error, f"cannot write to the spool {self.directory}") from None
         draft.described = described
@@ -344,6 +348,7 @@ class Spool:
         if draft.state == "open" and draft.base is None and draft.size:
             # Versions before this one said so only after the first write.
             draft.dirty = True
+        draft.secured = True
         never_written = draft.state == "open" and not draft.dirty and draft.base is not None
         if never_written or not path.exists():
             # The message is unchanged, or the process ended while the draft was being removed.

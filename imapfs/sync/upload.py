@@ -284,10 +284,13 @@ class Uploader:
         except CacheError as error:
             report(error, "the journal does not have the uploads that an earlier version began")
         for name, attempt in {**earlier, **noted}.items():
-            if name in by_file:
-                by_file[name].attempt = attempt
+            draft = by_file.get(name)
+            if draft is not None and draft.state != "local":
+                draft.attempt = attempt
             else:
-                self._ended.add(name)  # its draft has become a message, or was deleted
+                # It has become a message or was deleted; or its rename to a message was lost in a power cut,
+                # and who removes the file that is local again means no message.
+                self._ended.add(name)
         for draft in self._spool:
             if draft.state == "sending":
                 try:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -109,10 +110,14 @@ def test_after_a_reboot_files_that_were_not_uploaded_are_no_messages(
 
 
 def test_files_that_are_closed_before_the_unmount_are_uploaded(user: Account, mount: Mounter) -> None:
-    """``cp`` and at once ``fusermount3 -u``: of 48 files, 1 became ``unsent``."""
+    """Files that threads had closed before ``fusermount3 -u`` became ``unsent`` now and then."""
     mounted = mount(user)
-    for number in range(48):
+
+    def copy(number: int) -> None:
         (mounted.path / "INBOX" / f"{number}.eml").write_bytes(plain(number))
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(copy, range(48)))
     mounted.unmount()
     assert len(everything(user)["INBOX"]) == 48
     assert not list(spool_of(mounted).glob("[0-9]*"))
