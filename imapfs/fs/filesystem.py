@@ -191,6 +191,8 @@ class Filesystem:
         previous = self._replacer.just_renamed(directory, name)
         if previous is not None:
             self._replacer.make_version(draft, previous)
+        else:
+            self._replacer.continue_version(draft)
         draft.save()
         self._cache.touch_directory(directory)
         self._files.open_draft(draft, writing=True)
@@ -335,7 +337,7 @@ class Filesystem:
             return False
         if not await self._uploader.withdraw(draft):
             return False
-        base = draft.base
+        base, here, name = draft.base, draft.parent, draft.name
         try:
             with await self._replacer.prepare(there, new_name) as replaced:
                 await self._place_draft(draft, replaced, there, new_name)
@@ -344,6 +346,8 @@ class Filesystem:
             raise
         if base is not None and base != draft.base:
             # The draft was to replace that message. Now it replaces another one, or none.
+            if here == there:
+                self._replacer.note_renamed_version(here, name, new_name, base, draft.flags)
             await self._replaced.discard(base.ref)
         return True
 
