@@ -418,6 +418,8 @@ class Filesystem:
 
     async def _settle(self, draft: Draft) -> None:
         """Upload a new version of a message, or drop it if nothing was written. Raises Refused."""
+        if self._files.is_written(draft.ino) and draft.dirty:
+            raise Refused("a program is writing to it", "INUSE")
         if self._complete(draft, now=True):
             await self._uploader.deliver(draft)
         elif draft.state == "open":

@@ -1,14 +1,15 @@
 """No upload is inferred: what is not proven to be on the server stays here, and nothing else is touched."""
 
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.mount.test_write_faults import arm, drain, put, spool_of
+from tests.mount.test_write_faults import arm, drain, kill_within, put, spool_of
 from tests.support.mail import plain
-from tests.support.mailboxes import Held, everything, settle, waiting
+from tests.support.mailboxes import Held, everything, file_of, settle, waiting
 from tests.support.mounting import Mount, Mounter, wait_until
 from tests.support.servers.dovecot import Account
 from tests.support.servers.proxy import Proxy
@@ -107,6 +108,25 @@ def test_after_a_reboot_files_that_were_not_uploaded_are_no_messages(
     mounted.unmount()
     assert not [line for line in user.protocol_trace() if b"BODY.PEEK[])" in line], "no candidate is fetched"
     assert everything(user) == {"INBOX": [*messages, NEW]}
+
+
+def test_the_search_for_an_upload_keeps_nobody_waiting(user: Account, mount: Mounter, proxy: Proxy) -> None:
+    """It was made under the lock of the mailbox: a flag waited 22 s."""
+    user.deliver("INBOX", [(plain(1), DATE, "")])
+    killed = mount(proxy.account(user))
+    assert len(os.listdir(killed.path / "INBOX")) == 1
+    fault = proxy.fault(b"APPEND", "stall", at="answer")
+    kill_within(fault, proxy, lambda m: put(m.path / "INBOX" / "new.eml", NEW), killed)
+    note = json.loads((spool_of(killed).parent / "journal.json").read_text())["add"]["upload"]
+    assert (note["size"], note["uidnext"]) == (len(NEW.content), 2)
+    looked = proxy.fault(rb"UID FETCH \d+ \(UID BODY", "stall")
+    mounted = mount(proxy.account(user), cache=killed.cache)
+    looked.wait_hit()
+    os.setxattr(file_of(mounted, 1), "user.imap.flagged", b"1")
+    proxy.resume()
+    drain(mounted)
+    mounted.unmount()
+    assert everything(user) == {"INBOX": [Held(plain(1), DATE, frozenset({"\\Flagged"})), NEW]}
 
 
 def test_files_that_are_closed_before_the_unmount_are_uploaded(user: Account, mount: Mounter) -> None:
