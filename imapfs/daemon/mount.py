@@ -113,10 +113,10 @@ def build_model(config: MountConfig, pool: SessionPool, cache: Cache, background
     folders = Folders(pool, cache, sync, locator)
     replaced = ReplacedMessages(cache, spool, journal, locator, mover, downloads, background, hub)
     uploader = Uploader(
-        pool, cache, bodies, spool, sync, locator, replaced, flags, downloads, background, hub
+        pool, cache, bodies, spool, journal, sync, locator, replaced, flags, downloads, background, hub
     )  # fmt: skip
     watching = Watching(pool, cache, sync, background, config.poll)
-    tree = MailTree(cache, spool, uploader)
+    tree = MailTree(cache, spool)
     refresher = DirectoryRefresher(tree, cache, pool, sync, watching, config.timeout)
     files = Files(cache, bodies, downloads, prefetcher, spool, tree)
     drafts = Drafts(tree, cache, spool, journal, hub)
@@ -293,13 +293,15 @@ async def _upload_when_online(pool: SessionPool, uploader: Uploader) -> None:
 
 async def end(model: Model) -> None:
     """Upload what can be uploaded, and release everything."""
+    # The kernel has ended the mount, so no program can write any more.
+    model.files.close()
     if not model.config.read_only:
+        model.fs.complete_closed()
         with trio.move_on_after(model.config.timeout):
             await model.fs.fsync_directory()
     waiting = model.uploader.pending()
     if waiting:
         log.warning("files not on the server yet: %d; the next mount uploads them", len(waiting))
-    model.files.close()
     model.bodies.close()
 
 

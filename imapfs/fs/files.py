@@ -31,6 +31,9 @@ class OpenFile:
     def __init__(self) -> None:
         self.users = 0
         self.writers = 0
+        self.flushed = 0
+        """Writers that have called close() since the last write. Of some the kernel says later that they are
+        gone; one whose descriptor was duplicated may still write."""
         self.fd = -1
         self.data: bytes | None = None
         """All bytes of a small message that is no longer in the cache."""
@@ -79,13 +82,15 @@ class Files:
         return file is not None and file.users > 1
 
     def is_written(self, ino: Ino) -> bool:
-        """Return whether a program has a file open for writing."""
+        """Return whether a program has a file open for writing and has not called close()."""
         file = self._open.get(ino)
-        return file is not None and file.writers > 0
+        return file is not None and file.writers > file.flushed
 
     def close(self) -> None:
-        """Release everything."""
-        for file in self._open.values():
+        """Release everything, as no program can use it any more."""
+        for ino, file in self._open.items():
+            for _ in range(file.writers):
+                self._spool.remove_writer(ino)
             file.forget_source()
         self._open.clear()
 
@@ -118,14 +123,19 @@ class Files:
     def _use(self, ino: Ino, writing: bool) -> OpenFile:
         file = self._open.setdefault(ino, OpenFile())
         file.users += 1
-        file.writers += writing
+        if writing:
+            file.writers += 1
+            self._spool.add_writer(ino)
         return file
 
     def release(self, ino: Ino, *, writing: bool) -> bool:
         """Close a file once. Return whether this was the last writer."""
         file = self._open[ino]
         file.users -= 1
-        file.writers -= writing
+        if writing:
+            file.writers -= 1
+            file.flushed = max(0, file.flushed - 1)
+            self._spool.remove_writer(ino)
         if not file.users:
             del self._open[ino]
             file.forget_source()
@@ -196,6 +206,7 @@ class Files:
     async def write(self, ino: Ino, offset: int, data: bytes) -> int:
         """Write to an open file, and return the number of bytes. Raises ImapfsError."""
         draft, fd = await self._for_writing(ino, keep=None)
+        self._about_to_write(draft)
         try:
             view, at = memoryview(data), offset
             while view:
@@ -203,7 +214,7 @@ class Files:
                 view, at = view[written:], at + written
         except OSError as error:
             raise CacheError.from_os_error(error, f"cannot write to {draft.file}") from None
-        self._wrote(draft)
+        draft.touch()
         return len(data)
 
     async def truncate(self, ino: Ino, size: int) -> None:
@@ -211,23 +222,34 @@ class Files:
         self._use(ino, writing=True)
         try:
             draft, fd = await self._for_writing(ino, keep=size)
+            self._about_to_write(draft)
             try:
                 os.ftruncate(fd, size)
             except OSError as error:
                 raise CacheError.from_os_error(error, f"cannot write to {draft.file}") from None
-            self._wrote(draft)
+            draft.touch()
         finally:
             self.release(ino, writing=True)
 
-    def _wrote(self, draft: Draft) -> None:
-        draft.touch()
+    def _about_to_write(self, draft: Draft) -> None:
+        """Note that a draft is not complete, before its bytes change. Raises CacheError.
+
+        So a file of which only a part was written is never taken for a complete one.
+        """
+        if (file := self._open.get(draft.ino)) is not None:
+            file.flushed = 0
         if self._spool.get(draft.ino) is not draft:
             return  # deleted: it lives only until it is closed
-        if not draft.dirty or draft.state in {"sending", "unsent"}:
-            draft.dirty = True
+        if not draft.dirty or draft.closed or draft.state in {"sending", "unsent"}:
+            before = draft.dirty, draft.closed, draft.state
+            draft.dirty, draft.closed = True, False
             if draft.state != "local":
                 draft.state = "open"
-            draft.save()
+            try:
+                draft.save()
+            except CacheError:
+                draft.dirty, draft.closed, draft.state = before
+                raise
 
     async def _for_writing(self, ino: Ino, keep: int | None) -> tuple[Draft, int]:
         """Return the draft of an open file and its descriptor. A message becomes a draft with this call.
@@ -265,10 +287,20 @@ class Files:
         return draft
 
     async def flush(self, ino: Ino) -> None:
-        """Make what was written to a message survive a power cut. The result is that of close()."""
+        """Make what was written to a message survive a power cut. The result is that of close().
+
+        Each close() of a descriptor makes a flush. If all writers have made one since the last write, the
+        file is complete: what the kernel says later (RELEASE) may be lost with the mount or the machine.
+        """
+        file = self._open[ino]
+        file.flushed = min(file.writers, file.flushed + 1)
         draft = self._spool.get(ino)
-        if draft is not None and draft.dirty and draft.state != "local":
-            await draft.secure()
+        if draft is None or not draft.dirty or draft.state == "local":
+            return
+        if draft.state == "open" and file.flushed == file.writers and draft.size and not draft.closed:
+            draft.closed = True
+            draft.save()
+        await draft.secure()
 
     # -- changes of open files -----------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """What each operation on the mount does: `rename` is ``mv``, `unlink` is ``rm``.
 
 A message changes on the server first and then in the cache. A draft changes in the spool, and is uploaded
-when it is complete: when its last writer closes it, when it gets the name of a message, or at fsync.
+when it is complete: when its last writer closes it, or when it gets the name of a message and has no writer.
 
 The operations work on entries of the tree (`imapfs.fs.tree`), whichever directory shows them. All methods run
 on the trio thread and raise `imapfs.errors`. This module does not know the kernel's interface.
@@ -18,6 +18,7 @@ from typing import Final
 import trio
 
 from imapfs.errors import (
+    CacheError,
     ConnectionLost,
     Exists,
     ImapfsError,
@@ -39,6 +40,7 @@ from imapfs.fs.space import Space, SpaceReporter
 from imapfs.fs.tree import MESSAGE_SUFFIX, Entry, MailTree, is_message_name
 from imapfs.imap.backoff import Connectivity
 from imapfs.imap.pool import SessionPool
+from imapfs.log import report
 from imapfs.model import ROOT, Ino
 from imapfs.names import is_inbox, server_component
 from imapfs.store.cache import Cache
@@ -189,6 +191,8 @@ class Filesystem:
         previous = self._replacer.just_renamed(directory, name)
         if previous is not None:
             self._replacer.make_version(draft, previous)
+        else:
+            self._replacer.continue_version(draft)
         draft.save()
         self._cache.touch_directory(directory)
         self._files.open_draft(draft, writing=True)
@@ -203,10 +207,21 @@ class Filesystem:
 
     async def truncate(self, ino: Ino, size: int, *, is_open: bool) -> None:
         """Set the size of a file. If not ``is_open`` (by a descriptor), this may make it complete."""
-        await self._files.truncate(ino, size)
-        draft = self._spool.get(ino)
-        if not is_open and draft is not None and not self._files.is_written(ino):
-            self._complete(draft)
+        try:
+            await self._files.truncate(ino, size)
+        finally:
+            draft = self._spool.get(ino)
+            if not is_open and draft is not None and not self._files.is_written(ino):
+                self._complete(draft)
+
+    def complete_closed(self) -> None:
+        """Submit what programs have closed, but the kernel has not released before the mount ended."""
+        for draft in self._spool:
+            if draft.closed and draft.state == "open":
+                try:
+                    self._complete(draft)
+                except CacheError as error:
+                    report(error, f"{draft.shown} has no new description")
 
     def _complete(self, draft: Draft, *, now: bool = False) -> bool:
         """Submit a draft for upload, unless there is nothing to upload. Return whether it was submitted."""
@@ -214,18 +229,26 @@ class Filesystem:
             return False
         if draft.dirty and draft.size == 0:
             return False  # an empty file is not a message: the program will write to it later
-        draft.dirty = False
+        draft.dirty = draft.closed = False
         self._uploader.submit(draft, now=now)
         return True
 
-    async def fsync(self, ino: Ino) -> None:
-        """Wait until a file is safe: a message on the server, any other file on this disk."""
+    async def fsync(self, ino: Ino, *, writing: bool) -> None:
+        """Wait until a file is safe: on this disk if a program writes to it, otherwise on the server.
+
+        ``writing``: the descriptor is open for writing. Such a file is not complete, and is not uploaded.
+        Raises why the server refuses it.
+        """
         draft = self._spool.get(ino)
         if draft is None:
             return
         await draft.secure()
+        if writing or self._files.is_written(ino):
+            return
         if self._complete(draft, now=True):
             await self._uploader.deliver(draft)
+        elif draft.state == "unsent":
+            raise self._uploader.refusal(draft)
 
     async def fsync_directory(self) -> None:
         """Wait until everything that can be done on the server is done."""
@@ -314,7 +337,7 @@ class Filesystem:
             return False
         if not await self._uploader.withdraw(draft):
             return False
-        base = draft.base
+        base, here, name = draft.base, draft.parent, draft.name
         try:
             with await self._replacer.prepare(there, new_name) as replaced:
                 await self._place_draft(draft, replaced, there, new_name)
@@ -323,6 +346,8 @@ class Filesystem:
             raise
         if base is not None and base != draft.base:
             # The draft was to replace that message. Now it replaces another one, or none.
+            if here == there:
+                self._replacer.note_renamed_version(here, name, new_name, base, draft.flags)
             await self._replaced.discard(base.ref)
         return True
 
@@ -358,7 +383,7 @@ class Filesystem:
         if is_version:
             self._cache.rename(draft.ino, new_name)
         try:
-            if self._complete(draft, now=True):
+            if not self._files.is_written(draft.ino) and self._complete(draft, now=True):
                 await self._wait_for_server(draft)
             else:
                 draft.save()
@@ -374,6 +399,8 @@ class Filesystem:
             raise
         if is_version and target is not None:
             # The upload itself removes only the old version of the renamed message.
+            if self._spool.get(draft.ino) is draft:
+                await draft.secure()
             await self._replacer.remove(target)
 
     async def _wait_for_server(self, draft: Draft) -> None:
@@ -391,6 +418,8 @@ class Filesystem:
 
     async def _settle(self, draft: Draft) -> None:
         """Upload a new version of a message, or drop it if nothing was written. Raises Refused."""
+        if self._files.is_written(draft.ino) and draft.dirty:
+            raise Refused("a program is writing to it", "INUSE")
         if self._complete(draft, now=True):
             await self._uploader.deliver(draft)
         elif draft.state == "open":

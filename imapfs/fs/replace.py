@@ -17,7 +17,7 @@ from imapfs.fs.tree import MailTree, is_message_name
 from imapfs.model import Ino
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Node
-from imapfs.store.spool import Draft, Spool
+from imapfs.store.spool import Base, Draft, Spool
 from imapfs.sync.locate import Locator
 from imapfs.sync.replaced import ReplacedMessages
 from imapfs.sync.upload import Uploader
@@ -75,6 +75,8 @@ class Replacer:
         self._replaced = replaced
         self._renamed: dict[tuple[Ino, bytes], tuple[Ino, float]] = {}
         """Directory and name that a message had before an editor renamed it -> the message, and when."""
+        self._versions: dict[tuple[Ino, bytes], tuple[Base, str, float]] = {}
+        """The same for a new version that was not uploaded yet -> its base and flags, and when."""
 
     async def prepare(self, directory: Ino, name: bytes) -> Replacement:
         """Return what has a name, so that it can be replaced. A draft is withdrawn from upload.
@@ -138,6 +140,19 @@ class Replacer:
         """Note that a message was renamed, if its new name is that of an editor's backup."""
         if is_message_name(name) and not is_message_name(new_name):
             self._renamed[directory, name] = ino, time.monotonic()
+
+    def note_renamed_version(
+        self, directory: Ino, name: bytes, new_name: bytes, base: Base, flags: str
+    ) -> None:
+        """Do as `note_renamed` for a new version of a message that an editor saves once more."""
+        if is_message_name(name) and not is_message_name(new_name):
+            self._versions[directory, name] = base, flags, time.monotonic()
+
+    def continue_version(self, draft: Draft) -> None:
+        """Let a new file go on as the version that an editor has just renamed from its name."""
+        base, flags, at = self._versions.pop((draft.parent, draft.name), (None, "", -math.inf))
+        if base is not None and time.monotonic() - at <= _MAX_EDITOR_PAUSE:
+            draft.base, draft.flags = base, draft.flags or flags
 
     def just_renamed(self, directory: Ino, name: bytes) -> Node | None:
         """Return the message that an editor has just renamed from this name. It is returned only once."""

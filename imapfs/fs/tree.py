@@ -15,7 +15,6 @@ between it and the inode in the cache.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Final, NamedTuple, Protocol
 
 from imapfs.errors import MessageGone, NotADirectory
@@ -24,8 +23,6 @@ from imapfs.model import ROOT, Ino, MessageRef
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Node
 from imapfs.store.spool import Base, Draft, Spool
-from imapfs.sync.identify import may_be_upload
-from imapfs.sync.upload import Uploader
 
 MESSAGE_SUFFIX: Final = b".eml"
 _MAX_PAGE: Final = 500
@@ -88,10 +85,9 @@ class Tree(Protocol):
 class MailTree:
     """The tree of mailboxes: each message is shown in its mailbox, under its name."""
 
-    def __init__(self, cache: Cache, spool: Spool, uploader: Uploader) -> None:
+    def __init__(self, cache: Cache, spool: Spool) -> None:
         self._cache = cache
         self._spool = spool
-        self._uploader = uploader
         self._root = ROOT
 
     # -- where things are ----------------------------------------------------------------------------------
@@ -182,8 +178,6 @@ class MailTree:
         node = self._cache.child(directory, name)
         if node is None or self._is_elsewhere(directory, node):
             return None
-        if not node.is_dir and self._is_twin(node, self._uncertain(directory)):
-            return None
         return self._shown(node)
 
     def _is_elsewhere(self, directory: Ino, node: Node) -> bool:
@@ -200,14 +194,7 @@ class MailTree:
         within = self._spool.within(inside)
         names = {draft.name for draft in within}
         drafts = {draft.ino: draft for draft in within if after < draft.ino <= end}
-        uncertain = self._uncertain(inside)
-        page = [
-            self._shown(node)
-            for node in nodes
-            if node.ino not in drafts
-            and node.name not in names
-            and (node.is_dir or not uncertain or not self._is_twin(node, uncertain))
-        ]
+        page = [self._shown(node) for node in nodes if node.ino not in drafts and node.name not in names]
         if drafts:
             page += [Entry.of_draft(draft) for draft in drafts.values()]
             page.sort(key=lambda entry: entry.ino)
@@ -235,26 +222,3 @@ class MailTree:
         draft.flags = flags
         draft.save()
         return draft
-
-    def _uncertain(self, directory: Ino) -> Sequence[Draft]:
-        """Return the drafts whose upload to the mailbox of a directory has an unknown outcome."""
-        found = [d for d in self._spool if d.attempt is not None and not self._uploader.is_uploading(d)]
-        if found:
-            mailbox = self._cache.mailbox(directory)
-            place = mailbox and (mailbox.server_name, mailbox.uidvalidity)
-            found = [d for d in found if d.attempt and (d.attempt.mailbox, d.attempt.uidvalidity) == place]
-        return found
-
-    def _is_twin(self, node: Node, uncertain: Sequence[Draft]) -> bool:
-        """Return whether a message is probably the result of one of these uploads.
-
-        It is not shown beside the draft. If a program moved or deleted it, the upload could not be found, and
-        would be repeated.
-        """
-        return any(
-            node.ino != draft.ino
-            and draft.attempt is not None
-            and may_be_upload(draft.attempt, node.uid or 0, node.size)
-            and not self._cache.is_named(node.parent, node.uid or 0)
-            for draft in uncertain
-        )

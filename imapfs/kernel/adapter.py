@@ -399,7 +399,7 @@ class Adapter(pyfuse3.Operations):
 
     @handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        await self._fs.fsync(self._handles[fh])
+        await self._fs.fsync(self._handles[fh], writing=bool(fh & 1))
 
     @handler
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:

@@ -1,11 +1,14 @@
 """The journal: what is half done on the server and must not be forgotten.
 
-It has two kinds of entries:
+It has three kinds of entries:
 
 - A *move* between COPY and the deletion of the original, for servers without MOVE. The entry is durable
   before COPY is sent, so that after an interruption both mailboxes are looked at before anything is repeated.
 - A *removal* of a message that a newer version has replaced. The entry is written in the same step in which
   the newer version becomes known to be safe.
+- An *upload* between APPEND and the moment at which its outcome is known. The notes of a whole batch are
+  durable, by one write, before the first byte of an APPEND is sent. So a draft without a note was not
+  uploaded.
 
 The file is a log: each line is a JSON value that adds an entry or says that one is done. A line that is
 written survives the end of the process, and after `Journal.sync` also a power cut. Only the last line can be
@@ -15,11 +18,12 @@ wrote one list of moves, with names in Latin-1; it is still read.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -51,7 +55,33 @@ class PendingMove:
     message_id: str
 
 
-_Entry = PendingMove | MessageRef
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """An upload whose outcome is not known: if it succeeded, the message has ``uidnext`` or a higher UID."""
+
+    mailbox: bytes
+    """As the server spells it."""
+    uidvalidity: UidValidity
+    uidnext: int
+    size: int
+    """Of the bytes that were uploaded."""
+    digest: str
+    """SHA-256 of all these bytes."""
+    message_id: str = ""
+
+    def ref(self, uid: Uid) -> MessageRef:
+        """Return the identity of the message in the same mailbox that has ``uid``."""
+        return MessageRef(self.mailbox, self.uidvalidity, uid)
+
+
+@dataclass(frozen=True, slots=True)
+class _UploadNote:
+    file: str
+    """Name of the draft's file in the spool."""
+    attempt: Attempt
+
+
+_Entry = PendingMove | MessageRef | _UploadNote
 _Verb = Literal["add", "done"]
 
 
@@ -102,8 +132,36 @@ class Journal:
         except CacheError as error:
             log.info("a removal that is done stays in the journal: %s", error)
 
+    # -- uploads -------------------------------------------------------------------------------------------
+
+    @property
+    def uploads(self) -> dict[str, Attempt]:
+        """Uploads whose outcome is not known, by the names of the drafts' files in the spool."""
+        with self._lock:
+            return {e.file: e.attempt for e in self._entries if isinstance(e, _UploadNote)}
+
+    def begin_uploads(self, attempts: Mapping[str, Attempt], ended: Collection[str] = ()) -> None:
+        """In a thread: note uploads that are about to begin; durable when this returns. Raises CacheError.
+
+        ``ended``: files whose notes are no longer needed. What has become of them has to be durable.
+        """
+        self._end_uploads(ended)
+        self._write_all("add", [_UploadNote(file, attempt) for file, attempt in attempts.items()])
+        if attempts:
+            self.sync()
+
+    def _end_uploads(self, files: Collection[str]) -> None:
+        with self._lock:
+            done = [e for e in self._entries if isinstance(e, _UploadNote) and e.file in files]
+        self._write_all("done", done)
+
     def rename_mailbox(self, old: bytes, new: bytes, delimiter: bytes) -> None:
-        """Follow the rename of a mailbox, and of those below it, in the removals. Raises CacheError."""
+        """Follow the rename of a mailbox, and of those below it. Raises CacheError."""
+        for file, attempt in self.uploads.items():
+            name = renamed(attempt.mailbox, old, new, delimiter)
+            if name is not None:
+                self._write("add", _UploadNote(file, replace(attempt, mailbox=name)))
+                self._write("done", _UploadNote(file, attempt))
         for ref in self.removals:
             name = renamed(ref.mailbox, old, new, delimiter)
             if name is not None:
@@ -129,25 +187,30 @@ class Journal:
         return CacheError.from_os_error(error, f"cannot write the journal {self._path}")
 
     def _write(self, verb: _Verb, entry: _Entry) -> None:
+        self._write_all(verb, [entry])
+
+    def _write_all(self, verb: _Verb, entries: Sequence[_Entry]) -> None:
         with self._lock:
-            if (verb == "add") == (entry in self._entries):
+            entries = [entry for entry in entries if (verb == "add") != (entry in self._entries)]
+            if not entries:
                 return
             if verb == "done":
-                # Even if the disk is full: for this process it is done.
-                del self._entries[entry]
+                # Even if the disk is full: for this process they are done.
+                for entry in entries:
+                    del self._entries[entry]
             try:
                 if verb == "done" and not self._entries:
                     self._path.unlink(missing_ok=True)
                     self._lines = 0
                 elif self._lines >= max(_MAX_LINES, 2 * len(self._entries)):
-                    self._compact([*self._entries, *([entry] if verb == "add" else [])])
+                    self._compact([*self._entries, *(entries if verb == "add" else [])])
                 else:
-                    _append(self._path, _line(verb, entry))
-                    self._lines += 1
+                    _append(self._path, b"".join(_line(verb, entry) for entry in entries))
+                    self._lines += len(entries)
             except OSError as error:
                 raise self._failure(error) from None
             if verb == "add":
-                self._entries[entry] = None
+                self._entries.update(dict.fromkeys(entries))
 
     def _compact(self, entries: list[_Entry]) -> None:
         replace_file(self._path, b"".join(_line("add", entry) for entry in entries), durable=True)
@@ -204,8 +267,12 @@ def _append(path: Path, line: bytes) -> None:
 
 
 def _line(verb: _Verb, entry: _Entry) -> bytes:
+    described: dict[str, Any]
     if isinstance(entry, MessageRef):
         described = {"removal": _describe(entry)}
+    elif isinstance(entry, _UploadNote):
+        attempt = {**dataclasses.asdict(entry.attempt), "mailbox": as_text(entry.attempt.mailbox)}
+        described = {"upload": {"file": entry.file, **attempt}}
     else:
         described = {
             "move": {
@@ -234,6 +301,10 @@ def _parse(line: bytes) -> Iterator[tuple[_Verb, _Entry]]:
         raise ValueError(f"unknown verb {verb!r}")
     if "removal" in described:
         yield verb, _restore(described["removal"])
+        return
+    if "upload" in described:
+        upload = dict(described["upload"])
+        yield verb, _UploadNote(upload.pop("file"), restore_attempt(upload))
         return
     move = described["move"]
     yield (
@@ -268,6 +339,11 @@ def _restore(found: dict[str, Any]) -> MessageRef:
         found.get("date"),
         found.get("size"),
     )
+
+
+def restore_attempt(found: dict[str, Any]) -> Attempt:
+    """Return an attempt as it is described in JSON. Raises TypeError, KeyError or AttributeError."""
+    return Attempt(**{**found, "mailbox": as_bytes(found["mailbox"])})
 
 
 def _restore_latin1(found: dict[str, Any]) -> PendingMove:

@@ -5,15 +5,16 @@ draft is two plain files, so that a text editor is enough to rescue mail: ``INO`
 the description. The spool is no part of the database, because the database can be rebuilt and drafts cannot.
 
 INVARIANT: a draft leaves the disk only when its bytes are known to be on the server, or when the user
-has deleted it. The description is replaced atomically; `Draft.secure` makes both files survive a power cut.
+has deleted it. The description is replaced atomically; `Draft.secure` makes both files survive a power cut,
+and from then on each new description is durable before it replaces another.
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,36 +22,18 @@ from typing import Any, Literal
 
 import trio
 
-from imapfs.atomic import replace_file
+from imapfs.atomic import replace_file, sync_directory
 from imapfs.errors import CacheError
 from imapfs.log import report
 from imapfs.model import ROOT, Ino, MessageRef, Uid, UidValidity
 from imapfs.names import as_bytes, as_text, renamed
-from imapfs.store.journal import Journal
+from imapfs.store.journal import Attempt, Journal, restore_attempt
 
 log = logging.getLogger(__name__)
 
 DraftState = Literal["local", "open", "sending", "unsent"]
 """``local``: never uploaded. ``open``: being written. ``sending``: complete, to be uploaded. ``unsent``:
 refused by the server, or perhaps incomplete, so that a person has to decide."""
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """An upload whose outcome is not known: if it succeeded, the message has ``uidnext`` or a higher UID."""
-
-    mailbox: bytes
-    """As the server spells it."""
-    uidvalidity: UidValidity
-    uidnext: int
-    size: int
-    """Of the bytes that were uploaded."""
-    digest: str
-    """SHA-256 of these bytes without the line ends at the very end, which servers add and drop."""
-
-    def ref(self, uid: Uid) -> MessageRef:
-        """Return the identity of the message in the same mailbox that has ``uid``."""
-        return MessageRef(self.mailbox, self.uidvalidity, uid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +70,16 @@ class Draft:
     """Why it is unsent, or why the last attempt to upload it failed."""
     base: Base | None = None
     attempt: Attempt | None = None
+    """The upload whose outcome is not known; on disk it is in the journal."""
     dirty: bool = False
     """Whether it was written to since it was last complete."""
+    closed: bool = False
+    """Whether every program that had it open for writing has called close() since the last write. The
+    description then says ``sending``, although the kernel has not said yet that these were the last."""
+    described: bytes = b""
+    """Its description on disk."""
+    secured: bool = False
+    """Whether the description is durable, so that it is replaced by a durable one only."""
     known_size: int = 0
     """The last known `size`; not on disk."""
     writes: int = 0
@@ -105,6 +96,11 @@ class Draft:
         with contextlib.suppress(OSError):
             self.known_size = self.file.stat().st_size
         return self.known_size
+
+    @property
+    def is_written(self) -> bool:
+        """Whether a program has it open for writing, so that nobody else may change its bytes."""
+        return self.spool.is_written(self.ino)
 
     @property
     def shown(self) -> str:
@@ -133,6 +129,7 @@ class Draft:
     async def secure(self) -> None:
         """Return when bytes and description survive a power cut. Raises CacheError."""
         await trio.to_thread.run_sync(self.spool.sync, self.ino)
+        self.secured = True
 
 
 class Spool:
@@ -142,14 +139,12 @@ class Spool:
         self.directory = directory
         self._drafts: dict[Ino, Draft] = {}
         self._names: dict[tuple[Ino, bytes], Ino] = {}
+        self._writers: Counter[Ino] = Counter()
         try:
             directory.mkdir(mode=0o700, exist_ok=True)
             for left in directory.glob("*.tmp"):
                 left.unlink()
             found = sorted({Ino(int(path.stem)) for path in directory.iterdir() if path.stem.isdigit()})
-            self.rebooted = _has_rebooted(directory / "boot")
-            """Whether the machine was restarted since the last mount: descriptions may be out of date then,
-            as not every change of them is made durable."""
         except OSError as error:
             raise CacheError.from_os_error(error, f"cannot use the spool {directory}") from None
         self._removals: dict[Ino, MessageRef] = {}
@@ -192,7 +187,21 @@ class Spool:
     def __iter__(self) -> Iterator[Draft]:
         return iter(list(self._drafts.values()))
 
+    def is_written(self, ino: Ino) -> bool:
+        """Return whether a program has a file open for writing, be it a draft already or not yet."""
+        return self._writers[ino] > 0
+
     # -- changes -------------------------------------------------------------------------------------------
+
+    def add_writer(self, ino: Ino) -> None:
+        """Note that a program has opened a file for writing."""
+        self._writers[ino] += 1
+
+    def remove_writer(self, ino: Ino) -> None:
+        """Note that a program has closed a file that it had open for writing."""
+        self._writers[ino] -= 1
+        if not self._writers[ino]:
+            del self._writers[ino]
 
     def create(
         self,
@@ -284,10 +293,14 @@ class Spool:
 
     def save(self, draft: Draft) -> None:
         """Replace the description of ``draft`` on disk as a whole. Raises CacheError."""
+        described = json.dumps(_describe(draft)).encode()
+        if described == draft.described:
+            return  # it may be durable already, which a new one would not be
         try:
-            replace_file(self._description(draft.ino), json.dumps(_describe(draft)).encode(), durable=False)
+            replace_file(self._description(draft.ino), described, durable=draft.secured)
         except OSError as error:
             raise CacheError.from_os_error(error, f"cannot write to the spool {self.directory}") from None
+        draft.described = described
 
     def sync(self, ino: Ino) -> None:
         """In a thread: see `Draft.secure`."""
@@ -302,6 +315,16 @@ class Spool:
             if not self.directory.exists():
                 raise CacheError.from_os_error(error, f"cannot write to the spool {self.directory}") from None
             return  # the draft was deleted meanwhile: there is nothing to secure
+        except OSError as error:
+            raise CacheError.from_os_error(error, f"cannot write to the spool {self.directory}") from None
+
+    def sync_removals(self) -> None:
+        """In a thread: return when no draft that was forgotten comes back after a power cut.
+
+        Raises CacheError.
+        """
+        try:
+            sync_directory(self.directory)
         except OSError as error:
             raise CacheError.from_os_error(error, f"cannot write to the spool {self.directory}") from None
 
@@ -322,6 +345,10 @@ class Spool:
             log.warning("the spool file %s has lost its description (%s): see rescued-%d", path, error, ino)
             draft = Draft(self, ino, ROOT, b"rescued-%d" % ino, state="local")
             draft.touch()
+        if draft.state == "open" and draft.base is None and draft.size:
+            # Versions before this one said so only after the first write.
+            draft.dirty = True
+        draft.secured = True
         never_written = draft.state == "open" and not draft.dirty and draft.base is not None
         if never_written or not path.exists():
             # The message is unchanged, or the process ended while the draft was being removed.
@@ -334,17 +361,9 @@ class Spool:
         return draft
 
 
-def _has_rebooted(note: Path) -> bool:
-    """Return whether the machine was restarted since the last call, of which ``note`` is the record."""
-    now = Path("/proc/sys/kernel/random/boot_id").read_text()
-    if note.exists() and note.read_text() == now:
-        return False
-    note.write_text(now)
-    return True
-
-
 def _describe(draft: Draft) -> dict[str, Any]:
-    base, attempt = draft.base, draft.attempt
+    base = draft.base
+    closed = draft.closed and draft.state == "open"
     return {
         "path": [as_text(name) for name in draft.path],
         "name": as_text(draft.name),
@@ -354,9 +373,9 @@ def _describe(draft: Draft) -> dict[str, Any]:
         "timed": draft.timed,
         "ctime": draft.ctime,
         "flags": draft.flags,
-        "state": draft.state,
+        "state": "sending" if closed else draft.state,
         "error": draft.error,
-        "dirty": draft.dirty,
+        "dirty": draft.dirty and not closed,
         "base": base
         and {
             "mailbox": as_text(base.ref.mailbox),
@@ -366,7 +385,7 @@ def _describe(draft: Draft) -> dict[str, Any]:
             "date": base.date,
             "zone": base.zone,
         },
-        "attempt": attempt and {**dataclasses.asdict(attempt), "mailbox": as_text(attempt.mailbox)},
+        "attempt": None,  # earlier versions had it here, and expect the key
     }
 
 
@@ -382,7 +401,7 @@ def _restore_base(found: dict[str, Any]) -> Base:
 
 
 def _restore(spool: Spool, ino: Ino, found: dict[str, Any]) -> Draft:
-    base, attempt = found["base"], found["attempt"]
+    base, attempt = found["base"], found.get("attempt")
     return Draft(
         spool,
         ino,
@@ -397,6 +416,6 @@ def _restore(spool: Spool, ino: Ino, found: dict[str, Any]) -> Draft:
         found["state"],
         found["error"],
         _restore_base(base) if base else None,
-        Attempt(**{**attempt, "mailbox": as_bytes(attempt["mailbox"])}) if attempt else None,
+        restore_attempt(attempt) if attempt else None,
         found["dirty"],
     )

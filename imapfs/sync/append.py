@@ -15,9 +15,10 @@ import trio
 from imapfs.errors import MailboxGone, Refused
 from imapfs.imap.grammar import FetchData
 from imapfs.imap.session import Session, Upload
-from imapfs.model import MessageRef, Uid
-from imapfs.store.spool import Attempt, Draft
-from imapfs.sync.identify import digest, find_upload, is_clean
+from imapfs.model import Uid
+from imapfs.store.journal import Attempt
+from imapfs.store.spool import Draft
+from imapfs.sync.identify import Sought, Whereabouts, digest, find_uploads, is_clean, message_id_of
 from imapfs.sync.locate import ServerMailbox
 
 _CHUNK: Final = 1 << 20
@@ -37,12 +38,13 @@ class Payload:
     """Whether line ends were changed."""
     digest: str
     """See `Attempt`."""
+    message_id: str
     clean: bool
     """Whether a server has no reason to change the bytes."""
 
     def is_current(self, draft: Draft) -> bool:
         """Return whether the draft still has these bytes, and no program has it open for writing."""
-        return draft.writes == self.writes and draft.state != "open"
+        return draft.writes == self.writes and draft.state != "open" and not draft.is_written
 
     def close(self) -> None:
         """Release the copy. The payload must not be used any more."""
@@ -64,7 +66,7 @@ def make_payload(draft: Draft) -> Payload:
         converted = len(data) != len(raw)
     else:
         data, converted = _copy(path)
-    return Payload(data, writes, converted, digest(data), is_clean(data))
+    return Payload(data, writes, converted, digest(data), message_id_of(data), is_clean(data))
 
 
 def _copy(path: Path) -> tuple[bytes | mmap.mmap, bool]:
@@ -143,28 +145,32 @@ class UploadSearch:
     """
 
     def __init__(self, drafts: Sequence[Draft], is_other: Callable[[Draft, Attempt, Uid], bool]) -> None:
-        self._drafts = drafts
+        self._sought = [(draft, draft.attempt) for draft in drafts if draft.attempt is not None]
         self._is_other = is_other
-        self.found: list[tuple[Draft, Attempt, FetchData]] = []
+        self.answers: list[tuple[Draft, Attempt, Whereabouts]] = []
 
     def run(self, session: Session) -> None:
-        """Fill ``found``. What is not in it then is not on the server."""
-        self.found = []
-        taken: set[MessageRef] = set()
-        for draft in self._drafts:
-            attempt = draft.attempt
-            if attempt is None:
-                continue
-
-            def is_other(uid: Uid, draft: Draft = draft, attempt: Attempt = attempt) -> bool:
-                return attempt.ref(uid) in taken or trio.from_thread.run_sync(
-                    self._is_other, draft, attempt, uid
-                )
-
+        """Fill ``answers``: one for each draft, with one pass over each mailbox."""
+        self.answers = []
+        mailboxes: dict[tuple[bytes, int], list[tuple[Draft, Attempt]]] = {}
+        for draft, attempt in self._sought:
+            mailboxes.setdefault((attempt.mailbox, attempt.uidvalidity), []).append((draft, attempt))
+        for group in mailboxes.values():
             try:
-                data = find_upload(session, attempt, is_other)
+                answers = find_uploads(session, [self._sought_as(draft, attempt) for draft, attempt in group])
             except MailboxGone:
-                continue
-            if data is not None and data.uid is not None:
-                taken.add(attempt.ref(data.uid))
-                self.found.append((draft, attempt, data))
+                answers = [Whereabouts() for _ in group]
+            self.answers += [(*one, answer) for one, answer in zip(group, answers, strict=True)]
+
+    def _sought_as(self, draft: Draft, attempt: Attempt) -> Sought:
+        def is_other(uid: Uid) -> bool:
+            return trio.from_thread.run_sync(self._is_other, draft, attempt, uid)
+
+        def load() -> bytes | None:
+            payload = make_payload(draft)
+            try:
+                return bytes(payload.data) if payload.digest == attempt.digest else None
+            finally:
+                payload.close()
+
+        return Sought(attempt, is_other, load)

@@ -6,13 +6,14 @@ is removed, and no cached bytes are shown as a message's, on likeness. That need
 - the tagged OK of the command that carried the message, with APPENDUID or COPYUID;
 - the same mailbox, UIDVALIDITY and UID, with the INTERNALDATE and announced size that are known
   (`select_known`). The true size proves nothing, since servers announce wrong ones;
-- equal bytes (`find_same`, `find_upload`);
+- equal bytes (`find_same`, `find_uploads`);
 - an identity that the server gives: EMAILID and MAILBOXID (RFC 8474), X-GM-MSGID.
 
 Without it nothing is removed, and what can be shown twice is shown twice. The questions are about:
 
-- an APPEND, or a move, whose outcome is not known (`find_upload`, `find_copy`): all that came to the mailbox
-  since then, which is what has the UIDNEXT of that time or a higher UID, is compared;
+- an APPEND, or a move, whose outcome is not known (`find_uploads`, `find_copy`): all that came to the mailbox
+  since then, which is what has the UIDNEXT of that time or a higher UID, is compared. If the bytes prove
+  nothing, the answer is that it is not there, or that this is not known;
 - a message that another client has moved (`find_moved`). By Message-ID, date and size it keeps its inode, but
   not its cached bytes;
 - a mailbox that another client has renamed (`is_same_mailbox`);
@@ -25,8 +26,9 @@ session run in a thread, and leave the mailbox in question selected read-only.
 
 import hashlib
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final, Literal
 
 from imapfs.errors import MessageGone, OtherMailbox, OtherMessage
 from imapfs.headers import parse_headers
@@ -34,12 +36,10 @@ from imapfs.imap.grammar import FetchData, parse_date
 from imapfs.imap.session import MailboxState, Session
 from imapfs.model import Ino, MessageRef, ModSeq, Uid, UidValidity
 from imapfs.store.cache import Cache
+from imapfs.store.journal import Attempt
 from imapfs.store.rows import Mailbox, NewMessage, Node
-from imapfs.store.spool import Attempt
 
 _NONE = ModSeq(0)
-_MAX_ADDED = 2
-"""Bytes that a server may add to a message: a final line end."""
 _HEAD = 1 << 18
 """Bytes at the beginning of a message in which its header is expected to end."""
 
@@ -177,46 +177,137 @@ def find_same(
 # -- uploads -----------------------------------------------------------------------------------------------
 
 
-def may_be_upload(attempt: Attempt, uid: int, size: int) -> bool:
-    """Return whether a message in the mailbox of an attempt may be what was uploaded, by UID and size."""
-    return uid >= attempt.uidnext and 0 <= size - attempt.size <= _MAX_ADDED
+_NUL_AS_0X80: Final = bytes.maketrans(b"\0", b"\x80")
+_8BIT_AS_X: Final = bytes.maketrans(bytes(range(0x80, 0x100)), b"X" * 0x80)
+
+ALTERATIONS: Final[tuple[tuple[str, Literal["header", "message"], Callable[[bytes], bytes]], ...]] = (
+    ("a NUL is replaced by 0x80 (Dovecot)", "message", lambda text: text.translate(_NUL_AS_0X80)),
+    ("a final line end is added (Courier)", "message", lambda text: text.rstrip(b"\r\n")),
+    (
+        "8-bit bytes of the header are replaced by X (Cyrus)",
+        "header",
+        lambda text: text.translate(_8BIT_AS_X),
+    ),
+)
+"""What servers change in a message that is appended: what, where, and the text without the difference. They
+also add lines to the header (mailutils), which `_is_altered` knows. The only table of this."""
+_MAX_ALTERED: Final = 1 << 16
+"""Bytes by which the size of a message may change with that."""
 
 
-def is_upload(attempt: Attempt, content: bytes) -> bool:
-    """Return whether the bytes of a message are those that were uploaded, but for what servers change."""
-    return digest(content) == attempt.digest or (not is_clean(content) and len(content) == attempt.size)
+@dataclass(frozen=True, slots=True)
+class Sought:
+    """An upload to look for."""
+
+    attempt: Attempt
+    is_other: Callable[[Uid], bool]
+    """Whether a UID is known to be another message's."""
+    load: Callable[[], bytes | None]
+    """Return the bytes that were uploaded, or None if they are not known any more."""
 
 
-def find_upload(session: Session, attempt: Attempt, is_other: Callable[[Uid], bool]) -> FetchData | None:
-    """Return the message that an attempt has created, or None.
+@dataclass(slots=True)
+class Whereabouts:
+    """What is known about an upload: if nothing is set, it is not on the server."""
 
-    ``is_other``: whether a UID is known to be another message's. Raises MailboxGone.
+    found: FetchData | None = None
+    """The message, which has the bytes that were uploaded, but for what is in `ALTERATIONS`."""
+    perhaps: Uid | None = None
+    """A message that may be the upload or another one: without proof, nobody may act on this."""
+
+
+def find_uploads(session: Session, sought: Sequence[Sought]) -> list[Whereabouts]:
+    """Look in one pass for uploads to one mailbox, all with the same UIDVALIDITY. Raises MailboxGone.
+
+    The proof is the digest of all bytes. If a server has altered the message, it is the same Message-ID, and
+    bytes that differ in nothing but `ALTERATIONS`.
     """
-    state = session.examine(attempt.mailbox)
-    if state.uidvalidity != attempt.uidvalidity:
-        return None
-    for uid, data in _arrived_since(session, attempt.uidnext):
-        if data.size is None or not may_be_upload(attempt, uid, data.size) or is_other(uid):
+    answers = [Whereabouts() for _ in sought]
+    first = sought[0].attempt
+    if session.examine(first.mailbox).uidvalidity != first.uidvalidity:
+        return answers
+    equal: list[tuple[FetchData, list[int]]] = []
+    altered: list[tuple[FetchData, list[int]]] = []
+    for uid, data in _arrived_since(session, min(one.attempt.uidnext for one in sought)):
+        message_id = parse_headers(data.body or b"").message_id
+        candidates = [
+            i
+            for i, one in enumerate(sought)
+            if may_be_upload(one.attempt, uid, data.size, message_id) and not one.is_other(uid)
+        ]
+        content = session.fetch_body(first.mailbox, first.uidvalidity, uid) if candidates else None
+        if content is None:
             continue
-        content = session.fetch_body(attempt.mailbox, attempt.uidvalidity, uid)
-        if content is not None and is_upload(attempt, content):
-            return data
-    return None
+        same = digest(content)
+        equal.append((data, [i for i in candidates if sought[i].attempt.digest == same]))
+        if equal[-1][1]:
+            continue
+        alike = [i for i in candidates if sought[i].attempt.message_id == message_id]
+        proven = [i for i in alike if _is_altered(sought[i].load(), content)]
+        if message_id:
+            altered.append((data, proven))
+            unproven = [i for i in alike if i not in proven]
+        else:
+            unproven = proven
+        for i in unproven:
+            answers[i].perhaps = uid
+    for data, matching in [*equal, *altered]:
+        answer = next((answers[i] for i in matching if answers[i].found is None), None)
+        if answer is not None:
+            answer.found = data
+    return answers
+
+
+def may_be_upload(attempt: Attempt, uid: int, size: int | None, message_id: str) -> bool:
+    """Return whether what a server lists of a message allows that it is what was uploaded.
+
+    With this its bytes are worth fetching: it is no proof of anything.
+    """
+    if uid < attempt.uidnext or size is None:
+        return False
+    same_id = message_id == attempt.message_id
+    return size == attempt.size or (same_id and abs(size - attempt.size) <= _MAX_ALTERED)
+
+
+def _is_altered(sent: bytes | None, stored: bytes) -> bool:
+    """Return whether a server has stored what was sent, but for `ALTERATIONS` and added header lines."""
+    if sent is None:
+        return False
+    for _, where, unify in ALTERATIONS:
+        if where == "message":
+            sent, stored = unify(sent), unify(stored)
+    (head, _, body), (stored_head, _, stored_body) = (
+        sent.partition(b"\r\n\r\n"),
+        stored.partition(b"\r\n\r\n"),
+    )
+    if body != stored_body:
+        return False
+    for _, where, unify in ALTERATIONS:
+        if where == "header":
+            head, stored_head = unify(head), unify(stored_head)
+    lines = iter(stored_head.split(b"\r\n"))
+    return all(line in lines for line in head.split(b"\r\n"))
 
 
 def digest(data: bytes | mmap.mmap) -> str:
-    """Return the digest of an `Attempt`: SHA-256 without the line ends at the very end."""
-    end = len(data)
-    while end and data[end - 1] in b"\r\n":
-        end -= 1
-    with memoryview(data) as view, view[:end] as text:
-        return hashlib.sha256(text).hexdigest()
+    """Return the digest of an `Attempt`: SHA-256 of all bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def message_id_of(data: bytes | mmap.mmap) -> str:
+    """Return the Message-ID of a message as a server lists it, or an empty string."""
+    return parse_headers(_header(data)).message_id
 
 
 def is_clean(data: bytes | mmap.mmap) -> bool:
     """Return whether a server has no reason to change a message: no 8-bit header, no NUL."""
+    return _header(data).isascii() and data.find(b"\0") < 0
+
+
+def _header(data: bytes | mmap.mmap) -> bytes:
     head = bytes(data[:_HEAD])
-    return head[: max(0, head.find(b"\r\n\r\n"))].isascii() and data.find(b"\0") < 0
+    end = head.find(b"\r\n\r\n")
+    return head if end < 0 else head[:end]
 
 
 # -- messages of other clients -----------------------------------------------------------------------------

@@ -5,15 +5,18 @@ message that it is a new version of. Then it is appended, up to `_MAX_BATCH` dra
 where it will be has been noted on disk (`Attempt`). Once it is on the server, the cache adopts it under the
 same inode and name. Only then does the draft leave the spool, and the old version the server.
 
-If the connection breaks, or the process ends, in between, the note says where to search: the message with
-the same bytes and the UIDNEXT of that time or a higher UID is the upload, and nothing is appended again. The
-note is not made durable, so after a restart of the machine the whole mailbox is searched.
+The notes of a batch are durable, by one write, before the first byte of it leaves. So a draft without a note
+was not uploaded, and is not searched for. If the connection breaks, or the machine stops, in between, the
+note says where to search: the message with the same bytes and the UIDNEXT of that time or a higher UID is the
+upload, and nothing is appended again. If a message is only like the upload, the outcome stays unknown: the
+draft is kept, and a person decides.
 
 A draft may be written to while it is being uploaded. Then the copy becomes a message, and the draft goes on
-as a new version of it.
+as a new version of it. As long as a program has a draft open for writing, its bytes are not replaced here.
 """
 
 import contextlib
+import hashlib
 import logging
 import math
 import mmap
@@ -46,8 +49,9 @@ from imapfs.log import report
 from imapfs.model import Ino, Uid
 from imapfs.store.bodies import BodyStore
 from imapfs.store.cache import Cache
+from imapfs.store.journal import Attempt, Journal
 from imapfs.store.rows import NewMessage, Node
-from imapfs.store.spool import Attempt, Base, Draft, Spool
+from imapfs.store.spool import Base, Draft, Spool
 from imapfs.sync.append import AppendBatch, Payload, UploadSearch, make_payload
 from imapfs.sync.changes import ChangeHub, Changes
 from imapfs.sync.download import Downloader
@@ -70,6 +74,8 @@ _FIRST_RETRY: Final = 0.5
 """Seconds until a failed upload is tried again; doubled each time, up to"""
 _MAX_RETRY: Final = 60.0
 _CHUNK: Final = 1 << 20
+_MAX_TIME: Final = (1 << 63) - 1
+"""Nanoseconds since the epoch, in the year 2262: the latest time that the cache can store."""
 _HEADER_FIELD = re.compile(rb"[!-9;-~]{1,76}[ \t]*:")
 
 
@@ -83,6 +89,12 @@ class PendingUpload:
         """Why the upload was refused, or why the last attempt failed."""
         self._settled = trio.Event()
         self._attempted = trio.Event()
+        self._delays = Delays(_FIRST_RETRY, _MAX_RETRY)
+
+    def postpone(self, error: ImapfsError) -> None:
+        """Note that an attempt has failed because of this disk, and when the next one is due."""
+        self.fail(error)
+        self.due = time.monotonic() + self._delays.next()
 
     def settle(self, error: ImapfsError | None) -> None:
         """Note the outcome: the draft is on the server, or was refused because of ``error``."""
@@ -135,6 +147,7 @@ class Uploader:
         cache: Cache,
         bodies: BodyStore,
         spool: Spool,
+        journal: Journal,
         sync: Synchroniser,
         locator: Locator,
         replaced: ReplacedMessages,
@@ -147,6 +160,7 @@ class Uploader:
         self._cache = cache
         self._bodies = bodies
         self._spool = spool
+        self._journal = journal
         self._sync = sync
         self._locator = locator
         self._replaced = replaced
@@ -157,7 +171,10 @@ class Uploader:
         self._pending: dict[Ino, PendingUpload] = {}
         self._workers: dict[Ino, trio.Event] = {}
         """Mailbox -> the event that wakes its worker."""
-        self._appending: set[Ino] = set()
+        self._ended: set[str] = set()
+        """Files in the spool whose notes in the journal are no longer needed."""
+        self._noting = trio.Lock()
+        """Held while notes are written, so that no new note is taken for one that is no longer needed."""
         self._claimed: dict[Ino, trio.Event] = {}
         """Draft that one task works on -> the event that is set when it has finished."""
 
@@ -166,7 +183,7 @@ class Uploader:
     def submit(self, draft: Draft, *, now: bool = False) -> PendingUpload:
         """Have a complete draft uploaded; ``now``: without delay, as somebody waits for it.
 
-        Raises CacheError.
+        Raises CacheError if its description cannot be written. It is uploaded all the same.
         """
         pending = self._pending.get(draft.ino)
         if pending is None or pending.settled:
@@ -174,8 +191,8 @@ class Uploader:
         if now:
             pending.hurry()
         draft.state, draft.error = "sending", ""
-        draft.save()
         self._wake(draft.parent)
+        draft.save()
         return pending
 
     async def deliver(self, draft: Draft) -> None:
@@ -192,6 +209,13 @@ class Uploader:
                 raise
             await self.submit(draft, now=True).wait()
 
+    def refusal(self, draft: Draft) -> ImapfsError:
+        """Return why a draft is ``unsent``."""
+        pending = self._pending.get(draft.ino)
+        if pending is not None and pending.error is not None:
+            return pending.error.with_traceback(None)
+        return Refused(draft.error)
+
     def _wake(self, mailbox: Ino) -> None:
         news = self._workers.get(mailbox)
         if news is None:
@@ -207,18 +231,13 @@ class Uploader:
         """
         while (claim := self._claimed.get(draft.ino)) is not None:
             await claim.wait()
-        if draft.attempt is not None and self._spool.get(draft.ino) is draft:
+        while draft.attempt is not None and self._spool.get(draft.ino) is draft:
             with self._claim([draft]):
-                async with self._sync.changing(draft.parent):
-                    await self._adopt_earlier([draft])
+                await self._settle_earlier(draft.parent, [draft])
         pending = self._pending.pop(draft.ino, None)
         if pending is not None and not pending.settled:
             pending.settle(MessageGone("it was withdrawn"))
         return self._spool.get(draft.ino) is draft
-
-    def is_uploading(self, draft: Draft) -> bool:
-        """Return whether a draft is being appended, so that no synchronisation can have seen the message."""
-        return draft.ino in self._appending
 
     def pending(self) -> list[Draft]:
         """Return the drafts that are to be uploaded, now or once they are complete."""
@@ -233,6 +252,7 @@ class Uploader:
         for pending in complete:
             with contextlib.suppress(ImapfsError):
                 await pending.wait()
+        await self._drop_notes()
 
     def hurry(self) -> None:
         """Try now to upload what waits for the server."""
@@ -241,38 +261,70 @@ class Uploader:
             self._wake(pending.draft.parent)
 
     def _complete(self) -> list[PendingUpload]:
-        return [p for p in self._pending.values() if not p.settled and p.draft.state == "sending"]
+        # One that a program has open again is complete when that closes it.
+        return [
+            p
+            for p in self._pending.values()
+            if not p.settled and p.draft.state == "sending" and not p.draft.is_written
+        ]
 
     def resume(self) -> None:
-        """Continue with the drafts of an earlier process. Raises CacheError, OSError."""
+        """Continue with the drafts of an earlier process. Raises nothing."""
+        noted = self._journal.uploads
+        by_file = {draft.file.name: draft for draft in self._spool}
+        earlier = {
+            name: _complete_attempt(draft, draft.attempt)
+            for name, draft in by_file.items()
+            if draft.attempt is not None and name not in noted
+        }
+        try:
+            if earlier:
+                # An earlier version has these in the descriptions, which are written again now.
+                self._journal.begin_uploads(earlier)
+        except CacheError as error:
+            report(error, "the journal does not have the uploads that an earlier version began")
+        for name, attempt in {**earlier, **noted}.items():
+            draft = by_file.get(name)
+            if draft is not None and draft.state != "local":
+                draft.attempt = attempt
+            else:
+                # It has become a message or was deleted; or its rename to a message was lost in a power cut,
+                # and who removes the file that is local again means no message.
+                self._ended.add(name)
         for draft in self._spool:
-            mailbox = self._cache.mailbox(draft.parent)
-            if self._spool.rebooted and mailbox is not None and mailbox.server_name is not None:
-                # The note of an attempt may be lost, so the message could be anywhere in the mailbox.
-                payload = make_payload(draft)
-                draft.attempt = Attempt(
-                    mailbox.server_name, mailbox.uidvalidity, 1, len(payload.data), payload.digest
-                )
-                payload.close()
             if draft.state == "sending":
-                # If the cache has adopted it already, it is found by its attempt.
-                self.submit(draft)
+                try:
+                    # If the cache has adopted it already, it is found by its attempt.
+                    self.submit(draft)
+                except CacheError as error:
+                    report(error, f"{draft.shown} has no new description")
 
     # -- the worker of a mailbox ---------------------------------------------------------------------------
 
     async def _work(self, mailbox: Ino) -> None:
         delays = Delays(_FIRST_RETRY, _MAX_RETRY)
         try:
-            while waiting := self._waiting(mailbox):
+            while True:
+                waiting = self._waiting(mailbox)
+                if not waiting:
+                    await self._drop_notes()
+                    if not self._waiting(mailbox):
+                        return
+                    continue
                 news = self._workers[mailbox] = trio.Event()
                 pause = min(pending.due for pending in waiting) - time.monotonic()
                 if pause > 0:
                     with trio.move_on_after(pause):
                         await news.wait()
                     continue
-                batch = [pending for pending in waiting if pending.due <= time.monotonic()][:_MAX_BATCH]
+                batch = [pending for pending in waiting if pending.due <= time.monotonic()]
                 try:
-                    await self._upload(mailbox, batch)
+                    if uncertain := [pending for pending in batch if pending.draft.attempt is not None]:
+                        batch = uncertain
+                        await self._settle_batch(mailbox, batch)
+                    else:
+                        batch = batch[:_MAX_BATCH]
+                        await self._upload(mailbox, batch)
                     delays.reset()
                 except (ConnectionLost, AuthenticationFailed, Throttled) as error:
                     log.info("%d uploads wait for the server: %s", len(batch), error)
@@ -330,16 +382,32 @@ class Uploader:
         except (ConnectionLost, AuthenticationFailed, Throttled):
             raise
         except Exception as error:
-            failure = report(error, f"{len(batch)} files were not uploaded")
-            for pending in batch:
-                if not pending.settled and not isinstance(failure, CacheError):
-                    self._refuse(pending, failure)
-                elif not pending.settled:
-                    pending.due = time.monotonic() + _MAX_RETRY
-                    pending.fail(failure)
+            self._fail(batch, error)
         finally:
             for prepared in ready:
                 prepared.payload.close()
+
+    async def _settle_batch(self, mailbox: Ino, batch: Sequence[PendingUpload]) -> None:
+        """Find out what has become of earlier attempts; those that were not uploaded wait for the next batch.
+
+        Raises ConnectionLost, Throttled, AuthenticationFailed if this has to wait.
+        """
+        try:
+            with self._claim([pending.draft for pending in batch]):
+                await self._settle_earlier(mailbox, [pending.draft for pending in batch])
+            await self._replaced.remove_all()
+        except (ConnectionLost, AuthenticationFailed, Throttled):
+            raise
+        except Exception as error:
+            self._fail(batch, error)
+
+    def _fail(self, batch: Sequence[PendingUpload], error: Exception) -> None:
+        failure = report(error, f"{len(batch)} files were not uploaded")
+        for pending in batch:
+            if not pending.settled and not isinstance(failure, CacheError):
+                self._refuse(pending, failure)
+            elif not pending.settled:
+                pending.postpone(failure)
 
     def _refuse(self, pending: PendingUpload, error: ImapfsError) -> None:
         draft = pending.draft
@@ -361,7 +429,7 @@ class Uploader:
                 return None
             if not _HEADER_FIELD.match(payload.data[:100]):
                 raise Invalid("it is no mail message: the first line is no header field")
-            if draft.base is not None and draft.attempt is None:
+            if draft.base is not None:
                 old = self._locator.find(draft.base.ref)
                 # If another client has deleted the old version, this is simply a new message.
                 with contextlib.suppress(MessageGone, MailboxGone):
@@ -381,10 +449,9 @@ class Uploader:
             # The other drafts of the batch need not wait for a problem of this one with the disk.
             if isinstance(error, OSError):
                 error = CacheError.from_os_error(error, f"cannot read {draft.file}")
-            pending.due = time.monotonic() + _MAX_RETRY
-            pending.fail(report(error, f"{draft.shown} is not uploaded yet"))
+            pending.postpone(report(error, f"{draft.shown} is not uploaded yet"))
             return None
-        date, zone = draft.mtime // 1_000_000_000, 0
+        date, zone = min(draft.mtime, _MAX_TIME) // 1_000_000_000, 0
         if draft.base is not None and not draft.timed:
             date, zone = draft.base.date, draft.base.zone
         return _Prepared(pending, payload, Upload(payload.data, draft.flags, date, zone))
@@ -416,7 +483,7 @@ class Uploader:
     def _keep_attributes(self, draft: Draft, date: int) -> None:
         """Keep mtime and mode of a draft where they do not follow from the message and its INTERNALDATE."""
         if draft.timed or draft.mtime // 1_000_000_000 != date:
-            self._cache.set_local(draft.ino, mtime=draft.mtime)
+            self._cache.set_local(draft.ino, mtime=min(draft.mtime, _MAX_TIME))
         if draft.mode != 0o600:
             self._cache.set_local(draft.ino, mode=draft.mode)
 
@@ -425,44 +492,33 @@ class Uploader:
     async def _append(self, directory: Ino, ready: list[_Prepared]) -> None:
         """Append messages and adopt them. The caller has the mailbox in exclusive use."""
         mailbox = self._locator.mailbox(directory)
-        uncertain = {p.draft.ino: p.draft for p in ready if p.draft.attempt is not None}
-        await self._adopt_earlier(list(uncertain.values()))
-        # The others of these are compared with their old versions first, in the next batch.
-        ready = [p for p in ready if p.draft.ino not in uncertain and p.payload.is_current(p.draft)]
+        ready = [p for p in ready if p.payload.is_current(p.draft)]
         if not ready:
             return
         batch = AppendBatch(mailbox, [prepared.message for prepared in ready])
         await self._pool.run(batch.prepare, mailbox.name)
         mailbox = replace(mailbox, uidvalidity=batch.uidvalidity)
-        for prepared in ready:
-            draft, payload = prepared.draft, prepared.payload
-            draft.attempt = Attempt(
-                mailbox.name, mailbox.uidvalidity, batch.uidnext, len(payload.data), payload.digest
-            )
-            draft.save()
-        appending = {prepared.draft.ino for prepared in ready}
-        self._appending |= appending
-        try:
-            await self._pool.run(batch.run, mailbox.name, repeat=False)
-        finally:
-            self._appending -= appending
+        await self._note(mailbox, batch.uidnext, ready)
+        await self._pool.run(batch.run, mailbox.name, repeat=False)
         unlisted: dict[Ino, tuple[_Prepared, int | None]] = {}
         throttled: Throttled | None = None
         for prepared, outcome in zip(ready, batch.outcomes, strict=True):
             draft = prepared.draft
             if isinstance(outcome, Throttled):
-                draft.attempt, throttled = None, outcome
+                throttled = outcome
+                self._drop_note(draft)
             elif isinstance(outcome, Refused):
-                draft.attempt = None
+                self._drop_note(draft)
                 self._refuse(prepared.pending, outcome)
             elif outcome is not None and (data := batch.listed(outcome)) is not None:
                 self._adopt(mailbox, draft, data, prepared.payload, prepared.message.flags)
             else:
                 # Even if a UID was named: Courier names a wrong one in a mailbox that was only examined.
                 unlisted[draft.ino] = prepared, outcome
-        found = await self._adopt_earlier([prepared.draft for prepared, _ in unlisted.values()])
+        search = await self._search([prepared.draft for prepared, _ in unlisted.values()])
+        settled = await self._adopt_found(search)
         for prepared, uid in unlisted.values():
-            if prepared.draft.ino in found:
+            if prepared.draft.ino in settled:
                 continue
             if uid is not None and uid >= batch.uidnext:
                 # Another client, or a filter, has moved it away at once.
@@ -476,25 +532,107 @@ class Uploader:
 
     # -- after APPEND --------------------------------------------------------------------------------------
 
-    async def _adopt_earlier(self, uncertain: Sequence[Draft]) -> set[Ino]:
-        """Adopt the drafts that an earlier attempt has uploaded, and return which; the others were not."""
-        if not uncertain:
-            return set()
+    async def _settle_earlier(self, directory: Ino, uncertain: Sequence[Draft]) -> None:
+        """Find out whether an earlier attempt has uploaded these drafts, and adopt those that it has.
+
+        The search needs no lock: who waits for the mailbox does not wait for that.
+        """
+        search = await self._search(uncertain)
+        async with self._sync.changing(directory):
+            await self._adopt_found(search)
+
+    async def _search(self, uncertain: Sequence[Draft]) -> UploadSearch:
         search = UploadSearch(uncertain, self._is_other)
-        await self._pool.run(search.run)
-        for draft, attempt, data in search.found:
-            mailbox = self._locator.named(attempt.mailbox, attempt.uidvalidity)
-            payload = await trio.to_thread.run_sync(make_payload, draft)
+        if uncertain:
+            await self._pool.run(search.run)
+        return search
+
+    async def _adopt_found(self, search: UploadSearch) -> set[Ino]:
+        """Adopt what a search has found. Return the drafts that are not to be uploaded.
+
+        These are on the server, or it is not known whether they are, and a person has to decide.
+        """
+        settled: set[Ino] = set()
+        for draft, attempt, answer in search.answers:
+            if draft.attempt != attempt or self._spool.get(draft.ino) is not draft:
+                continue  # its mailbox was renamed meanwhile: searched again
+            if answer.found is not None and self._is_other(draft, attempt, answer.found.uid or Uid(0)):
+                continue  # another task has found that this is the upload of an equal file: searched again
+            if answer.found is not None:
+                mailbox = self._locator.named(attempt.mailbox, attempt.uidvalidity)
+                payload = await trio.to_thread.run_sync(make_payload, draft)
+                try:
+                    same = payload.digest == attempt.digest
+                    self._adopt(mailbox, draft, answer.found, payload if same else None, draft.flags)
+                finally:
+                    payload.close()
+                settled.add(draft.ino)
+            elif answer.perhaps is not None:
+                self._leave_to_person(draft, attempt, answer.perhaps)
+                settled.add(draft.ino)
+            self._drop_note(draft)
+        return settled
+
+    def _leave_to_person(self, draft: Draft, attempt: Attempt, uid: Uid) -> None:
+        """Keep a draft of which nobody knows whether it is on the server: nothing is removed or repeated."""
+        where = attempt.mailbox.decode("utf-8", "replace")
+        error = Refused(
+            f"it may be the message with UID {uid} in {where}, but that has other bytes: compare them, then "
+            "delete this file or run 'imapfs retry'"
+        )
+        pending = self._pending.get(draft.ino)
+        if pending is not None:
+            self._refuse(pending, error)
+        elif draft.state != "local":
+            draft.state, draft.error = "unsent", str(error)
+            draft.save()
+
+    async def _note(self, mailbox: ServerMailbox, uidnext: int, ready: Sequence[_Prepared]) -> None:
+        """Note where drafts are about to be uploaded: durable on return, before anything is sent."""
+        attempts: dict[str, Attempt] = {}
+        for prepared in ready:
+            payload = prepared.payload
+            what = len(payload.data), payload.digest, payload.message_id
+            attempts[prepared.draft.file.name] = Attempt(mailbox.name, mailbox.uidvalidity, uidnext, *what)
+        await self._write_notes(attempts)
+        for prepared in ready:
+            prepared.draft.attempt = attempts[prepared.draft.file.name]
+
+    def _drop_note(self, draft: Draft) -> None:
+        """Note that the outcome of an attempt is known."""
+        if draft.attempt is not None:
+            self._ended.add(draft.file.name)
+            draft.attempt = None
+
+    async def _drop_notes(self) -> None:
+        """Remove notes that are no longer needed from the journal. Raises nothing."""
+        try:
+            await self._write_notes({})
+        except CacheError as error:
+            report(error, "notes of uploads that are done stay in the journal")
+
+    async def _write_notes(self, attempts: dict[str, Attempt]) -> None:
+        """Add notes to the journal, and remove those that are no longer needed. Raises CacheError."""
+        async with self._noting:
+            ended, self._ended = self._ended, set()
+            kept = [draft.ino for draft in self._spool if draft.file.name in ended]
+
+            def write() -> None:
+                # A draft without a note was not uploaded. So one that was is gone before its note is, or goes
+                # on as a new version of the message.
+                for ino in kept:
+                    self._spool.sync(ino)
+                if ended:
+                    self._spool.sync_removals()
+                self._journal.begin_uploads(attempts, ended)
+
+            if not attempts and not ended:
+                return
             try:
-                same = payload.digest == attempt.digest
-                self._adopt(mailbox, draft, data, payload if same else None, draft.flags)
-            finally:
-                payload.close()
-        found = {draft.ino for draft, _, _ in search.found}
-        for draft in uncertain:
-            if draft.ino not in found:
-                draft.attempt = None
-        return found
+                await trio.to_thread.run_sync(write)
+            except CacheError:
+                self._ended |= ended
+                raise
 
     def _is_other(self, draft: Draft, attempt: Attempt, uid: Uid) -> bool:
         """Return whether a message is known to be another one than a draft may have become."""
@@ -508,7 +646,7 @@ class Uploader:
 
     def _was_removed(self, mailbox: ServerMailbox, draft: Draft, uid: Uid, payload: Payload) -> None:
         """Forget a draft that was uploaded as ``uid`` and then removed by another client."""
-        draft.attempt = None
+        self._drop_note(draft)
         if payload.is_current(draft):
             self._hub.publish(Changes(mailbox.ino, gone=[_as_node(draft, uid)]))
             if draft.base is not None:
@@ -547,6 +685,7 @@ class Uploader:
             self._bodies.take(draft.file, draft.ino, message.uid)
         self._keep_attributes(draft, message.date)
         self._spool.forget(draft)
+        self._drop_note(draft)
         self._finish(draft, altered=payload.converted or not same)
         if draft.flags != flags:
             self._nursery.start_soon(self._update_flags, draft, set(flags.split()))
@@ -572,8 +711,8 @@ class Uploader:
             self._replaced.note(draft.base.ref)
         ref = replace(mailbox.ref(message.uid), date=message.date, size=message.size)
         draft.base = Base(ref, message.date, message.zone)
-        draft.attempt = None
         draft.save()
+        self._drop_note(draft)
         pending = self._pending.get(draft.ino)
         if pending is not None and draft.state != "sending":
             del self._pending[draft.ino]
@@ -587,6 +726,22 @@ class Uploader:
         self._cache.touch_directory(draft.parent)
         if pending is not None:
             pending.settle(None)
+
+
+def _complete_attempt(draft: Draft, attempt: Attempt) -> Attempt:
+    """Return an attempt that an earlier version has noted, with what it did not note.
+
+    Its digest is without the line ends at the end.
+    """
+    with contextlib.suppress(OSError):
+        payload = make_payload(draft)
+        try:
+            text = bytes(payload.data).rstrip(b"\r\n")
+            if hashlib.sha256(text).hexdigest() == attempt.digest:
+                return replace(attempt, digest=payload.digest, message_id=payload.message_id)
+        finally:
+            payload.close()
+    return attempt
 
 
 def _equal(content: bytes, data: mmap.mmap) -> bool:

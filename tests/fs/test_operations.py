@@ -271,15 +271,80 @@ def test_a_file_is_uploaded_when_its_last_writer_closes_it(filled: Account, star
     assert [message.content for message in held(filled, "Work").values()] == [plain(10)]
 
 
-def test_fsync_returns_when_the_server_has_it(filled: Account, start: Start) -> None:
+def test_fsync_by_a_writer_publishes_no_half(filled: Account, start: Start) -> None:
+    """A program that fsyncs while it writes lost bytes, and left halves in Trash (``dd oflag=sync``)."""
     files = start(filled)
+    text = plain(10, 30_000).replace(b"\r\n", b"\n")
     with files.open("Work/new.eml", "w") as file:
-        file.write(plain(10))
+        for start_of in range(0, len(text), 4096):
+            file.write(text[start_of : start_of + 4096])
+            file.fsync()
+            assert held(filled, "Work") == {}
+        assert files.read("Work/new.eml") == text, "its bytes do not change under a writer"
+    files.end()
+    assert everything(filled)["Work"][0].content == plain(10, 30_000)
+    assert sorted(everything(filled)) == ["INBOX", "Work"]
+
+
+def test_fsync_without_a_writer_returns_when_the_server_has_it(filled: Account, start: Start) -> None:
+    files = start(filled)
+    files.write("Work/new.eml", plain(10))
+    with files.open("Work/new.eml", "r") as file:
         file.fsync()
-        assert [message.content for message in held(filled, "Work").values()] == [plain(10)]
-        file.write(b"more\r\n")
+    assert [message.content for message in held(filled, "Work").values()] == [plain(10)]
+
+
+def test_fsync_without_a_writer_gives_the_refusal(filled: Account, start: Start) -> None:
+    files = start(filled, expected_log=["no mail message"])
+    files.write("Work/new.eml", NO_MAIL)
+    with files.open("Work/new.eml", "r") as file:
+        for _ in range(2):
+            fails_with(errno.EINVAL, file.fsync)
+    files.unlink("Work/new.eml")
+
+
+def test_a_file_renamed_while_it_is_written_is_uploaded_when_it_is_closed(
+    filled: Account, start: Start
+) -> None:
+    """The version with CRLF replaced the file under the writer's offset, and bytes went wrong."""
+    files = start(filled)
+    text = plain(10).replace(b"\r\n", b"\n")
+    with files.open("Work/tmp", "w") as file:
+        file.write(text[:500])
+        files.rename("Work/tmp", "Work/new.eml")
+        files.settle()
+        assert held(filled, "Work") == {}
+        file.write(text[500:])
+    files.end()
+    assert sorted(everything(filled)) == ["INBOX", "Work"]
+    assert [message.content for message in held(filled, "Work").values()] == [plain(10)]
+
+
+def test_a_file_opened_for_writing_before_it_is_uploaded_keeps_its_bytes(
+    filled: Account, start: Start
+) -> None:
+    """What a program appends belongs behind the bytes that it sees, not behind those that are uploaded."""
+    files = start(filled)
+    text = plain(10).replace(b"\r\n", b"\n")
+    files.write("Work/new.eml", text)
+    with files.open("Work/new.eml", "r+") as file:
+        files.settle()
+        assert file.read() == text
+        file.write(text[:10])
+        file.write(text[10:] + b"more\n")
     files.end()
     assert [message.content for message in held(filled, "Work").values()] == [plain(10) + b"more\r\n"]
+
+
+def test_a_time_after_2262_does_not_keep_a_message_from_the_server(filled: Account, start: Start) -> None:
+    """The cache cannot store it: the message was appended, and the file stayed unsent."""
+    files = start(filled)
+    files.write("Work/.new", plain(10), mtime=10_000_000_000)
+    files.rename("Work/.new", "Work/new.eml")
+    assert files.waiting() == []
+    assert files.stat("Work/new.eml").mtime_ns == 2**63 - 1
+    files.end()
+    assert [message.content for message in held(filled, "Work").values()] == [plain(10)]
 
 
 def test_a_rename_to_a_message_name_returns_when_the_server_has_it(filled: Account, start: Start) -> None:
@@ -698,9 +763,8 @@ def test_a_refused_rename_of_a_change_leaves_its_name(filled: Account, start: St
     files = start(filled, expected_log=["no mail message"])
     target = files.file(1)
     names = sorted(files.listdir("INBOX"))
-    with files.open(target, "w") as file:
-        file.write(NO_MAIL)
-        fails_with(errno.EINVAL, files.rename, target, "INBOX/other.eml")
+    files.write(target, NO_MAIL)
+    fails_with(errno.EINVAL, files.rename, target, "INBOX/other.eml")
     assert sorted(files.listdir("INBOX")) == names
     assert files.read(target) == NO_MAIL
     files.write(target, plain(1), sync=True)
@@ -711,9 +775,8 @@ def test_a_refused_rename_of_a_change_leaves_its_name(filled: Account, start: St
 def test_a_refused_rename_of_a_change_leaves_what_it_was_to_replace(filled: Account, start: Start) -> None:
     files = start(filled, delete="expunge", expected_log=["no mail message"])
     target, other = files.file(1), files.file(2)
-    with files.open(target, "w") as file:
-        file.write(NO_MAIL)
-        fails_with(errno.EINVAL, files.rename, target, other)
+    files.write(target, NO_MAIL)
+    fails_with(errno.EINVAL, files.rename, target, other)
     assert files.read(target) == NO_MAIL
     assert files.read(other) == plain(2)
     assert everything(filled) == {"INBOX": inbox(1, 2, 3)}

@@ -51,7 +51,7 @@ STAGES = {
     "status": "STATUS: `getfattr` of a directory not yet listed",
     "fetch": "in the literal of a FETCH: reading a message",
     "append": "in the literal of an APPEND: `cp` to the mount",
-    "fsync": "the answer to an APPEND: `cp` with `fsync`",
+    "fsync": "the answer to an APPEND: `cp`, then `sync FILE`",
     "move": "UID MOVE, before it",
     "moved": "UID MOVE, after it: the answer",
 }
@@ -300,7 +300,8 @@ def copying(world: World, *, sync: bool = False) -> tuple[Request, Request]:
     def copy() -> None:
         with path.open("wb", buffering=0) as file:
             file.write(plain(number, LARGE))
-            if sync:
+        if sync:
+            with path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def right() -> None:

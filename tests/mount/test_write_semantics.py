@@ -56,11 +56,11 @@ def fails_with(number: int, call: Callable[..., object], *arguments: object) -> 
 
 
 def write(path: Path, data: bytes, *, sync: bool = False, mtime: int | None = None) -> None:
-    """Write a file and close it; with ``sync`` fsync comes before, whose errno is raised."""
+    """Write a file and close it; with ``sync`` wait for the server as sync(1) does, whose errno is raised."""
     with open(path, "wb") as file:
         file.write(data)
-        file.flush()
-        if sync:
+    if sync:
+        with open(path, "rb") as file:
             os.fsync(file.fileno())
     if mtime is not None:
         os.utime(path, (mtime, mtime))
@@ -351,14 +351,17 @@ def test_over_quota(full_dovecot: Dovecot, mount: Mounter) -> None:
 
 def test_a_mailbox_deleted_under_an_open_file(filled: Account, mount: Mounter) -> None:
     with Proxy(filled.server) as proxy:
-        mounted = mount(proxy.account(filled), expected_log=["is not uploaded:"])
-        with (mounted.path / "Work" / "new.eml").open("wb", buffering=0) as file:
+        mounted = mount(proxy.account(filled), expected_log=["is not uploaded:", "its mailbox was deleted"])
+        path = mounted.path / "Work" / "new.eml"
+        with path.open("wb", buffering=0) as file:
             file.write(plain(10))
             with filled.client() as client:
                 assert client.delete("Work")[0] == "OK"
             # A connection that knows the mailbox would make Dovecot stumble: NO [SERVERBUG].
             proxy.cut_all()
+        with path.open("rb") as file:
             fails_with(errno.ENOENT, _fsync_again, file.fileno())
+        wait_until((mounted.path / "new.eml").exists, "the file is at the top of the mount")
         _check_left_unsent(mounted)
 
 

@@ -10,6 +10,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple, TypeVar
@@ -145,10 +146,11 @@ class FileTree(ABC):
     def write(
         self, path: str, data: bytes, mode: Mode = "w", *, sync: bool = False, mtime: int | None = None
     ) -> None:
-        """Write to a file and close it, after an fsync if ``sync``; then set its ``mtime``."""
+        """Write to a file and close it; if ``sync``, wait for the server as sync(1) does; set ``mtime``."""
         with self.open(path, mode) as file:
             file.write(data)
-            if sync:
+        if sync:
+            with self.open(path, "r") as file:
                 file.fsync()
         if mtime is not None:
             self.utime(path, mtime)
@@ -268,7 +270,11 @@ class ModelFile(OpenFile):
         self._offset += self._tree.run(self._tree.model.files.write, self._ino, self._offset, data)
 
     def fsync(self) -> None:
-        self._tree.run(self._tree.model.fs.fsync, self._ino)
+        self._tree.run(partial(self._tree.model.fs.fsync, self._ino, writing=self._writing))
+
+    def flush(self) -> None:
+        """Do what close() waits for. The rest, RELEASE, may be lost with the mount."""
+        self._tree.run(self._tree.model.files.flush, self._ino)
 
     def close(self) -> None:
         async def close() -> None:
@@ -407,7 +413,7 @@ class ModelTree(FileTree):
         entry = self.run(self._entry, path)
         return Status(entry.ino, entry.size, entry.mtime)
 
-    def open(self, path: str, mode: Mode) -> OpenFile:
+    def open(self, path: str, mode: Mode) -> ModelFile:
         async def opened() -> tuple[Ino, int]:
             fs, files = self.model.fs, self.model.files
             parent, name = await self._parent(path)

@@ -4,27 +4,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 from imapfs.fs.tree import MailTree
 from imapfs.model import ROOT, Ino, ModSeq, Uid, UidValidity
 from imapfs.store.cache import Cache
+from imapfs.store.journal import Attempt
 from imapfs.store.rows import Directory, NewMessage, Node
-from imapfs.store.spool import Attempt, Base, Draft, Spool
-from imapfs.sync.upload import Uploader
+from imapfs.store.spool import Base, Draft, Spool
 
 DATE = 1_700_000_000
 UIDVALIDITY = UidValidity(99)
-
-
-class IdleUploader:
-    """Stands for the uploader: drafts are being sent if a test says so."""
-
-    def __init__(self) -> None:
-        self.being_sent: set[Ino] = set()
-
-    def is_uploading(self, draft: Draft) -> bool:
-        return draft.ino in self.being_sent
 
 
 @dataclass
@@ -33,7 +22,6 @@ class Model:
 
     cache: Cache
     spool: Spool
-    uploader: IdleUploader
     tree: MailTree
     mailboxes: list[str] = field(default_factory=list)
 
@@ -116,7 +104,7 @@ def model(directory: Path, spool_directory: Path | None = None) -> Iterator[Mode
     """Make an account without mailboxes in a directory, with a spool of its own or that of another one."""
     cache = Cache.open(directory / "cache", "uid")
     try:
-        spool, uploader = Spool(spool_directory or directory / "spool"), IdleUploader()
-        yield Model(cache, spool, uploader, MailTree(cache, spool, cast(Uploader, uploader)))
+        spool = Spool(spool_directory or directory / "spool")
+        yield Model(cache, spool, MailTree(cache, spool))
     finally:
         cache.close()

@@ -111,8 +111,8 @@ def test_drafts_follow_their_mailbox(account: Model, mounted: Mounted) -> None:
         assert found.base.ref.mailbox == b"Old"
     for found in (below, on_disk(account, below)):
         assert found.path == (b"Old", b"May")
-        assert found.attempt is not None
-        assert found.attempt.mailbox == b"Old/May"
+    assert below.attempt is not None
+    assert below.attempt.mailbox == b"Old/May"
     assert beside.path == (b"Work",)
     assert [ref.mailbox for ref in mounted.journal.removals] == [b"Old"]
     assert mounted.published == []

@@ -140,28 +140,16 @@ def test_a_message_has_the_attributes_of_the_draft_that_was_left_behind(account:
     assert child(account, account.ino("INBOX"), "1.eml").draft is draft
 
 
-def test_what_a_draft_has_become_is_not_shown_beside_it(account: Model) -> None:
+def test_no_message_is_hidden_because_it_is_like_an_upload_of_unknown_outcome(account: Model) -> None:
+    """A program that copies a directory would miss it, and a backup with ``--delete`` would drop it."""
     inbox = account.ino("INBOX")
     draft = account.write("INBOX", b"new.eml", b"x" * 100)
     account.attempt(draft, "INBOX", 5)
-    # Servers may add a line end.
-    account.deliver("INBOX", 4, size=100)
-    _, _, named = account.deliver("INBOX", 5, 6, 7, size=101)
-    account.deliver("INBOX", 8, size=99)
-    account.deliver("INBOX", 9, size=103)
-    account.cache.rename(named, b"mine.eml")
-    shown = ["new.eml", "4.eml", "mine.eml", "8.eml", "9.eml"]
+    account.deliver("INBOX", 4, 5, 6, size=100)
+    shown = ["new.eml", "4.eml", "5.eml", "6.eml"]
     assert account.names(inbox) == shown
-    for name in ("5.eml", "6.eml"):
-        assert account.tree.child(inbox, name.encode()) is None
     for name in shown:
         child(account, inbox, name)
-    # It was given the number of another UIDVALIDITY, or of another mailbox.
-    account.deliver("Work", 5, size=100)
-    assert account.names(account.ino("Work")) == ["2024", "5.eml"]
-    # While it is being sent, no synchronisation can have seen what becomes of it.
-    account.uploader.being_sent = {draft.ino}
-    assert account.names(inbox) == ["new.eml", "4.eml", "5.eml", "6.eml", "mine.eml", "8.eml", "9.eml"]
 
 
 # -- pages
@@ -186,11 +174,13 @@ def test_pages_have_every_entry_once(account: Model, small_pages: None) -> None:
 
 
 def test_a_page_of_nothing_to_show_is_not_the_end(account: Model, small_pages: None) -> None:
-    draft = account.write("INBOX", b"new.eml", b"x" * 100)
-    account.attempt(draft, "INBOX", 1)
-    account.deliver("INBOX", *range(1, 3 * SMALL_PAGE + 1), size=100)
-    account.deliver("INBOX", 50, size=7)
-    assert account.names(account.ino("INBOX")) == ["new.eml", "50.eml"]
+    uids = range(1, 3 * SMALL_PAGE + 1)
+    account.deliver("INBOX", *uids)
+    account.deliver("INBOX", 50)
+    names = [f"{uid}.eml" for uid in uids]
+    for name in names:
+        account.write("INBOX", name.encode())
+    assert account.names(account.ino("INBOX")) == ["50.eml", *names]
 
 
 # -- a subtree

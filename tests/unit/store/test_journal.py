@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from imapfs.errors import CacheError
 from imapfs.model import MessageRef, Uid, UidValidity
 from imapfs.store import journal as module
-from imapfs.store.journal import Journal, PendingMove
+from imapfs.store.journal import Attempt, Journal, PendingMove
 from tests.conftest import ExpectedLog
 
 NAMES = st.binary(min_size=1, max_size=60)
@@ -187,3 +187,41 @@ def test_removals_follow_a_renamed_mailbox(path: Path) -> None:
     journal.rename_mailbox(b"Old", b"New", b"/")
     expected = {ref(1, mailbox) for mailbox in (b"New", b"New/below", b"Older", b"INBOX")}
     assert {*journal.removals} == {*Journal(path).removals} == expected
+
+
+def attempt(uidnext: int, mailbox: bytes = b"INBOX") -> Attempt:
+    return Attempt(mailbox, UidValidity(1), uidnext, 100, "ab", "<x@example.org>")
+
+
+def test_the_uploads_of_a_batch_are_durable_with_one_fsync(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand files that are copied in must not wait for a thousand writes to the disk."""
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    batch = {str(n): attempt(n, b"B\xf6x") for n in range(100)}
+    Journal(path).begin_uploads(batch)
+    assert synced == [str(path), str(path.parent)]
+    assert Journal(path).uploads == batch
+
+
+def test_a_new_note_replaces_the_one_that_is_no_longer_needed(path: Path) -> None:
+    journal = Journal(path)
+    journal.begin_uploads({"7": attempt(1), "8": attempt(2)})
+    journal.begin_uploads({"7": attempt(5)}, ended={"7", "8", "9"})
+    assert journal.uploads == Journal(path).uploads == {"7": attempt(5)}
+    journal.begin_uploads({}, ended={"7"})
+    assert not path.exists()
+
+
+def test_uploads_follow_a_renamed_mailbox(path: Path) -> None:
+    journal = Journal(path)
+    journal.begin_uploads({"7": attempt(1, b"Work/May"), "8": attempt(2)})
+    journal.rename_mailbox(b"Work", b"Old", b"/")
+    assert journal.uploads == Journal(path).uploads == {"7": attempt(1, b"Old/May"), "8": attempt(2)}

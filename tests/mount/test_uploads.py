@@ -1,0 +1,143 @@
+"""No upload is inferred: what is not proven to be on the server stays here, and nothing else is touched."""
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.mount.test_write_faults import arm, drain, kill_within, put, spool_of
+from tests.support.mail import plain
+from tests.support.mailboxes import Held, everything, file_of, settle, waiting
+from tests.support.mounting import Mount, Mounter, wait_until
+from tests.support.servers.dovecot import Account
+from tests.support.servers.proxy import Proxy
+
+DATE = 1_700_000_000
+LATER = 1_750_000_000
+NEW = Held(plain(9), LATER, frozenset())
+
+
+@pytest.fixture
+def proxy(user: Account) -> Iterator[Proxy]:
+    with Proxy(user.server) as proxy:
+        yield proxy
+
+
+def as_after_reboot(mount: Mount) -> None:
+    """Have the next mount of an earlier version find that the machine was restarted."""
+    (spool_of(mount) / "boot").write_text("another time")
+
+
+def eight_bit(size: int) -> bytes:
+    head = b"From: J\xf6rg <j@example.org>\r\nSubject: old\r\n\r\n"
+    return head + b"y" * (size - len(head) - 2) + b"\r\n"
+
+
+def test_a_file_is_not_taken_for_a_message_of_equal_size(user: Account, mount: Mounter, proxy: Proxy) -> None:
+    """It was dropped: on no server, not in the spool, and the other message showed its bytes."""
+    mounted = mount(proxy.account(user))
+    fault = arm(proxy, b"APPEND", "command", "stall", 1)
+    put(mounted.path / "INBOX" / "new.eml", NEW)
+    fault.wait_hit()
+    other = Held(eight_bit(len(NEW.content)), DATE, frozenset())
+    user.append("INBOX", other.content, DATE)
+    proxy.cut_all()
+    proxy.resume()
+    drain(mounted)
+    for path in (mounted.path / "INBOX").iterdir():
+        assert path.read_bytes() == (NEW if path.name == "new.eml" else other).content
+    mounted.unmount()
+    assert sorted(everything(user)["INBOX"]) == sorted([NEW, other])
+
+
+def test_what_may_be_the_upload_or_not_is_left_to_a_person(
+    user: Account, mount: Mounter, proxy: Proxy
+) -> None:
+    """Another client adds a message with the same Message-ID: neither of the two may be dropped."""
+    mounted = mount(proxy.account(user), expected_log=["is not uploaded: it may be the message with UID 1"])
+    fault = arm(proxy, b"APPEND", "command", "stall", 1)
+    path = mounted.path / "INBOX" / "new.eml"
+    put(path, NEW)
+    fault.wait_hit()
+    other = NEW.content[:-20] + b"z" * 18 + b"\r\n"
+    user.append("INBOX", other, DATE)
+    proxy.cut_all()
+    proxy.resume()
+    settle(mounted)
+    wait_until(lambda: waiting(mounted) == [("INBOX/new.eml", "unsent")], "nobody knows")
+    assert b"UID 1 in INBOX" in os.getxattr(path, "user.imap.error")
+    assert path.read_bytes() == NEW.content
+    wait_until(lambda: len(os.listdir(mounted.path / "INBOX")) == 2, "the other one is shown as well")
+    assert [message.content for message in everything(user)["INBOX"]] == [other]
+    # The person says that it is another one.
+    os.setxattr(path, "user.imap.state", b"sending")
+    drain(mounted)
+    mounted.unmount()
+    assert sorted(message.content for message in everything(user)["INBOX"]) == sorted([other, NEW.content])
+
+
+def test_after_a_reboot_files_that_were_not_uploaded_are_no_messages(
+    user: Account, mount: Mounter, proxy: Proxy
+) -> None:
+    """``rm`` of a local copy deleted the message, others vanished from ``ls``, and each file was searched for
+    in the whole mailbox under its lock: 64 MB for 60 files and 3,000 messages."""
+    messages = [Held(plain(n), DATE + n, frozenset({"\\Seen"})) for n in range(1, 5)]
+    user.deliver("INBOX", [(one.content, one.date, "S") for one in messages])
+    first = mount(proxy.account(user), expected_log=["offline"])
+    inbox = first.path / "INBOX"
+    names = sorted(os.listdir(inbox))
+    (inbox / "copy.bak").write_bytes(messages[0].content)
+    proxy.refuse()
+    proxy.cut_all()
+    put(inbox / "new.eml", Held(plain(9), LATER, frozenset()))
+    first.kill()
+    as_after_reboot(first)
+    user.start_trace()
+    mounted = mount(
+        proxy.account(user), cache=first.cache, expected_log=["mounted from the cache", "offline"]
+    )
+    inbox = mounted.path / "INBOX"
+    # Without the server, too: nobody has to be asked.
+    (inbox / "copy.bak").unlink()
+    assert sorted(os.listdir(inbox)) == sorted([*names, "new.eml"])
+    proxy.accept()
+    drain(mounted)
+    assert sorted(os.listdir(inbox)) == sorted([*names, "new.eml"])
+    mounted.unmount()
+    assert not [line for line in user.protocol_trace() if b"BODY.PEEK[])" in line], "no candidate is fetched"
+    assert everything(user) == {"INBOX": [*messages, NEW]}
+
+
+def test_the_search_for_an_upload_keeps_nobody_waiting(user: Account, mount: Mounter, proxy: Proxy) -> None:
+    """It was made under the lock of the mailbox: a flag waited 22 s."""
+    user.deliver("INBOX", [(plain(1), DATE, "")])
+    killed = mount(proxy.account(user))
+    assert len(os.listdir(killed.path / "INBOX")) == 1
+    fault = proxy.fault(b"APPEND", "stall", at="answer")
+    kill_within(fault, proxy, lambda m: put(m.path / "INBOX" / "new.eml", NEW), killed)
+    note = json.loads((spool_of(killed).parent / "journal.json").read_text())["add"]["upload"]
+    assert (note["size"], note["uidnext"]) == (len(NEW.content), 2)
+    looked = proxy.fault(rb"UID FETCH \d+ \(UID BODY", "stall")
+    mounted = mount(proxy.account(user), cache=killed.cache)
+    looked.wait_hit()
+    os.setxattr(file_of(mounted, 1), "user.imap.flagged", b"1")
+    proxy.resume()
+    drain(mounted)
+    mounted.unmount()
+    assert everything(user) == {"INBOX": [Held(plain(1), DATE, frozenset({"\\Flagged"})), NEW]}
+
+
+def test_files_that_are_closed_before_the_unmount_are_uploaded(user: Account, mount: Mounter) -> None:
+    """Files that threads had closed before ``fusermount3 -u`` became ``unsent`` now and then."""
+    mounted = mount(user)
+
+    def copy(number: int) -> None:
+        (mounted.path / "INBOX" / f"{number}.eml").write_bytes(plain(number))
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(copy, range(48)))
+    mounted.unmount()
+    assert len(everything(user)["INBOX"]) == 48
+    assert not list(spool_of(mounted).glob("[0-9]*"))
