@@ -1,7 +1,7 @@
 """Plain data types that all layers share: no I/O, and no behaviour beyond their own invariants."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NewType, Protocol
 
@@ -142,3 +142,5 @@ class MountConfig:
     read_only: bool
     fuse_options: frozenset[str]
     """Options that are passed on to fusermount3, such as ``allow_other``."""
+    spool_dir: Path | None = field(default=None, kw_only=True)
+    """The directory with a subdirectory for each account's spool and journal; None for ``cache_dir``."""

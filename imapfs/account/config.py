@@ -224,6 +224,10 @@ def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config
     ``options`` is as for `locate`; mount options (-o) add to the entry's. Raises UsageError.
     """
     located = locate(source, options, config_path)
+    import platformdirs
+
+    # A cache in another place has its spool beside it, so that both can be moved together.
+    is_elsewhere = "cache-dir" in located.entry or "cache-dir" in located.given
     read_only, fuse_options = _read_only(located.entry, located.given)
     fields = {
         **_fields(MountConfig, located.options),
@@ -231,6 +235,7 @@ def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config
         "mountpoint": mountinfo.real_path(mountpoint),
         "read_only": read_only,
         "fuse_options": fuse_options,
+        "spool_dir": None if is_elsewhere else platformdirs.user_data_path("imapfs"),
     }
     return Resolved(MountConfig(**fields), located.credentials, located.options.get("log-file"))
 
