@@ -171,6 +171,12 @@ class NotFound(ImapfsError):
     errno = errno.ENOENT
 
 
+class NameTooLong(ImapfsError):
+    """A name has more than 255 bytes."""
+
+    errno = errno.ENAMETOOLONG
+
+
 class NoAttribute(ImapfsError):
     """No such extended attribute."""
 
@@ -207,6 +213,12 @@ class NotPermitted(ImapfsError):
     """What a file can do but mail cannot."""
 
     errno = errno.EPERM
+
+
+class CrossDevice(ImapfsError):
+    """It cannot be moved there, only copied, as between file systems."""
+
+    errno = errno.EXDEV
 
 
 class Invalid(ImapfsError):

@@ -149,3 +149,5 @@ class MountConfig:
     read_only: bool
     fuse_options: frozenset[str]
     """Options that are passed on to fusermount3, such as ``allow_other``."""
+    spool_dir: Path | None = field(default=None, kw_only=True)
+    """The directory with a subdirectory for each account's spool and journal; None for ``cache_dir``."""

@@ -24,7 +24,8 @@ import re
 
 from imapfs.encoding import decode_utf7, encode_utf7
 
-_NAME_MAX = 255
+MAX_NAME = 255
+"""Bytes of a directory entry, as statfs says."""
 _MARKER = b"%~"
 _HASH_DIGITS = 16
 
@@ -62,15 +63,29 @@ def entry_name(component: bytes) -> bytes:
         entry = _escaped(_IN_TEXT, text.encode("utf-8"))
     else:
         entry = _MARKER + _escaped(_IN_TEXT, component)
-    if len(entry) <= _NAME_MAX:
+    if len(entry) <= MAX_NAME:
         return entry
-    start = entry[: _NAME_MAX - len(_MARKER) - _HASH_DIGITS].decode("utf-8", "ignore").encode("utf-8")
+    start = entry[: MAX_NAME - len(_MARKER) - _HASH_DIGITS].decode("utf-8", "ignore").encode("utf-8")
     return start + _MARKER + hashlib.sha256(component).hexdigest()[:_HASH_DIGITS].encode("ascii")
 
 
 def is_inbox(server_name: bytes | None) -> bool:
     """Whether a mailbox name means INBOX, in any case (RFC 9051 section 5.1)."""
     return server_name is not None and server_name.upper() == b"INBOX"
+
+
+def is_file_name(name: bytes) -> bool:
+    """Whether a directory can have an entry of this name."""
+    return 0 < len(name) <= MAX_NAME and name not in (b".", b"..") and not {*b"/\0"} & {*name}
+
+
+def shortened(name: bytes) -> bytes:
+    """Return ``name``, cut before its suffix if it is longer than `MAX_NAME`, as names once could be."""
+    if len(name) <= MAX_NAME:
+        return name
+    stem, dot, suffix = name.rpartition(b".")
+    end = (dot + suffix)[-16:] if stem else b""
+    return (stem or name)[: MAX_NAME - len(end)].decode("utf-8", "ignore").encode() + end
 
 
 def as_text(name: bytes) -> str:

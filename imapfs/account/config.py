@@ -224,6 +224,10 @@ def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config
     ``options`` is as for `locate`; mount options (-o) add to the entry's. Raises UsageError.
     """
     located = locate(source, options, config_path)
+    import platformdirs
+
+    # A cache in another place has its spool beside it, so that both can be moved together.
+    is_elsewhere = "cache-dir" in located.entry or "cache-dir" in located.given
     read_only, fuse_options = _read_only(located.entry, located.given)
     fields = {
         **_fields(MountConfig, located.options),
@@ -232,6 +236,7 @@ def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config
         "read_only": read_only,
         "fuse_options": fuse_options,
         "own_mail": frozenset(filter(None, map(located.options.get, ("sent", "drafts")))),
+        "spool_dir": None if is_elsewhere else platformdirs.user_data_path("imapfs"),
     }
     return Resolved(MountConfig(**fields), located.credentials, located.options.get("log-file"))
 

@@ -261,7 +261,7 @@ SETTINGS: Final = (
     ),
     Setting(
         "cache-dir",
-        "Keep the cache in DIR.",
+        "Keep the cache and the spool in DIR.",
         "directory",
         "DIR",
         default_shown="~/.cache/imapfs",

@@ -153,8 +153,8 @@ _EXIT_CODES: Final = (
 )
 _ENVIRONMENT: Final = (
     (
-        "XDG_CONFIG_HOME, XDG_CACHE_HOME, XDG_STATE_HOME",
-        "Replace ~/.config, ~/.cache and ~/.local/state in the paths below.",
+        "XDG_CONFIG_HOME, XDG_CACHE_HOME, XDG_DATA_HOME, XDG_STATE_HOME",
+        "Replace ~/.config, ~/.cache, ~/.local/share and ~/.local/state in the paths below.",
     ),
     (
         "CREDENTIALS_DIRECTORY",
@@ -170,8 +170,12 @@ _FILES: Final = (
     ("~/.config/imapfs/config.toml", "The accounts; see imapfs.toml(5)."),
     (
         "~/.cache/imapfs/",
-        "The cache. It can be deleted while nothing is mounted, except for spool directories that contain "
-        "files: these messages are on no server.",
+        "The cache. It can be deleted while nothing is mounted.",
+    ),
+    (
+        "~/.local/share/imapfs/",
+        "What no server has yet: messages that wait for it, and local files. With --cache-dir, they are in "
+        "that directory instead.",
     ),
     ("~/.local/state/imapfs/log/", "The log of each mount in the background."),
     ("~/.local/share/systemd/user/imapfs@.service", "Mounts an account when you log in."),

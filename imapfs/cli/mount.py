@@ -86,6 +86,8 @@ def umount(mountpoint: Path | None, directory: Path | None) -> None:
     progress = UploadProgress("Ctrl-C unmounts now; the next mount uploads them")
     try:
         control.sync(mountpoint, progress.show)
+        for path in control.scratch(mountpoint):
+            click.echo(one_line(f"{path}: in a scratch directory, and so on this computer only"))
     except KeyboardInterrupt:
         progress.end()
     except ImapfsError:
@@ -155,7 +157,11 @@ def _unmount_all(directory: Path) -> None:
     def report(mountpoint: str, reason: str | None) -> None:
         click.echo(one_line(f"{mountpoint}: {reason or 'unmounted'}"))
 
-    tasks = {one: functools.partial(_run_imapfs, "umount", "--", one) for one in mountpoints}
+    def unmount_one(mountpoint: str) -> None:
+        for line in _run_imapfs("umount", "--", mountpoint).splitlines():
+            click.echo(one_line(f"{mountpoint}/{line}"))
+
+    tasks = {one: functools.partial(unmount_one, one) for one in mountpoints}
     if not _all_at_once(tasks, report):
         raise ImapfsError("not all mounts are unmounted")
 
@@ -184,18 +190,17 @@ def _all_at_once(tasks: Mapping[str, Callable[[], None]], report: _OnDone) -> bo
     return not failed
 
 
-def _run_imapfs(*arguments: str) -> None:
+def _run_imapfs(*arguments: str) -> str:
     """Run ``imapfs ARGUMENT...`` as a process, since a mount must fork before it has threads.
 
-    Raises ImapfsError with what the process says.
+    Return its output. Raises ImapfsError with what the process says.
     """
     done = subprocess.run(
         # -P keeps modules in the current directory from being imported.
         [sys.executable, "-P", "-m", "imapfs", *arguments],
         # Several processes cannot ask questions at one terminal.
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         errors="replace",
         check=False,
@@ -203,3 +208,4 @@ def _run_imapfs(*arguments: str) -> None:
     if done.returncode != 0:
         message = done.stderr.strip().rpartition("\n")[2].removeprefix("imapfs: ")
         raise ImapfsError(message or f"exit code {done.returncode}")
+    return done.stdout

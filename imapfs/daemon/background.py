@@ -86,7 +86,12 @@ def default_log_file(config: MountConfig) -> Path:
 def preflight(config: MountConfig, log_file: Path | None) -> None:
     """Raise ImapfsError for what cannot work, before a person is asked anything or a process started."""
     _check_mountpoint(config.mountpoint)
-    for what, path in (("cache directory", config.cache_dir), ("log file", log_file)):
+    places = (
+        ("cache directory", config.cache_dir),
+        ("spool directory", config.spool_dir),
+        ("log file", log_file),
+    )
+    for what, path in places:
         # The daemon would wait for itself.
         if path is not None and Path(os.path.realpath(path)).is_relative_to(config.mountpoint):
             raise UsageError(

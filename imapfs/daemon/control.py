@@ -84,9 +84,11 @@ def sync(path: Path, on_progress: Callable[[int], None]) -> list[dict[str, Any]]
     """Have the daemon upload all it can, and return what is still waiting, as in the status.
 
     ``on_progress`` is called now and then with the number of files that are being uploaded. Returns early if
-    the server cannot be reached. Raises as `read_status` does.
+    the server cannot be reached: if it is known to be away, or if the connection is lost and nothing has been
+    uploaded for as long as the mount waits for the server (``--timeout``). Raises as `read_status` does.
     """
     where = _imapfs_at(path).mountpoint
+    left, moved_on = -1, time.monotonic()
     while True:
         # fsync on the mountpoint returns when everything that can be uploaded has been.
         flush = threading.Thread(target=_fsync, args=(where,), daemon=True)
@@ -95,8 +97,21 @@ def sync(path: Path, on_progress: Callable[[int], None]) -> list[dict[str, Any]]
             on_progress(len(_uploading(read_status(where))))
             flush.join(0.3)
         status = read_status(where)
-        if not _uploading(status) or status.get("state") == "offline":
+        uploading, state = len(_uploading(status)), status.get("state")
+        if uploading != left:
+            left, moved_on = uploading, moved_on if left < 0 else time.monotonic()
+        waited = time.monotonic() - moved_on
+        is_lost = state == "connecting" and waited >= float(status.get("timeout", 0.0))
+        if not uploading or state == "offline" or is_lost:
             return list(status.get("waiting", []))
+
+
+def scratch(path: Path) -> list[str]:
+    """Return the paths of the files in scratch directories, which are on this computer only.
+
+    Raises as `read_status` does.
+    """
+    return [one["path"] for one in read_status(path).get("scratch", [])]
 
 
 def _uploading(status: dict[str, Any]) -> list[dict[str, Any]]:

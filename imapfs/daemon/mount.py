@@ -8,13 +8,14 @@ import logging
 import signal
 from collections.abc import AsyncIterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Protocol
 
 import trio
 
 from imapfs.daemon import network
 from imapfs.daemon.feed import Feed
-from imapfs.errors import ConnectionLost, ImapfsError, Throttled, TlsError, UsageError
+from imapfs.errors import CacheError, ConnectionLost, ImapfsError, Throttled, TlsError, UsageError
 from imapfs.fs.drafts import Drafts
 from imapfs.fs.event_source import EventSource
 from imapfs.fs.events import EventStream
@@ -22,6 +23,7 @@ from imapfs.fs.files import Files
 from imapfs.fs.filesystem import Filesystem
 from imapfs.fs.refresh import DirectoryRefresher
 from imapfs.fs.replace import Replacer
+from imapfs.fs.scratch import ScratchDirectories
 from imapfs.fs.space import SpaceReporter
 from imapfs.fs.tree import MailTree
 from imapfs.fs.xattrs import ExtendedAttributes
@@ -35,6 +37,7 @@ from imapfs.model import ROOT, CredentialProvider, Ino, MountConfig
 from imapfs.store.bodies import BodyStore
 from imapfs.store.cache import Cache
 from imapfs.store.journal import Journal
+from imapfs.store.place import JOURNAL, SPOOL, claim
 from imapfs.store.spool import Spool
 from imapfs.sync.changes import ChangeHub
 from imapfs.sync.download import Downloader
@@ -94,15 +97,19 @@ class Model:
     xattrs: ExtendedAttributes
 
 
-def build_model(config: MountConfig, pool: SessionPool, cache: Cache, background: trio.Nursery) -> Model:
+def build_model(
+    config: MountConfig, pool: SessionPool, cache: Cache, background: trio.Nursery, place: Path | None = None
+) -> Model:
     """Build the layers from the cache to the file system. Raises CacheError.
 
-    Their tasks run in ``background``.
+    ``place``: the directory of spool and journal, if it is not that of the cache. Tasks run in
+    ``background``.
     """
     hub = ChangeHub()
     bodies = BodyStore(cache, config.cache_size)
-    spool = Spool(cache.directory / "spool")
-    journal = Journal(cache.directory / "journal.json")
+    place = cache.directory if place is None else place
+    spool = Spool(place / SPOOL)
+    journal = Journal(place / JOURNAL)
     spool.hand_over_removals(journal)
     sync = Synchroniser(pool, cache, spool, background, hub)
     downloads = Downloader(pool, cache, bodies, sync, background, hub)
@@ -119,11 +126,12 @@ def build_model(config: MountConfig, pool: SessionPool, cache: Cache, background
     tree = MailTree(cache, spool)
     refresher = DirectoryRefresher(tree, cache, pool, sync, watching, config.timeout)
     files = Files(cache, bodies, downloads, prefetcher, spool, tree)
-    drafts = Drafts(tree, cache, spool, journal, hub)
+    scratch = ScratchDirectories(tree, cache, spool, hub)
+    drafts = Drafts(tree, cache, spool, journal, scratch, None if config.read_only else uploader, hub)
     replacer = Replacer(tree, cache, spool, files, locator, uploader, replaced)
     reporter = SpaceReporter(pool, cache.directory, background, config.timeout)
     fs = Filesystem(
-        tree, refresher, files, drafts, replacer, reporter, cache, spool, pool, sync, locator, mover,
+        tree, refresher, files, drafts, scratch, replacer, reporter, cache, spool, pool, sync, locator, mover,
         folders, uploader, replaced, config.timeout,
     )  # fmt: skip
     xattrs = ExtendedAttributes(tree, refresher, cache, spool, pool, flags, uploader)
@@ -153,26 +161,28 @@ def serve(config: MountConfig, credentials: CredentialProvider, observer: Observ
 
 async def _serve(config: MountConfig, credentials: CredentialProvider, observer: Observer) -> None:
     pool = SessionPool(config.account, credentials, config.connections, config.timeout)
-    cache = Cache.open(config.cache_dir / _cache_name(config), config.names, config.own_mail)
+    name = _cache_name(config)
+    cache = Cache.open(config.cache_dir / name, config.names, config.own_mail)
     failure: ImapfsError | None = None
     try:
-        async with trio.open_nursery() as background:
-            try:
-                with (
-                    trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,
-                    trio.CancelScope() as life,
-                ):
-                    background.start_soon(_end_on_signal, signals, life)
-                    background.start_soon(pool.keep_connected)
-                    background.start_soon(_report_state, pool, observer)
-                    background.start_soon(network.watch, pool.network_changed, pool.resumed)
-                    await _run(build_model(config, pool, cache, background), background, observer)
-            except ImapfsError as error:
-                # Raised outside of the nursery, which would wrap it in a group.
-                failure = error
-            finally:
-                await pool.close()
-                background.cancel_scope.cancel()
+        with claim((config.spool_dir or config.cache_dir) / name, cache.directory) as place:
+            async with trio.open_nursery() as background:
+                try:
+                    with (
+                        trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,
+                        trio.CancelScope() as life,
+                    ):
+                        background.start_soon(_end_on_signal, signals, life)
+                        background.start_soon(pool.keep_connected)
+                        background.start_soon(_report_state, pool, observer)
+                        background.start_soon(network.watch, pool.network_changed, pool.resumed)
+                        await _run(build_model(config, pool, cache, background, place), background, observer)
+                except ImapfsError as error:
+                    # Raised outside of the nursery, which would wrap it in a group.
+                    failure = error
+                finally:
+                    await pool.close()
+                    background.cancel_scope.cancel()
     finally:
         cache.close()
     if failure is not None:
@@ -263,7 +273,8 @@ async def _list_mailboxes(model: Model) -> None:
     if not refresh.done:
         log.warning("mounted from the cache: the server has not answered yet")
     elif refresh.error is not None:
-        is_transient = isinstance(refresh.error, ConnectionLost | Throttled)
+        # A full disk (CacheError) prevents no reading.
+        is_transient = isinstance(refresh.error, ConnectionLost | Throttled | CacheError)
         is_transient = is_transient and not isinstance(refresh.error, TlsError)
         if not is_transient or not is_cached:
             raise refresh.error

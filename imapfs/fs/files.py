@@ -268,16 +268,15 @@ class Files:
         return draft, file.fd
 
     async def _start_version(self, ino: Ino, keep: int | None) -> Draft:
-        node = self._cache.node(ino)
-        if node is None:
-            raise MessageGone("it was removed on the server")
+        node = self._shown(ino)
         content = b""
         if keep != 0:
             content = (await self._downloads.contents(node))[:keep]
-            # Another writer may have created the draft meanwhile.
+            # Another writer may have created the draft meanwhile, or a program may have deleted the message.
             existing = self._spool.get(ino)
             if existing is not None:
                 return existing
+            node = self._shown(ino)
         draft = self._tree.new_version(node)
         try:
             draft.file.write_bytes(content)
@@ -285,6 +284,17 @@ class Files:
             self._spool.forget(draft)
             raise CacheError.from_os_error(error, f"cannot write to {draft.file}") from None
         return draft
+
+    def _shown(self, ino: Ino) -> Node:
+        """Return a message that a program can still reach.
+
+        Raises MessageGone for a removed one, and for one that is hidden because it was deleted or replaced
+        here: a new version of it would have no name, and would bring it back.
+        """
+        node = self._cache.node(ino)
+        if node is None or node.name is None:
+            raise MessageGone("it was removed")
+        return node
 
     async def flush(self, ino: Ino) -> None:
         """Make what was written to a message survive a power cut. The result is that of close().

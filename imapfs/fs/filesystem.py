@@ -20,11 +20,13 @@ import trio
 from imapfs.errors import (
     CacheError,
     ConnectionLost,
+    CrossDevice,
     Exists,
     ImapfsError,
     Invalid,
     IsADirectory,
     MessageGone,
+    NameTooLong,
     NotADirectory,
     NotEmpty,
     NotFound,
@@ -36,13 +38,14 @@ from imapfs.fs.drafts import Drafts
 from imapfs.fs.files import Files, Opening
 from imapfs.fs.refresh import DirectoryRefresher
 from imapfs.fs.replace import Replacement, Replacer
+from imapfs.fs.scratch import ScratchDirectories
 from imapfs.fs.space import Space, SpaceReporter
 from imapfs.fs.tree import MESSAGE_SUFFIX, Entry, MailTree, is_message_name
 from imapfs.imap.backoff import Connectivity
 from imapfs.imap.pool import SessionPool
 from imapfs.log import report
 from imapfs.model import ROOT, Ino
-from imapfs.names import is_inbox, server_component
+from imapfs.names import MAX_NAME, is_inbox, server_component
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Mailbox, Node
 from imapfs.store.spool import Base, Draft, DraftState, Spool
@@ -82,6 +85,7 @@ class Filesystem:
         refresher: DirectoryRefresher,
         files: Files,
         drafts: Drafts,
+        scratch: ScratchDirectories,
         replacer: Replacer,
         reporter: SpaceReporter,
         cache: Cache,
@@ -99,6 +103,7 @@ class Filesystem:
         self._refresher = refresher
         self._files = files
         self._drafts = drafts
+        self._scratch = scratch
         self._replacer = replacer
         self._reporter = reporter
         self._cache = cache
@@ -123,15 +128,29 @@ class Filesystem:
         """Return the entry of a file or directory, also of a deleted file that is still open."""
         return self._files.deleted_entry(ino) or self._tree.entry(ino)
 
+    def _directory(self, parent: Ino, name: bytes) -> Ino:
+        """Return the inode in the cache of a directory that an operation on ``name`` is about.
+
+        Raises NameTooLong, MessageGone, NotADirectory.
+        """
+        if len(name) > MAX_NAME:
+            raise NameTooLong("the name is too long")
+        return self._tree.directory(parent).ino
+
+    def _is_mail(self, directory: Ino, name: bytes) -> bool:
+        """Return whether a new file becomes a message. What is in a scratch directory never does."""
+        return is_message_name(name) and not self._tree.is_scratch(directory)
+
     def known(self, parent: Ino, name: bytes) -> Entry | None:
         """Return the entry that a directory has under a name, without asking the server."""
         return self._tree.child(parent, name)
 
     async def lookup(self, parent: Ino, name: bytes) -> Entry:
         """Return the entry that a directory has under a name; ask the server if the name is not known."""
-        directory = self._tree.directory(parent).ino
+        directory = self._directory(parent, name)
         found = self._tree.child(directory, name)
-        if found is None and not name.startswith(b".") and name not in _NOISE:
+        ask = not name.startswith(b".") and name not in _NOISE and not self._tree.is_scratch(directory)
+        if found is None and ask:
             is_message = name.lower().endswith(MESSAGE_SUFFIX)
             found = await self._refresher.appears(directory, name, is_message=is_message)
         if found is None:
@@ -180,14 +199,15 @@ class Filesystem:
 
     async def create(self, parent: Ino, name: bytes, mode: int) -> Entry:
         """Create an empty file, open for writing."""
-        directory = self._tree.directory(parent).ino
+        directory = self._directory(parent, name)
         if self._tree.child(directory, name) is not None:
             raise Exists("a file with this name exists")
-        if is_message_name(name):
+        is_mail = self._is_mail(directory, name)
+        if is_mail:
             self._locator.mailbox(directory)
         path = self._cache.path(directory)
         draft = self._spool.create(self._cache.new_ino(), directory, name, path, mode)
-        draft.state = "open" if is_message_name(name) else "local"
+        draft.state = "open" if is_mail else "local"
         previous = self._replacer.just_renamed(directory, name)
         if previous is not None:
             self._replacer.make_version(draft, previous)
@@ -291,7 +311,7 @@ class Filesystem:
         and this waits for the upload. The file that had the new name before is replaced: if it is a message,
         it is removed as by ``rm``, after everything else has succeeded.
         """
-        here, there = self._tree.directory(parent).ino, self._tree.directory(new_parent).ino
+        here, there = self._directory(parent, name), self._directory(new_parent, new_name)
         source, target = self._tree.child(here, name), self._tree.child(there, new_name)
         if source is None:
             raise NotFound("no such file")
@@ -302,10 +322,16 @@ class Filesystem:
         if source.is_dir:
             if target is not None:
                 raise NotEmpty("a file or mailbox with this name exists")
+            if self._tree.is_scratch(source.ino):
+                self._scratch.rename(source.ino, there, new_name)
+                return
             await self._rename_directory(self._tree.node(source.ino), there, new_name)
             return
         if target is not None and target.is_dir:
             raise IsADirectory("a directory with this name exists")
+        if self._cache.node(source.ino) is not None and self._tree.is_scratch(there):
+            # The server has it: a program then copies it, and deletes the message.
+            raise CrossDevice("a message cannot be moved out of the account")
         if source.draft is not None and await self._rename_draft(source.draft, there, new_name):
             return
         # A message, or a draft that was uploaded before it could be renamed.
@@ -329,7 +355,7 @@ class Filesystem:
 
     async def _rename_draft(self, draft: Draft, there: Ino, new_name: bytes) -> bool:
         """Rename a draft. Return False if it has become a message, which the caller has to rename."""
-        if is_message_name(new_name):
+        if self._is_mail(there, new_name):
             self._locator.mailbox(there)
         if self._cache.node(draft.ino) is not None and draft.parent != there:
             # A message with changes that are not on the server yet cannot move before they are.
@@ -353,7 +379,7 @@ class Filesystem:
 
     async def _place_draft(self, draft: Draft, replaced: Replacement, there: Ino, new_name: bytes) -> None:
         """Give a withdrawn draft another place, and upload it if that makes it complete."""
-        becomes_message = is_message_name(new_name)
+        becomes_message = self._is_mail(there, new_name)
         target = replaced.message
         if replaced.draft is not None and replaced.draft.base is not None and target is None:
             # A new version of a message is replaced by another new version of it.
@@ -367,7 +393,7 @@ class Filesystem:
             self._replacer.make_version(draft, renamed)
         if not becomes_message and not is_version:
             draft.state, draft.base = "local", None
-        elif draft.state == "local" or (draft.state == "unsent" and draft.parent != there):
+        elif draft.state == "local" or (draft.state == "unsent" and (draft.rescued or draft.parent != there)):
             draft.state, draft.dirty = "open", True
         self._spool.rename(draft, there, new_name, self._cache.path(there))
         self._cache.touch_directory(before.parent)
@@ -435,7 +461,7 @@ class Filesystem:
         A message goes to Trash or is expunged, as the account is configured. A draft is deleted together with
         the message that it replaces.
         """
-        directory = self._tree.directory(parent).ino
+        directory = self._directory(parent, name)
         found = self._tree.child(directory, name)
         if found is None:
             raise NotFound("no such file")
@@ -455,10 +481,12 @@ class Filesystem:
     # -- mailboxes -----------------------------------------------------------------------------------------
 
     async def mkdir(self, parent: Ino, name: bytes) -> Entry:
-        """CREATE a mailbox."""
-        directory = self._tree.directory(parent).ino
+        """CREATE a mailbox, or make a scratch directory if the name begins with a dot."""
+        directory = self._directory(parent, name)
         if self._tree.child(directory, name) is not None:
             raise Exists("a file with this name exists")
+        if name.startswith(b".") or self._tree.is_scratch(directory):
+            return Entry.of_node(self._scratch.make(directory, name))
         await self._folders.create(self._server_name(directory, name))
         made = self._cache.child(directory, name)
         if made is None:
@@ -468,7 +496,6 @@ class Filesystem:
     def _server_name(self, parent: Ino, name: bytes) -> bytes:
         """Return the server's name for a mailbox in ``parent``. Raises NotPermitted, Invalid."""
         if name.startswith(b"."):
-            # Such as .Trash-1000. File managers then offer to delete permanently, which is an unlink.
             raise NotPermitted("the name of a mailbox cannot begin with a dot")
         component = server_component(name)
         delimiter = self._sync.delimiter
@@ -494,11 +521,16 @@ class Filesystem:
 
     async def rmdir(self, parent: Ino, name: bytes) -> None:
         """DELETE a mailbox if it is empty, on the server and here. Raises NotEmpty."""
-        found = self._tree.child(self._tree.directory(parent).ino, name)
+        found = self._tree.child(self._directory(parent, name), name)
         if found is None:
             raise NotFound("no such directory")
         if not found.is_dir:
             raise NotADirectory("it is a file")
+        if self._tree.is_scratch(found.ino):
+            if self._cache.directories(found.ino) or self._spool.within(found.ino):
+                raise NotEmpty("the directory is not empty")
+            self._scratch.remove(found.ino)
+            return
         self._changeable(found.ino, "deleted")
         refresh = self._sync.refresh_tree(0)
         if refresh is not None:

@@ -57,6 +57,8 @@ class DirectoryRefresher:
         self._watching.used(mailbox)
 
     async def _refresh(self, directory: Node) -> None:
+        if self._tree.is_scratch(directory.ino):
+            return
         mailbox = self._cache.mailbox(directory.ino)
         tree = self._sync.refresh_tree(MAX_AGE)
         if mailbox is not None and mailbox.selectable:

@@ -152,6 +152,13 @@ class MailTree:
             raise NotADirectory("it is a file")
         return node
 
+    def is_scratch(self, directory: Ino) -> bool:
+        """Return whether a directory of the cache is local: see `imapfs.fs.scratch`."""
+        if directory == ROOT or self._cache.mailbox(directory) is not None:
+            return False
+        node = self._cache.node(directory)
+        return node is not None and node.is_dir
+
     def entry(self, ino: Ino) -> Entry:
         """See `Tree`."""
         draft = self._spool.get(ino)

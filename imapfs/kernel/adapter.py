@@ -43,6 +43,7 @@ from imapfs.kernel.status import ATTRIBUTE as STATUS
 from imapfs.kernel.status import MountStatus
 from imapfs.log import report
 from imapfs.model import ROOT, Ino
+from imapfs.names import MAX_NAME
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +263,7 @@ class Adapter(pyfuse3.Operations):
         data.f_bsize = data.f_frsize = _BLOCK
         data.f_blocks = space.total // _BLOCK
         data.f_bfree = data.f_bavail = space.free // _BLOCK
-        data.f_namemax = 255
+        data.f_namemax = MAX_NAME
         return data
 
     # -- directories ---------------------------------------------------------------------------------------

@@ -57,6 +57,11 @@ class MountStatus:
             for draft in self._spool
             if draft.state in {"sending", "unsent"}
         ]
+        scratch = [
+            {"path": self._tree.path_of(draft), "size": draft.size}
+            for draft in self._spool
+            if self._tree.is_scratch(draft.parent)
+        ]
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -66,6 +71,7 @@ class MountStatus:
             "reason": pool.reason,
             "since": pool.since.isoformat(timespec="seconds"),
             **self._next_try(),
+            "timeout": config.timeout,
             "read_only": config.read_only,
             "connections": {"open": pool.open, "most": pool.current_limit, "limit": pool.limit},
             "push": self._watching.status(),
@@ -77,8 +83,10 @@ class MountStatus:
                 "messages": messages,
                 "bodies": bodies,
             },
+            "spool": str(self._spool.directory),
             "inodes": len(self._kernel),
             "waiting": waiting,
+            "scratch": scratch,
         }
 
     def _next_try(self) -> dict[str, object]:

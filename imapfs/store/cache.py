@@ -18,8 +18,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from imapfs.errors import CacheError
+from imapfs.log import report
 from imapfs.message_names import NameTemplate, variant
 from imapfs.model import ROOT, Ino, MessageRef, ModSeq, Uid, UidValidity
+from imapfs.names import MAX_NAME, shortened
 from imapfs.store.body_table import BodyTable
 from imapfs.store.database import Connection, Database, IntegrityError
 from imapfs.store.rows import (
@@ -59,6 +62,8 @@ class Cache:
         self._database = database
         self._names = names
         self._own_mail = {tuple(path.encode().split(b"/")) for path in own_mail}
+        self._reserved = 0
+        """The highest inode number that a draft has, even if the database does not know it."""
         self.directory = database.directory
         self.bodies = BodyTable(database)
 
@@ -72,6 +77,7 @@ class Cache:
         cache = cls(Database.open(directory), NameTemplate.parse(names), own_mail)
         try:
             cache._use_names()
+            cache._shorten_names()
         except BaseException:
             cache.close()
             raise
@@ -225,6 +231,35 @@ class Cache:
                 ]
             self._changed(db, {Ino(was), parent}, now)
 
+    def add_local_directory(self, parent: Ino, name: bytes) -> Node:
+        """Add a directory without a mailbox, which no list of mailboxes removes."""
+        now = time.time_ns()
+        with self._database.write() as db:
+            ino = self._take_inos(db, 1)
+            db.execute(
+                "INSERT INTO node (ino, parent, name, alias, size, exact, mtime, ctime)"
+                " VALUES (?, ?, ?, 0, 0, 1, ?, ?)",
+                (ino, parent, name, now, now),
+            )
+            self._changed(db, {parent}, now)
+        return Node(ino, parent, name, None, 0, 1, None, now, now, None, None, None, 0)
+
+    def move_local_directory(self, ino: Ino, parent: Ino, name: bytes) -> None:
+        """Give a directory without a mailbox another place."""
+        now = time.time_ns()
+        with self._database.write() as db:
+            (was,) = db.execute("SELECT parent FROM node WHERE ino = ?", (ino,)).fetchone()
+            db.execute(
+                "UPDATE node SET parent = ?, name = ?, ctime = ? WHERE ino = ?", (parent, name, now, ino)
+            )
+            self._changed(db, {Ino(was), parent}, now)
+
+    def remove_local_directory(self, ino: Ino) -> None:
+        """Remove a directory without a mailbox. The caller knows that it is empty."""
+        with self._database.write() as db:
+            for node in _delete(db, "ino = ?", (ino,)):
+                self._changed(db, {node.parent})
+
     def last_uid(self, mailbox: Ino, below: int = MAX_UID) -> int:
         """Return the highest known UID that is lower than ``below``, or 0."""
         with self._database.read() as db:
@@ -303,7 +338,7 @@ class Cache:
                         gone += left
                         changed.add(node.ino)
                     continue
-                ino = _take_inos(db, 1)
+                ino = self._take_inos(db, 1)
                 inos[directory.path] = ino
                 name = directory.path[-1]
                 self._yield_name(db, parent, name)
@@ -404,7 +439,7 @@ class Cache:
                 [(m.size, m.object_id, m.recipient, mailbox, m.uid) for m in messages if m.uid in known],
             )
             new = [m for m in messages if m.uid not in known]
-            first = _take_inos(db, len(new))
+            first = self._take_inos(db, len(new))
             is_own = self._is_own(mailbox)
             added = [
                 (
@@ -508,7 +543,19 @@ class Cache:
             self._name_after_message(db, ino)
 
     def _yield_name(self, db: Connection, parent: Ino, name: bytes) -> None:
-        """Free a name: a message that has it gets the one that follows from it."""
+        """Free a name: a message gets the one that follows from it, a local directory a variant."""
+        for (ino,) in db.execute(
+            "SELECT ino FROM node LEFT JOIN mailbox USING (ino)"
+            " WHERE parent = ? AND name = ? AND uid IS NULL AND mailbox.server_name IS NULL"
+            " AND mailbox.delimiter IS NULL",
+            (parent, name),
+        ).fetchall():
+            n = 2
+            while db.execute(
+                "SELECT 1 FROM node WHERE parent = ? AND name = ?", (parent, b"%s~%d" % (name[:240], n))
+            ).fetchone():
+                n += 1
+            db.execute("UPDATE node SET name = ? WHERE ino = ?", (b"%s~%d" % (name[:240], n), ino))
         for (ino,) in db.execute(
             "SELECT ino FROM node WHERE parent = ? AND name = ? AND uid IS NOT NULL", (parent, name)
         ).fetchall():
@@ -548,7 +595,7 @@ class Cache:
                 db.execute(
                     f"INSERT INTO node (ino, parent, name, alias, {columns})"
                     f" SELECT ?, parent, NULL, 1, -uid {columns.removeprefix('uid')} FROM node WHERE ino = ?",
-                    (_take_inos(db, 1), ino),
+                    (self._take_inos(db, 1), ino),
                 )
             gone = _delete(db, "parent = ? AND uid = ? AND ino <> ?", (mailbox, uid, ino))
             (old,) = db.execute("SELECT parent FROM node WHERE ino = ?", (ino,)).fetchone()
@@ -645,7 +692,7 @@ class Cache:
     def displace(self, ino: Ino) -> Ino:
         """Hide a message and free its inode number for its new version; return its new number."""
         with self._database.write() as db:
-            new = _take_inos(db, 1)
+            new = self._take_inos(db, 1)
             db.execute(
                 "UPDATE node SET ino = ?, name = NULL, alias = 1, crc = NULL WHERE ino = ?", (new, ino)
             )
@@ -669,14 +716,32 @@ class Cache:
             )
 
     def reserve_inos(self, last: int) -> None:
-        """Never assign an inode number up to ``last``."""
-        with self._database.write() as db:
-            db.execute("UPDATE meta SET value = max(value, ?) WHERE key = 'next_ino'", (last + 1,))
+        """Never assign an inode number up to ``last``, or one that a node has. Raises nothing.
+
+        After a power cut the database may not know that it has assigned them.
+        """
+        try:
+            with self._database.read() as db:
+                (highest,) = db.execute("SELECT max(ino) FROM node").fetchone()
+                (following,) = db.execute("SELECT value FROM meta WHERE key = 'next_ino'").fetchone()
+            self._reserved = max(last, highest)
+            if following <= self._reserved:
+                with self._database.write() as db:
+                    db.execute("UPDATE meta SET value = ? WHERE key = 'next_ino'", (self._reserved + 1,))
+        except CacheError as error:
+            report(error, "inode numbers are reserved in memory only")
 
     def new_ino(self) -> Ino:
         """Return an inode number that was never used."""
         with self._database.write() as db:
-            return _take_inos(db, 1)
+            return self._take_inos(db, 1)
+
+    def _take_inos(self, db: Connection, n: int) -> Ino:
+        """Return the first of ``n`` consecutive inode numbers that were never used."""
+        (first,) = db.execute("SELECT value FROM meta WHERE key = 'next_ino'").fetchone()
+        first = max(first, self._reserved + 1)
+        db.execute("UPDATE meta SET value = ? WHERE key = 'next_ino'", (first + n,))
+        return Ino(first)
 
     def touch_directory(self, ino: Ino) -> None:
         """Note that the entries of a directory have changed."""
@@ -730,6 +795,20 @@ class Cache:
         if is_changed:
             self._changed(db, {mailbox}, now)
 
+    def _shorten_names(self) -> None:
+        """Shorten names that an earlier version took and that no program can look up now. Raises nothing."""
+        try:
+            with self._database.read() as db:
+                long = db.execute(
+                    "SELECT ino, parent, name FROM node WHERE length(name) > ?", (MAX_NAME,)
+                ).fetchall()
+            for ino, parent, name in long:
+                with self._database.write() as db:
+                    free = _free_name(db, Ino(parent), shortened(name))
+                    db.execute("UPDATE node SET name = ? WHERE ino = ?", (free, ino))
+        except CacheError as error:
+            report(error, "names that are too long are kept")
+
     def set_size(self, ino: Ino, size: int) -> bool:
         """Set the exact size of a message; return whether it was not known before."""
         with self._database.write() as db:
@@ -740,13 +819,6 @@ class Cache:
                 ).rowcount
                 > 0
             )
-
-
-def _take_inos(db: Connection, n: int) -> Ino:
-    """Return the first of ``n`` consecutive inode numbers that were never used."""
-    (first,) = db.execute("SELECT value FROM meta WHERE key = 'next_ino'").fetchone()
-    db.execute("UPDATE meta SET value = ? WHERE key = 'next_ino'", (first + n,))
-    return Ino(first)
 
 
 def _row(ino: Ino, mailbox: Ino, name: bytes | None, alias: int, message: NewMessage) -> tuple[Any, ...]:

@@ -200,7 +200,11 @@ def _open_or_rebuild(directory: Path) -> Connection:
         return _connect(path)
     except (sqlite3.DatabaseError, _Unusable) as error:
         if isinstance(error, sqlite3.OperationalError) and not _is_damage(error):
-            raise CacheError(f"cannot open the cache {path}: {error}") from None
+            log.warning("the cache %s cannot be written (%s): is the disk full?", path, error)
+            try:
+                return _connect(path, alone=True)
+            except (sqlite3.DatabaseError, _Unusable):
+                raise CacheError(f"cannot open the cache {path}: {error}") from None
         log.warning("the cache %s is not usable (%s): it is rebuilt from the server", path, error)
     for name in ("cache.db", "cache.db-wal", "cache.db-shm"):
         (directory / name).unlink(missing_ok=True)
@@ -219,8 +223,11 @@ def _plain(path: Path) -> Connection:
     return sqlite3.connect(path, isolation_level=None, timeout=5)
 
 
-def _connect(path: Path) -> Connection:
-    """Open or create the database. Raises _Unusable or sqlite3.DatabaseError if it cannot be trusted."""
+def _connect(path: Path, *, alone: bool = False) -> Connection:
+    """Open or create the database. Raises _Unusable or sqlite3.DatabaseError if it cannot be trusted.
+
+    ``alone``: without the file that connections share, for which a full disk has no room. Reading then works.
+    """
     damaged = path.parent / "damaged"
     if damaged.exists():
         damaged.unlink()
@@ -228,13 +235,15 @@ def _connect(path: Path) -> Connection:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     db = _plain(path)
     try:
+        if alone:
+            db.execute("PRAGMA locking_mode = EXCLUSIVE")
         (version,) = db.execute("PRAGMA user_version").fetchone()
         (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
         # No fsync at each commit: what a power cut destroys is fetched again.
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
-        # `Database.write` starts checkpoints.
-        db.execute("PRAGMA wal_autocheckpoint = 0")
+        # `Database.write` starts checkpoints, unless no other connection can be made.
+        db.execute(f"PRAGMA wal_autocheckpoint = {_MAX_LOG_PAGES if alone else 0}")
         db.execute("PRAGMA cache_size = -8192")
         if version == 0 and tables == 0:
             # About a million per second since the epoch: a database that is rebuilt in the same second
@@ -276,5 +285,7 @@ def _take_lock(lock: int, directory: Path) -> None:
         raise CacheError(
             f"another mount{by} uses the cache {directory}: unmount it first, or give another --cache-dir"
         ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+    # Only for the message to the next one: a full disk must not prevent a mount.
+    with contextlib.suppress(OSError):
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, b"%d\n" % os.getpid(), 0)

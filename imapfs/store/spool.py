@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal, TypeVar, get_args
 
 import trio
 
@@ -26,7 +26,7 @@ from imapfs.atomic import replace_file, sync_directory
 from imapfs.errors import CacheError
 from imapfs.log import report
 from imapfs.model import ROOT, Ino, MessageRef, Uid, UidValidity
-from imapfs.names import as_bytes, as_text, renamed
+from imapfs.names import MAX_NAME, as_bytes, as_text, is_file_name, renamed, shortened
 from imapfs.store.journal import Attempt, Journal, restore_attempt
 
 log = logging.getLogger(__name__)
@@ -34,6 +34,12 @@ log = logging.getLogger(__name__)
 DraftState = Literal["local", "open", "sending", "unsent"]
 """``local``: never uploaded. ``open``: being written. ``sending``: complete, to be uploaded. ``unsent``:
 refused by the server, or perhaps incomplete, so that a person has to decide."""
+
+
+_RESCUED: Final = (
+    "its description was damaged, so its name and mailbox are lost: look at it, then rename or delete it"
+)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +77,8 @@ class Draft:
     base: Base | None = None
     attempt: Attempt | None = None
     """The upload whose outcome is not known; on disk it is in the journal."""
+    home: tuple[bytes, ...] | None = None
+    """Path of the mailbox that it is to be uploaded to, if that was deleted by another client."""
     dirty: bool = False
     """Whether it was written to since it was last complete."""
     closed: bool = False
@@ -84,6 +92,8 @@ class Draft:
     """The last known `size`; not on disk."""
     writes: int = 0
     """Number of changes of its bytes; not on disk."""
+    rescued: bool = False
+    """Whether its description was damaged; not on disk."""
 
     @property
     def file(self) -> Path:
@@ -133,7 +143,10 @@ class Draft:
 
 
 class Spool:
-    """All drafts of one account. There are few of them, so that they are kept in memory."""
+    """All drafts of one account. There are few of them, so that they are kept in memory.
+
+    Each has a name that a directory can show. A draft without one would be in no listing, or would break it.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -213,6 +226,7 @@ class Spool:
         base: Base | None = None,
     ) -> Draft:
         """Create an empty draft. Raises CacheError."""
+        assert is_file_name(name), name
         draft = Draft(self, ino, parent, name, path, mode, base=base)
         draft.touch()
         try:
@@ -233,7 +247,8 @@ class Spool:
         n = 1
         while (parent, name) in self._names:
             n += 1
-            name = b"%s~%d%s%s" % (stem, n, dot, suffix)
+            end = (b"~%d%s%s" % (n, dot, suffix))[:MAX_NAME]
+            name = stem[: MAX_NAME - len(end)] + end
         return name
 
     def set_aside(self, draft: Draft) -> None:
@@ -255,15 +270,34 @@ class Spool:
 
     def rename(self, draft: Draft, parent: Ino, name: bytes, path: tuple[bytes, ...]) -> None:
         """Give a draft another place, where no other draft may be. Raises CacheError."""
+        before = draft.parent, draft.name, draft.path
+        self.place(draft, parent, name, path)
+        draft.ctime = time.time_ns()
+        home, error, rescued = draft.home, draft.error, draft.rescued
+        draft.home = None
+        if rescued:
+            # A person has decided what it is.
+            draft.rescued, draft.error = False, ""
+        try:
+            draft.save()
+        except CacheError:
+            draft.home, draft.rescued, draft.error = home, rescued, error
+            self.place(draft, *before)
+            raise
+
+    def place(self, draft: Draft, parent: Ino, name: bytes, path: tuple[bytes, ...]) -> None:
+        """Show a draft at another place, where no other draft may be. This is not saved."""
+        assert is_file_name(name), name
         if self._names.get((draft.parent, draft.name)) == draft.ino:
             del self._names[draft.parent, draft.name]
         draft.parent, draft.name, draft.path = parent, name, path
-        draft.ctime = time.time_ns()
         self._names[parent, name] = draft.ino
-        draft.save()
 
     def rename_mailbox(self, old: bytes, new: bytes, delimiter: bytes) -> None:
-        """Follow the rename of a mailbox, and of those below it: drafts refer to mailboxes by name."""
+        """Follow the rename of a mailbox, and of those below it: drafts refer to mailboxes by name.
+
+        Raises nothing: it has happened on the server, whatever the disk takes.
+        """
         for draft in self:
             base, attempt = draft.base, draft.attempt
             if base is not None and (name := renamed(base.ref.mailbox, old, new, delimiter)) is not None:
@@ -271,7 +305,19 @@ class Spool:
             if attempt is not None and (name := renamed(attempt.mailbox, old, new, delimiter)) is not None:
                 draft.attempt = replace(attempt, mailbox=name)
             if (draft.base, draft.attempt) != (base, attempt):
-                draft.save()
+                self.try_save(draft)
+
+    def move(self, draft: Draft, parent: Ino, name: bytes, path: tuple[bytes, ...]) -> None:
+        """Show a draft where its mailbox is now. Raises nothing, as `rename_mailbox`."""
+        self.place(draft, parent, name, path)
+        self.try_save(draft)
+
+    def try_save(self, draft: Draft) -> None:
+        """Save a description whose former state on disk loses nothing: the next mount begins from that."""
+        try:
+            self.save(draft)
+        except CacheError as error:
+            report(error, f"where {draft.shown} belongs now is not saved")
 
     def forget(self, draft: Draft) -> None:
         """Remove a draft, with its bytes if they are still here. Raises nothing."""
@@ -337,13 +383,14 @@ class Spool:
                 self._removals[ino] = _restore_base(found["base"]).ref
                 return None
             draft = _restore(self, ino, found)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if not path.exists() or not path.stat().st_size:
                 # The process ended before the description was written.
                 path.unlink(missing_ok=True)
                 return None
             log.warning("the spool file %s has lost its description (%s): see rescued-%d", path, error, ino)
-            draft = Draft(self, ino, ROOT, b"rescued-%d" % ino, state="local")
+            # The damaged description stays as it is until a person has decided what the file is.
+            draft = Draft(self, ino, ROOT, b"rescued-%d" % ino, state="unsent", error=_RESCUED, rescued=True)
             draft.touch()
         if draft.state == "open" and draft.base is None and draft.size:
             # Versions before this one said so only after the first write.
@@ -376,6 +423,7 @@ def _describe(draft: Draft) -> dict[str, Any]:
         "state": "sending" if closed else draft.state,
         "error": draft.error,
         "dirty": draft.dirty and not closed,
+        "home": draft.home and [as_text(name) for name in draft.home],
         "base": base
         and {
             "mailbox": as_text(base.ref.mailbox),
@@ -389,33 +437,75 @@ def _describe(draft: Draft) -> dict[str, Any]:
     }
 
 
+def _is(kind: type[T], value: object) -> T:
+    """Return a value of a description. Raises TypeError if it is of another kind."""
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError(f"{value!r} is not of type {kind.__name__}")
+    return value
+
+
+def _number(value: object, low: int = 0, high: int = (1 << 63) - 1) -> int:
+    number = _is(int, value)
+    if not low <= number <= high:
+        raise ValueError(f"{number} is out of range")
+    return number
+
+
+def _time(value: object) -> int:
+    # Files may have times that an int64 of nanoseconds does not hold.
+    return _number(value, -(1 << 90), 1 << 90)
+
+
+def _name(value: object, *, longer: bool = False) -> bytes:
+    name = as_bytes(_is(str, value))
+    if longer:
+        name = shortened(name)  # earlier versions took up to 1,004 bytes
+    if not is_file_name(name):
+        raise ValueError(f"{name!r} is not the name of a file")
+    return name
+
+
+def _home(value: object) -> tuple[bytes, ...] | None:
+    return None if value is None else tuple(_name(name) for name in _is(list, value))
+
+
+def _state(value: object) -> DraftState:
+    for state in get_args(DraftState):
+        if value == state:
+            return state  # type: ignore[no-any-return]
+    raise ValueError(f"{value!r} is not a state")
+
+
 def _restore_base(found: dict[str, Any]) -> Base:
+    size = found.get("size")  # earlier versions did not note it
     ref = MessageRef(
-        as_bytes(found["mailbox"]),
-        UidValidity(found["uidvalidity"]),
-        Uid(found["uid"]),
-        found["date"],
-        found.get("size"),  # earlier versions did not note it
+        as_bytes(_is(str, found["mailbox"])),
+        UidValidity(_number(found["uidvalidity"])),
+        Uid(_number(found["uid"])),
+        _time(found["date"]),
+        None if size is None else _number(size),
     )
-    return Base(ref, found["date"], found["zone"])
+    return Base(ref, _time(found["date"]), _number(found["zone"], -1440, 1440))
 
 
 def _restore(spool: Spool, ino: Ino, found: dict[str, Any]) -> Draft:
+    """Return the draft with a description. Raises ValueError, TypeError or KeyError for a damaged one."""
     base, attempt = found["base"], found.get("attempt")
     return Draft(
         spool,
         ino,
-        Ino(found["parent"]),
-        as_bytes(found["name"]),
-        tuple(as_bytes(name) for name in found["path"]),
-        found["mode"],
-        found["mtime"],
-        found["timed"],
-        found["ctime"],
-        found["flags"],
-        found["state"],
-        found["error"],
+        Ino(_number(found["parent"])),
+        _name(found["name"], longer=True),
+        tuple(_name(name) for name in _is(list, found["path"])),
+        _number(found["mode"], high=0o7777),
+        _time(found["mtime"]),
+        _is(bool, found["timed"]),
+        _time(found["ctime"]),
+        _is(str, found["flags"]),
+        _state(found["state"]),
+        _is(str, found["error"]),
         _restore_base(base) if base else None,
         restore_attempt(attempt) if attempt else None,
-        found["dirty"],
+        _home(found.get("home")),
+        _is(bool, found["dirty"]),
     )

@@ -148,6 +148,8 @@ class UploadSearch:
         self._sought = [(draft, draft.attempt) for draft in drafts if draft.attempt is not None]
         self._is_other = is_other
         self.answers: list[tuple[Draft, Attempt, Whereabouts]] = []
+        self.is_mailbox_missing = False
+        """Whether the server has no mailbox of a name that was searched."""
 
     def run(self, session: Session) -> None:
         """Fill ``answers``: one for each draft, with one pass over each mailbox."""
@@ -159,6 +161,7 @@ class UploadSearch:
             try:
                 answers = find_uploads(session, [self._sought_as(draft, attempt) for draft, attempt in group])
             except MailboxGone:
+                self.is_mailbox_missing = True
                 answers = [Whereabouts() for _ in group]
             self.answers += [(*one, answer) for one, answer in zip(group, answers, strict=True)]
 

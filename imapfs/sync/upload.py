@@ -364,6 +364,7 @@ class Uploader:
         Raises ConnectionLost, Throttled, AuthenticationFailed if it has to wait.
         """
         ready: list[_Prepared] = []
+        name = self._server_name(mailbox)
         try:
             with self._claim([pending.draft for pending in batch]):
                 size = 0
@@ -381,11 +382,51 @@ class Uploader:
                 await self._replaced.remove_all()
         except (ConnectionLost, AuthenticationFailed, Throttled):
             raise
+        except MailboxGone as error:
+            await self._find_mailbox(mailbox, name, batch, error)
         except Exception as error:
             self._fail(batch, error)
         finally:
             for prepared in ready:
                 prepared.payload.close()
+
+    def _server_name(self, mailbox: Ino) -> bytes | None:
+        found = self._cache.mailbox(mailbox)
+        return found and found.server_name
+
+    async def _find_mailbox(
+        self, mailbox: Ino, name: bytes | None, batch: Sequence[PendingUpload], error: MailboxGone
+    ) -> None:
+        """Look where a mailbox is that was not found as ``name``. If it was renamed, its drafts have followed
+        it, and are uploaded there. If it was deleted, they are refused.
+
+        Raises ConnectionLost, Throttled, AuthenticationFailed if this has to wait.
+        """
+        await self._list_mailboxes()
+        if self._server_name(mailbox) not in {None, name}:
+            log.info("%d uploads follow their mailbox, which was renamed", len(batch))
+            return
+        for pending in batch:
+            if not pending.settled:
+                self._refuse(pending, error)
+
+    async def _list_mailboxes(self) -> None:
+        """Have drafts and notes follow mailboxes that other clients have renamed until now.
+
+        Not while a mailbox is in exclusive use. Raises ConnectionLost, Throttled, AuthenticationFailed.
+        """
+        for _ in range(2):
+            # The first one may have been under way before the mailbox was renamed.
+            refresh = self._sync.refresh_tree(0)
+            if refresh is not None:
+                await refresh.finished()
+                if isinstance(refresh.error, ConnectionLost | AuthenticationFailed | Throttled):
+                    raise refresh.error
+
+    def refuse(self, draft: Draft, error: ImapfsError) -> None:
+        """Give up the upload of a draft, whose mailbox is gone. Raises nothing."""
+        pending = self._pending.get(draft.ino)
+        self._refuse(PendingUpload(draft) if pending is None else pending, error)
 
     async def _settle_batch(self, mailbox: Ino, batch: Sequence[PendingUpload]) -> None:
         """Find out what has become of earlier attempts; those that were not uploaded wait for the next batch.
@@ -502,10 +543,14 @@ class Uploader:
         await self._pool.run(batch.run, mailbox.name, repeat=False)
         unlisted: dict[Ino, tuple[_Prepared, int | None]] = {}
         throttled: Throttled | None = None
+        gone: MailboxGone | None = None
         for prepared, outcome in zip(ready, batch.outcomes, strict=True):
             draft = prepared.draft
             if isinstance(outcome, Throttled):
                 throttled = outcome
+                self._drop_note(draft)
+            elif isinstance(outcome, Refused) and outcome.code in {"TRYCREATE", "NONEXISTENT"}:
+                gone = MailboxGone(str(outcome))
                 self._drop_note(draft)
             elif isinstance(outcome, Refused):
                 self._drop_note(draft)
@@ -529,6 +574,8 @@ class Uploader:
         if throttled is not None:
             self._pool.throttle(throttled)
             raise throttled
+        if gone is not None:
+            raise gone
 
     # -- after APPEND --------------------------------------------------------------------------------------
 
@@ -538,6 +585,10 @@ class Uploader:
         The search needs no lock: who waits for the mailbox does not wait for that.
         """
         search = await self._search(uncertain)
+        if search.is_mailbox_missing:
+            # If it was renamed, its notes follow it, and it is searched under its new name. To take the
+            # message for missing would upload it twice.
+            await self._list_mailboxes()
         async with self._sync.changing(directory):
             await self._adopt_found(search)
 

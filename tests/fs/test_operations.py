@@ -3,6 +3,7 @@
 Nothing here is about the kernel: each test runs through a mount, and on the model alone.
 """
 
+import contextlib
 import errno
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from tests.support.mail import plain
 from tests.support.mailboxes import Held, all_uids, everything, held, in_order, mailboxes
 from tests.support.mounting import wait_until
 from tests.support.servers.dovecot import Account
+from tests.support.servers.proxy import Proxy
 
 DATE = 1_700_000_000
 LATER = 1_750_000_000
@@ -659,15 +661,125 @@ def test_inbox_and_directories_onto_others_are_not_renamed(filled: Account, star
     assert everything(filled) == {"INBOX": inbox(1, 2, 3)}
 
 
-@pytest.mark.parametrize("name", [".hidden", ".Trash-1000", ".~tmp~", ".git"])
-def test_no_mailbox_begins_with_a_dot(filled: Account, start: Start, name: str) -> None:
+RESERVED = [".Trash", ".Trash-1000", ".trash", ".text", ".parts", ".search", ".maildir"]
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_names_of_directories_that_are_reserved(filled: Account, start: Start, name: str) -> None:
     files = start(filled)
     before = mailboxes(filled)
-    fails_with(errno.EPERM, files.mkdir, name)
-    fails_with(errno.EPERM, files.mkdir, f"Work/{name}")
-    fails_with(errno.EPERM, files.rename, "Work", name)
+    files.mkdir(".tmp")
+    for parent in ("", "Work/", ".tmp/"):
+        fails_with(errno.EPERM, files.mkdir, f"{parent}{name}")
+        fails_with(errno.EPERM, files.rename, "Trash", f"{parent}{name}")
+        fails_with(errno.EPERM, files.rename, ".tmp", f"Work/{name}")
     files.end()
     assert mailboxes(filled) == before
+
+
+# ---- scratch directories
+
+
+def test_a_directory_that_begins_with_a_dot_is_local(filled: Account, start: Start) -> None:
+    """Programs that made one for their temporary files transferred nothing, and some said nothing of it."""
+    before = mailboxes(filled)
+    files = start(filled)
+    files.mkdir("Work/.~tmp~")
+    files.mkdir("Work/.~tmp~/below")
+    assert files.listdir("Work/.~tmp~") == ["below"]
+    fails_with(errno.EEXIST, files.mkdir, "Work/.~tmp~")
+    # What is in one is local whatever its name, until it is renamed out.
+    for name in ("a.eml", "below/b.eml"):
+        files.write(f"Work/.~tmp~/{name}", plain(8), mtime=LATER)
+        assert files.getxattr(f"Work/.~tmp~/{name}", STATE) == b"local"
+    files.settle()
+    assert files.waiting() == []
+    assert "Work" not in everything(filled)
+    fails_with(errno.ENOTEMPTY, files.rmdir, "Work/.~tmp~")
+    fails_with(errno.ENOTEMPTY, files.rmdir, "Work")
+    # It never becomes a mailbox, and no mailbox becomes one.
+    for name in ("Work/tmp", "tmp", "INBOX/tmp"):
+        fails_with(errno.EPERM, files.rename, "Work/.~tmp~", name)
+    fails_with(errno.EPERM, files.rename, "Work", ".Work")
+    fails_with(errno.EPERM, files.rename, "Trash", "Work/.~tmp~/Trash")
+    files.rename("Work/.~tmp~", "INBOX/.moved")
+    assert files.read("INBOX/.moved/below/b.eml") == plain(8)
+    files.rename("INBOX/.moved/a.eml", "Work/a.eml")
+    assert everything(filled)["Work"] == [Held(plain(8), LATER)]
+    # Over a message, as an update of it does.
+    files.rename("INBOX/.moved/below/b.eml", files.file(1))
+    files.rmdir("INBOX/.moved/below")
+    files.rmdir("INBOX/.moved")
+    assert not files.exists("INBOX/.moved")
+    files.end()
+    assert mailboxes(filled) == before
+    assert everything(filled)["INBOX"] == in_order(Held(plain(8), LATER, MARKED), *inbox(2, 3))
+    assert everything(filled)["Trash"] == inbox(1)
+
+
+def test_a_message_is_not_moved_into_a_scratch_directory(filled: Account, start: Start) -> None:
+    """It would leave the account; mv(1) copies it then, and deletes the message as rm does."""
+    files = start(filled)
+    files.mkdir("INBOX/.tmp")
+    changed = files.file(2)
+    fails_with(errno.EXDEV, files.rename, files.file(1), "INBOX/.tmp/x.eml")
+    with files.open(changed, "a") as file:
+        file.write(b"more\r\n")
+        fails_with(errno.EXDEV, files.rename, changed, "INBOX/.tmp/x.eml")
+    assert files.listdir("INBOX/.tmp") == []
+    files.write("INBOX/new.txt", b"local")
+    files.rename("INBOX/new.txt", "INBOX/.tmp/x.eml")
+    assert files.listdir("INBOX/.tmp") == ["x.eml"]
+    files.end()
+    assert len(everything(filled)["INBOX"]) == 3
+
+
+@pytest.mark.parametrize("kept", ["the cache", "only the spool"])
+def test_scratch_directories_survive_a_remount(filled: Account, start: Start, kept: str) -> None:
+    """They are as durable as the spool: the cache can be rebuilt."""
+    first = start(filled)
+    first.mkdir(".top")
+    first.mkdir("Work/.tmp")
+    first.mkdir("Work/.tmp/below")
+    first.mkdir("Work/.empty")
+    names = [".top/1.eml", "Work/.tmp/2.eml", "Work/.tmp/below/3.eml"]
+    for name in names:
+        first.write(name, name.encode())
+    first.end()
+    if kept == "only the spool":
+        for file in first.cache.glob("*/cache.db*"):
+            file.unlink()
+    second = start(filled, cache=first.cache)
+    assert {name: second.read(name) for name in names} == {name: name.encode() for name in names}
+    assert second.listdir("Work/.empty") == []
+    # They follow their mailbox.
+    second.rename("Work", "Other")
+    second.end()
+    third = start(filled, cache=first.cache)
+    assert third.read("Other/.tmp/below/3.eml") == b"Work/.tmp/below/3.eml"
+    third.unlink("Other/.tmp/below/3.eml")
+    third.rmdir("Other/.tmp/below")
+    third.end()
+    fourth = start(filled, cache=first.cache)
+    assert sorted(fourth.listdir("Other")) == [".empty", ".tmp"]
+    assert fourth.listdir("Other/.tmp") == ["2.eml"]
+    fourth.end()
+
+
+def test_scratch_directories_of_a_deleted_mailbox_move_to_the_top(filled: Account, start: Start) -> None:
+    first = start(filled)
+    for name in ("Work/.tmp", "Work/.tmp/below"):
+        first.mkdir(name)
+        first.write(f"{name}/x.eml", name.encode())
+    first.end()
+    with filled.client() as client:
+        client.delete("Work")
+    for _ in range(2):
+        files = start(filled, cache=first.cache)
+        assert "Work" not in files.listdir()
+        assert files.read(".tmp/x.eml") == b"Work/.tmp"
+        assert files.read(".tmp/below/x.eml") == b"Work/.tmp/below"
+        files.end()
 
 
 # ---- what is no mail
@@ -784,3 +896,111 @@ def test_a_refused_rename_of_a_change_leaves_what_it_was_to_replace(filled: Acco
     files.rename(target, other)
     files.end()
     assert sorted(message.content for message in held(filled).values()) == sorted([plain(3), plain(10)])
+
+
+# ---- deleted while open, and names that cannot be
+
+
+@pytest.mark.parametrize("how", ["rm", "mv"])
+@pytest.mark.parametrize("lacks", [(), ("UIDPLUS",), ("MOVE", "UIDPLUS")], ids=["nothing", "UIDPLUS", "both"])
+def test_a_message_deleted_while_it_is_open_for_writing_brings_nothing_back(
+    filled: Account, start: Start, how: str, lacks: tuple[str, ...]
+) -> None:
+    """A write to it made an entry with an empty name, and the mailbox could never be listed again."""
+    with Proxy(filled.server, hide=lacks) as proxy:
+        files = start(proxy.account(filled))
+        name, other, third = (files.file(uid) for uid in (1, 2, 3))
+        with files.open(name, "r+") as file:
+            if how == "rm":
+                files.unlink(name)
+            else:
+                files.rename(other, name)
+            with contextlib.suppress(OSError):
+                file.write(b"X-Late: 1\r\n")
+        stays = name if how == "mv" else other
+        left = sorted(path.removeprefix("INBOX/") for path in (stays, third))
+        assert sorted(files.listdir("INBOX")) == left
+        files.settle()
+        assert sorted(files.listdir("INBOX")) == left
+        files.end()
+        again = start(proxy.account(filled), cache=files.cache)
+        assert sorted(again.listdir("INBOX")) == left
+        assert again.waiting() == []
+        again.end()
+
+
+def test_a_name_is_at_most_255_bytes_long(filled: Account, start: Start) -> None:
+    """Names of up to 1,004 bytes were accepted, which other programs and file systems cannot copy."""
+    files = start(filled)
+    longest = "x" * 251 + ".eml"
+    source = files.file(1)
+    for name in ("INBOX/x" + longest, "INBOX/" + "x" * 1000, "x" * 256, ".x" + "x" * 254):
+        fails_with(errno.ENAMETOOLONG, files.write, name, plain(9))
+        fails_with(errno.ENAMETOOLONG, files.rename, source, name)
+        fails_with(errno.ENAMETOOLONG, files.rename, "Work", name)
+        fails_with(errno.ENAMETOOLONG, files.mkdir, name)
+        fails_with(errno.ENAMETOOLONG, files.unlink, name)
+        fails_with(errno.ENAMETOOLONG, files.rmdir, name)
+        fails_with(errno.ENAMETOOLONG, files.stat, name)
+    files.rename(source, "INBOX/" + longest)
+    assert longest in files.listdir("INBOX")
+
+
+# ---- mailboxes that other clients rename or delete while files wait
+
+
+@pytest.mark.parametrize("when", ["while the server is away", "just then"])
+def test_files_follow_a_mailbox_that_another_client_renames(filled: Account, start: Start, when: str) -> None:
+    """They were unsent, 'Mailbox doesn't exist', until somebody thought of 'imapfs retry'."""
+    filled.append("Work", plain(5), DATE)
+    with Proxy(filled.server, hide=("NOTIFY", "IDLE")) as proxy:
+        files = start(
+            proxy.account(filled),
+            expected_log=["offline: "] if when != "just then" else [],
+        )
+        files.listdir("Work")
+        if when != "just then":
+            proxy.refuse()
+            proxy.cut_all()
+            files.write("Work/new.eml", plain(9), mtime=LATER)
+            files.settle()
+        with filled.client() as client:
+            assert client.rename("Work", "Other")[0] == "OK"
+        if when == "just then":
+            files.write("Work/new.eml", plain(9), mtime=LATER)
+        proxy.accept()
+        wait_until(lambda: len(everything(filled).get("Other", [])) == 2, "it is uploaded where it belongs")
+        wait_until(lambda: files.waiting() == [], "nothing waits")
+        assert "Work" not in mailboxes(filled)
+        assert files.read("Other/new.eml") == plain(9)
+        files.end()
+
+
+def test_files_of_a_deleted_mailbox_are_uploaded_when_it_is_found_again(
+    filled: Account, start: Start
+) -> None:
+    """They are at the top of the mount, where a person sees them, and go on without a manual retry."""
+    lost = ["its mailbox was deleted", "is not uploaded: its mailbox was deleted"]
+    with Proxy(filled.server) as proxy:
+        files = start(proxy.account(filled), expected_log=[*lost, "offline: "])
+        files.listdir("Work")
+        proxy.refuse()
+        proxy.cut_all()
+        files.write("Work/new.eml", plain(9), mtime=LATER)
+        files.settle()
+        with filled.client() as client:
+            assert client.delete("Work")[0] == "OK"
+        proxy.accept()
+        wait_until(lambda: files.waiting() == [("new.eml", "unsent")], "it is at the top")
+        assert b"its mailbox was deleted" in files.getxattr("new.eml", ERROR)
+        assert files.read("new.eml") == plain(9)
+        files.end()
+        again = start(proxy.account(filled), cache=files.cache)
+        assert again.waiting() == [("new.eml", "unsent")]
+        with filled.client() as client:
+            assert client.create("Work")[0] == "OK"
+        wait_until(lambda: everything(filled).get("Work") == [Held(plain(9), LATER)], "it is uploaded")
+        wait_until(lambda: again.waiting() == [], "nothing waits")
+        wait_until(lambda: len(again.listdir("Work")) == 1, "it is shown once")
+        assert not again.exists("new.eml")
+        again.end()

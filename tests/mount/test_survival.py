@@ -133,6 +133,59 @@ def test_full_disk(user: Account, mount: Mounter, small_disk: Path) -> None:
     mounted.unmount()
 
 
+@pytest.mark.parametrize("end", ["kill", "umount"])
+def test_mount_after_a_reboot_with_a_full_disk(
+    user: Account, mount: Mounter, small_disk: Path, end: str
+) -> None:
+    """There was no mount at all, so that neither the mail nor what waits in the spool could be read."""
+    user.deliver("INBOX", [(plain(n), DATE, "") for n in range(3)])
+    with Proxy(user.server) as proxy:
+        first = mount(
+            proxy.account(user), cache=small_disk / "cache", expected_log=["offline: |not on the server"]
+        )
+        inbox = first.path / "INBOX"
+        before = {path.name: path.read_bytes() for path in inbox.iterdir()}
+        proxy.refuse()
+        proxy.cut_all()
+        wait_until(lambda: first.status()["state"] == "offline", "offline")
+        for n in (10, 11):
+            (inbox / f"new{n}.eml").write_bytes(plain(n, 9000 * n))
+        for name in (".x.swp", ".y.swp"):
+            (inbox / name).write_bytes(b"local")
+        getattr(first, {"kill": "kill", "umount": "unmount"}[end])()
+        (spool,) = first.cache.glob("*/spool")
+        (spool / "boot").write_text("another boot")
+        filling = small_disk / "filling"
+        with filling.open("wb", buffering=0) as file, pytest.raises(OSError):
+            while True:
+                file.write(bytes(4096))
+        second = mount(
+            proxy.account(user),
+            cache=first.cache,
+            expected_log=[
+                "free or repair that disk|disk full|disk is full",
+                "offline: |mounted from the cache",
+            ],
+        )
+        inbox = second.path / "INBOX"
+        waiting = {"new10.eml": plain(10, 90_000), "new11.eml": plain(11, 99_000)}
+        local = {".x.swp": b"local", ".y.swp": b"local"}
+        assert {path.name: path.read_bytes() for path in inbox.iterdir()} == before | waiting | local
+        with pytest.raises(OSError) as raised:
+            (inbox / "new12.eml").write_bytes(plain(12))
+        assert raised.value.errno == errno.ENOSPC
+        # Nothing of this needs the server, which is away.
+        (inbox / ".x.swp").unlink()
+        filling.unlink()
+        (inbox / ".y.swp").rename(inbox / ".z.swp")
+        proxy.accept()
+        wait_until(
+            lambda: {plain(10, 90_000), plain(11, 99_000)} <= {*served(user).values()}, "what waited is sent"
+        )
+        second.unmount()
+    assert len(served(user)) == 5
+
+
 def test_messages_are_read_where_nothing_can_be_cached(user: Account, mount: Mounter) -> None:
     user.deliver("INBOX", [(plain(n), DATE, "") for n in range(3)])
     mounted = mount(user, expected_log=["was not cached"])
@@ -185,3 +238,35 @@ def test_cache_deleted_under_the_mount(user: Account, mount: Mounter) -> None:
         again = mount(user, cache=mounted.cache)
         assert contents(again.path / "INBOX") == served(user)
         assert mounted.log_text().count(" WARNING ") < 8
+
+
+def test_what_waits_survives_the_deletion_of_the_cache(user: Account, mount: Mounter, tmp_path: Path) -> None:
+    """XDG lets everybody delete ~/.cache. The spool of an earlier version is moved out of it."""
+    caches = tmp_path / "caches"
+    environment = {"XDG_CACHE_HOME": str(caches), "XDG_DATA_HOME": str(tmp_path / "data")}
+    log = ["offline: |mounted from the cache|not on the server"]
+    user.deliver("INBOX", [(plain(1), DATE, "")])
+
+    def usual(log: list[str]) -> Mount:
+        made = mount.prepare(proxy.account(user), environment=environment, expected_log=log)
+        at = made.command.index("--cache-dir")
+        del made.command[at : at + 2]
+        return made
+
+    with Proxy(user.server) as proxy:
+        with mount.prepare(proxy.account(user), cache=caches / "imapfs", expected_log=log) as first:
+            os.listdir(first.path / "INBOX")
+            proxy.refuse()
+            proxy.cut_all()
+            wait_until(lambda: first.status()["state"] == "offline", "offline")
+            (first.path / "INBOX" / "new.eml").write_bytes(plain(9))
+        with usual(log) as second:
+            assert second.status()["spool"].startswith(str(tmp_path / "data" / "imapfs"))
+            assert [one["path"] for one in second.status()["waiting"]] == ["INBOX/new.eml"]
+            assert not list(caches.glob("*/*/spool/*.json"))
+        shutil.rmtree(caches)
+        proxy.accept()
+        with usual([]) as third:
+            wait_until(lambda: plain(9) in served(user).values(), "it is sent")
+            assert (third.path / "INBOX" / "new.eml").read_bytes() == plain(9)
+    assert sorted(served(user).values()) == sorted([plain(1), plain(9)])

@@ -8,6 +8,8 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -923,3 +925,50 @@ def test_a_copy_of_unknown_outcome_proves_itself_by_its_bytes(
     wait_until(lambda: not (spool_of(mounted).parent / "journal.json").exists(), "the move is settled")
     mounted.unmount()
     assert everything(user) == contents(INBOX=[OLD, OTHER], Work=[likeness])
+
+
+def test_a_file_that_lost_its_description_is_named_until_a_person_has_decided(
+    user: Account, mount: Mounter
+) -> None:
+    """It was at the top of the mount, but 'status' listed nothing and 'sync' said that all was sent."""
+    first = mount(user)
+    (first.path / "INBOX" / ".note").write_bytes(NEW.content)
+    first.unmount()
+    (description,) = first.cache.glob("*/spool/*.json")
+    description.write_text(json.dumps(json.loads(description.read_text()) | {"name": None}))
+    second = mount(user, mailbox="INBOX", cache=first.cache, expected_log=["has lost its description"])
+    rescued = f"rescued-{description.stem}"
+    assert waiting(second) == [(rescued, "unsent")]
+    assert (second.path / rescued).read_bytes() == NEW.content
+    done = subprocess.run(
+        [sys.executable, "-m", "imapfs", "sync", second.path],
+        env=second.environment, capture_output=True, text=True, timeout=DEADLINE,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert f"{rescued}: unsent: its description was damaged" in done.stdout
+    os.rename(second.path / rescued, second.path / "found.eml")
+    os.utime(second.path / "found.eml", (LATER, LATER))
+    assert waiting(second) == []
+    second.unmount()
+    assert [message.content for message in everything(user)["INBOX"]] == [NEW.content]
+
+
+def test_an_upload_is_found_again_though_another_client_renamed_the_mailbox(
+    user: Account, mount: Mounter
+) -> None:
+    """It is searched under the new name: to take it for missing would upload it twice."""
+    user.deliver("Work", [(OLD.content, DATE, "S")])
+    with Proxy(user.server, hide=("NOTIFY", "IDLE")) as proxy:
+        mounted = mount(proxy.account(user))
+        os.listdir(mounted.path / "Work")
+        fault = proxy.fault(b"APPEND", "stall", at="answer")
+        put(mounted.path / "Work" / "new.eml", NEW)
+        fault.wait_hit()
+        with user.client() as client:
+            assert client.rename("Work", "Other")[0] == "OK"
+        proxy.cut_all()
+        proxy.resume()
+        drain(mounted)
+        wait_until(lambda: waiting(mounted) == [], "nothing waits")
+        mounted.unmount()
+    assert everything(user) == {"Other": in_order(OLD, NEW)}

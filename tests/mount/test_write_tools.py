@@ -4,6 +4,7 @@ import os
 import pty
 import select
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -304,6 +305,40 @@ def test_rsync_inplace(user: Account, mounted: Mount, tmp_path: Path, options: S
     after = everything(user)
     assert after["New"] == in_order(Held(plain(10), LATER), Held(plain(11) + b"one more line\r\n", LATER + 7))
     assert after["Trash"] == [Held(plain(11), LATER)]
+
+
+def test_rsync_delay_updates(user: Account, mounted: Mount, tmp_path: Path) -> None:
+    """It puts files into a directory of its own first: it transferred nothing, and its exit code was 0."""
+    source = files(tmp_path / "source", [plain(10), plain(11)])
+    command = "rsync", "-a", "--delay-updates", f"{source}/", mounted.path / "New"
+    run(*command)
+    settle(mounted)
+    assert everything(user)["New"] == in_order(Held(plain(10), LATER), Held(plain(11), LATER))
+    (source / "1.eml").write_bytes(plain(12))
+    os.utime(source / "1.eml", (LATER + 7, LATER + 7))
+    run(*command)
+    settle(mounted)
+    before = all_uids(user)
+    run(*command)
+    assert {name for name in os.listdir(mounted.path / "New") if not name.endswith(".eml")} == set()
+    assert mounted.status()["scratch"] == []
+    mounted.unmount()
+    assert all_uids(user) == before
+    after = everything(user)
+    assert after["New"] == in_order(Held(plain(10), LATER), Held(plain(12), LATER + 7))
+    assert after["Trash"] == [Held(plain(11), LATER)]
+
+
+def test_what_is_left_in_a_scratch_directory_is_named(mounted: Mount) -> None:
+    """A program that was interrupted leaves mail there that is on no server."""
+    (mounted.path / "Work" / ".~tmp~").mkdir()
+    (mounted.path / "Work" / ".~tmp~" / "left.eml").write_bytes(plain(9))
+    assert mounted.status()["scratch"] == [{"path": "Work/.~tmp~/left.eml", "size": len(plain(9))}]
+    said = subprocess.run(
+        [sys.executable, "-m", "imapfs", "umount", mounted.path],
+        env=mounted.environment, capture_output=True, text=True, check=True, timeout=DEADLINE,
+    ).stdout  # fmt: skip
+    assert said.splitlines() == ["Work/.~tmp~/left.eml: in a scratch directory, and so on this computer only"]
 
 
 # ---- tar

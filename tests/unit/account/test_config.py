@@ -317,11 +317,13 @@ def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     resolved = config.resolve("imaps://u@h", tmp_path / "mnt", {}, tmp_path / "config.toml")
     mount = resolved.mount
     assert mount.account == Account("h", "u")
     assert mount.mountpoint == tmp_path / "mnt"
     assert mount.cache_dir == tmp_path / "caches" / "imapfs"
+    assert mount.spool_dir == tmp_path / "data" / "imapfs"
     assert (mount.cache_size, mount.names, mount.connections, mount.timeout) == (
         10 * 2**30,
         "subject",
@@ -360,6 +362,7 @@ def test_command_line_wins_over_the_entry_and_adds_mount_options(
     assert resolved.mount.account == Account("h", "u", mailbox="INBOX", ca_file=tmp_path / "ca.pem")
     assert resolved.mount.mountpoint == tmp_path / "mnt"
     assert resolved.mount.cache_dir == tmp_path / "home" / "cache"
+    assert resolved.mount.spool_dir is None, "beside that cache"
     assert (resolved.mount.names, resolved.mount.timeout, resolved.mount.read_only) == ("subject", 5.0, True)
     assert resolved.mount.fuse_options == {"dev", "noatime", "noexec"}
     assert resolved.mount.own_mail == {"a/Gesendet", "Entwürfe"}

@@ -1,18 +1,32 @@
 """Drafts stay where their mailbox is, and are not lost with it."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from imapfs.errors import ImapfsError
 from imapfs.fs.drafts import Drafts
+from imapfs.fs.scratch import ScratchDirectories
 from imapfs.model import ROOT, Ino
 from imapfs.store.journal import Journal
 from imapfs.store.spool import Draft, Spool
 from imapfs.sync.changes import ChangeHub, Changes, Moved, Renamed
+from imapfs.sync.upload import Uploader
 from tests.conftest import ExpectedLog
 from tests.support.model import Model, model
 
 LOST = "its mailbox was deleted"
+
+
+class IdleUploader:
+    """Stands for the uploader, which has no server here."""
+
+    def submit(self, draft: Draft) -> None:
+        draft.state = "sending"
+
+    def refuse(self, draft: Draft, error: ImapfsError) -> None:
+        draft.state, draft.error = "unsent", str(error)
 
 
 class Mounted:
@@ -21,8 +35,17 @@ class Mounted:
     def __init__(self, account: Model) -> None:
         self.published: list[Changes] = []
         hub = ChangeHub()
+        self.scratch = ScratchDirectories(account.tree, account.cache, account.spool, hub)
         self.journal = Journal(account.spool.directory.parent / "journal.json")
-        self.drafts = Drafts(account.tree, account.cache, account.spool, self.journal, hub)
+        self.drafts = Drafts(
+            account.tree,
+            account.cache,
+            account.spool,
+            self.journal,
+            self.scratch,
+            cast(Uploader, IdleUploader()),
+            hub,
+        )
         hub.subscribe(self.published.append)
 
 
@@ -89,6 +112,56 @@ def test_a_message_that_is_removed_takes_no_draft_along(account: Model, mounted:
     mounted.drafts.on_changes(Changes(account.ino("INBOX"), gone=[gone]))
     assert as_found(draft) == before
     assert mounted.published == []
+
+
+def test_a_scratch_directory_of_a_deleted_mailbox_moves_to_the_top(
+    account: Model, mounted: Mounted, expected_log: ExpectedLog
+) -> None:
+    expected_log(LOST)
+    scratch = mounted.scratch.make(account.ino("Work/2024"), b".tmp")
+    below = mounted.scratch.make(scratch.ino, b"below")
+    draft = account.write("Work/2024/.tmp/below", b"new.eml", b"text")
+    gone = account.node(account.ino("Work/2024"))
+    account.list_mailboxes("INBOX", "Work")
+    mounted.drafts.on_changes(Changes(gone.parent, gone=[gone]))
+    assert as_found(draft) == (below.ino, b"new.eml", (b".tmp", b"below"))
+    assert mounted.published == [Changes(ROOT, added=[(scratch.ino, b".tmp")])]
+    assert as_found(on_disk(account, draft)) == as_found(draft)
+    assert account.names(ROOT) == ["INBOX", "Work", ".tmp"]
+
+
+def test_a_mailbox_takes_its_name_from_a_scratch_directory(account: Model, mounted: Mounted) -> None:
+    """Servers may have mailboxes that begin with a dot. What waits in the directory does not go into it."""
+    scratch = mounted.scratch.make(account.ino("Work"), b".tmp")
+    draft = account.write("Work/.tmp", b"x.eml")
+    account.list_mailboxes(*account.mailboxes, "Work/.tmp")
+    mailbox = account.ino("Work/.tmp")
+    mounted.drafts.on_changes(Changes(account.ino("Work"), added=[(mailbox, b".tmp")]))
+    assert mailbox != scratch.ino
+    assert as_found(draft) == (scratch.ino, b"x.eml", (b"Work", b".tmp~2"))
+    assert as_found(on_disk(account, draft)) == as_found(draft)
+
+
+def test_a_draft_of_a_deleted_mailbox_goes_back_and_on(
+    account: Model, mounted: Mounted, expected_log: ExpectedLog
+) -> None:
+    expected_log(LOST)
+    drafts = {state: account.write("Work/2024", state.encode()) for state in ("sending", "unsent", "local")}
+    for state, draft in drafts.items():
+        draft.state, draft.dirty = state, False  # type: ignore[assignment]
+    gone = account.node(account.ino("Work/2024"))
+    account.list_mailboxes("INBOX", "Work")
+    mounted.drafts.on_changes(Changes(gone.parent, gone=[gone]))
+    assert [draft.state for draft in drafts.values()] == ["unsent", "unsent", "local"]
+    account.list_mailboxes("INBOX", "Work", "Work/2024")
+    again = account.ino("Work/2024")
+    mounted.drafts.on_changes(Changes(account.ino("Work"), added=[(again, b"2024")]))
+    assert as_found(drafts["sending"]) == (again, b"sending", (b"Work", b"2024"))
+    assert drafts["sending"].state == "sending"
+    # What the server has refused, and what is local, waits for a person.
+    for state in ("unsent", "local"):
+        assert as_found(drafts[state]) == (ROOT, state.encode(), ())
+        assert drafts[state].state == state
 
 
 # -- mailboxes that are renamed

@@ -597,3 +597,20 @@ def test_half_written_bodies_go_when_the_store_opens(cache: Cache) -> None:
     path.write_bytes(b"half")
     BodyStore(cache, 100)
     assert not path.exists()
+
+
+def test_a_name_that_an_earlier_version_took_is_cut(tmp_path: Path) -> None:
+    """No program could look it up any more, not even to rename it."""
+    first = Cache.open(tmp_path / "cache", "subject")
+    mailbox = inbox(first)
+    inos = [ino for ino, _ in first.add_messages(mailbox, [message(1), message(2), message(3)])]
+    for n, ino in enumerate(inos[:2]):
+        first.rename(ino, b"x" * 300 + b"%d.eml" % n)
+    first.close()
+    second = Cache.open(tmp_path / "cache", "subject")
+    names = [second.node(ino).name or b"" for ino in inos]  # type: ignore[union-attr]
+    assert names[0] == b"x" * 251 + b".eml"
+    assert names[1].startswith(b"x" * 240) and len(names[1]) <= 255 and names[1] != names[0]
+    assert names[2].endswith(b".3.eml")
+    assert second.is_named(mailbox, 1)
+    second.close()

@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 
 from imapfs.errors import CacheError
 from imapfs.model import ROOT, Ino, MessageRef, Uid, UidValidity
+from imapfs.names import MAX_NAME, is_file_name
+from imapfs.store import spool as spool_module
 from imapfs.store.journal import Journal
 from imapfs.store.spool import Base, Draft, Spool
 from tests.conftest import ExpectedLog
 
 NAMES = st.binary(min_size=1, max_size=255)
+FILE_NAMES = NAMES.filter(is_file_name)
 NUMBERS = st.integers(0, 2**63 - 1)
 REFS = st.builds(MessageRef, NAMES, NUMBERS, NUMBERS)
 BASES = st.builds(Base, REFS, st.integers(-(2**40), 2**40), st.integers(-1440, 1440))
@@ -41,10 +44,11 @@ def again(spool: Spool) -> Spool:
 
 
 @given(
-    parent=NUMBERS, name=NAMES, path=st.lists(NAMES, max_size=4), mode=st.integers(0, 0o7777),
+    parent=NUMBERS, name=FILE_NAMES, path=st.lists(FILE_NAMES, max_size=4), mode=st.integers(0, 0o7777),
     mtime=st.integers(-(2**62), 2**62), timed=st.booleans(), flags=st.text(max_size=50),
     state=st.sampled_from(["local", "sending", "unsent"]), error=st.text(max_size=50),
     base=st.none() | BASES, dirty=st.booleans(),
+    home=st.none() | st.lists(FILE_NAMES, max_size=3).map(tuple),
 )  # fmt: skip
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None)
 def test_a_description_comes_back_as_it_was(
@@ -83,8 +87,75 @@ def test_a_draft_without_its_description_is_rescued(
     expected_log("has lost its description")
     rescued = again(spool).child(ROOT, b"rescued-7")
     assert rescued is not None
-    assert rescued.state == "local"
+    assert (rescued.state, rescued.error) == ("unsent", spool_module._RESCUED)
     assert rescued.file.read_bytes() == b"mail"
+
+
+DAMAGES: list[tuple[str, object]] = [
+    ("name", None), ("name", ""), ("name", "a/b.eml"), ("name", ".."), ("name", "a\0b"),
+    ("name", "/" + "x" * 300),
+    ("name", "\ud800"), ("name", 5), ("path", None), ("path", "INBOX"), ("path", [None]), ("path", ["a/b"]),
+    ("parent", None), ("parent", 1 << 64), ("parent", -1), ("mode", "rw"), ("mode", 1 << 40),
+    ("mtime", None), ("mtime", 1.5), ("mtime", 1 << 100), ("timed", None), ("flags", None), ("state", "lost"),
+    ("state", None), ("state", []), ("error", None), ("dirty", 1), ("home", 1), ("home", [""]),
+    ("base", "INBOX"),
+    ("base", {"mailbox": None, "uidvalidity": 1, "uid": 1, "date": 1, "zone": 0}),
+    ("base", {"mailbox": "INBOX", "uidvalidity": 1, "uid": 1 << 64, "date": 1, "zone": 0}),
+    ("attempt", {"mailbox": None}), ("attempt", 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), DAMAGES)
+def test_no_damage_of_a_description_stops_the_mount_or_hides_the_file(
+    spool: Spool, field: str, value: object, expected_log: ExpectedLog
+) -> None:
+    """A null name ended the mount with a traceback; a name with a slash was in no listing."""
+    made(spool, content=b"mail").save()
+    description = spool.directory / "7.json"
+    description.write_text(json.dumps(json.loads(description.read_text()) | {field: value}))
+    damaged = description.read_bytes()
+    expected_log("has lost its description")
+    rescued = again(spool).child(ROOT, b"rescued-7")
+    assert rescued is not None
+    assert rescued.state == "unsent", "so that 'imapfs status' and 'imapfs sync' name it"
+    assert rescued.file.read_bytes() == b"mail"
+    assert description.read_bytes() == damaged, "a person may make something of it"
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [("x" * 300 + ".eml", "x" * 251 + ".eml"), ("ä" * 200, "ä" * 127), ("x." + "y" * 400, "x" + "y" * 16)],
+)
+def test_a_name_that_an_earlier_version_took_is_cut(spool: Spool, name: str, short: str) -> None:
+    """A waiting file with such a name goes on: it is not damaged."""
+    made(spool).save()
+    description = spool.directory / "7.json"
+    described = json.loads(description.read_text()) | {"name": name, "state": "sending"}
+    description.write_text(json.dumps(described))
+    read = again(spool).get(Ino(7))
+    assert read is not None
+    assert (read.name, read.state) == (short.encode(), "sending")
+
+
+def test_a_time_that_nanoseconds_in_64_bits_do_not_hold_is_no_damage(spool: Spool) -> None:
+    draft = made(spool)
+    draft.mtime = 20_000_000_000 * 10**9
+    draft.save()
+    read = again(spool).get(draft.ino)
+    assert read is not None
+    assert read.mtime == draft.mtime
+
+
+@pytest.mark.parametrize("name", [b"x" * 255, b"x" * 251 + b".eml", b"x." + b"y" * 253, b"." + b"y" * 254])
+def test_a_variant_of_a_name_is_not_too_long_either(spool: Spool, name: bytes) -> None:
+    made(spool, name)
+    variants = set[bytes]()
+    for ino in range(8, 20):
+        variant = spool.free_name(ROOT, name)
+        made(spool, variant, ino=ino)
+        variants.add(variant)
+    assert len(variants) == 12
+    assert all(len(variant) <= MAX_NAME for variant in variants)
 
 
 def test_a_file_that_was_being_written_when_the_process_ended_is_unsent(spool: Spool) -> None:
@@ -216,6 +287,21 @@ def test_a_full_disk_is_enospc_and_leaves_nothing_behind(full: Spool) -> None:
     assert caught.value.errno == errno.ENOSPC
     assert full.child(ROOT, b"new.eml") is None
     assert not (full.directory / "7").exists()
+
+
+def test_a_rename_on_a_full_disk_changes_nothing(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program is told that it failed, so it has to find the file where it was."""
+    draft = made(spool)
+
+    def no_space(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("imapfs.store.spool.replace_file", no_space)
+    with pytest.raises(CacheError):
+        spool.rename(draft, Ino(5), b"there.eml", (b"Work",))
+    assert spool.child(ROOT, b"new.eml") is draft
+    assert spool.child(Ino(5), b"there.eml") is None
+    assert (draft.parent, draft.name, draft.path) == (ROOT, b"new.eml", (b"INBOX",))
 
 
 def test_a_full_disk_leaves_the_old_description(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
