@@ -127,7 +127,7 @@ def test_a_wait_beyond_the_timeout_is_an_error_that_says_so(user: Account, mount
     with Proxy(user.server) as proxy:
         mounted = mount(
             proxy.account(user), "--timeout", "1", "--fetch-ahead", "0",
-            expected_log=["slowing down for 600 s", "no answer from", "files are not on the server"],
+            expected_log=["slowing down for 600 s", "no answer from", "files not on the server yet: 1"],
         )  # fmt: skip
         first, second, _ = [path for _, path in sorted(shown(mounted.path / "INBOX").items())]
         assert first.read_bytes() == plain(0)

@@ -583,7 +583,7 @@ def test_umount_while_the_server_is_away_keeps_drafts_for_the_next_mount(
     filled: Account, mount: Mounter
 ) -> None:
     with Proxy(filled.server) as proxy:
-        first = mount(proxy.account(filled), expected_log=[*OFFLINE, "1 files are not on the server yet"])
+        first = mount(proxy.account(filled), expected_log=[*OFFLINE, "files not on the server yet: 1"])
         os.listdir(first.path / "Work")
         take_away(proxy, first)
         write(first.path / "Work" / "new.eml", plain(10), mtime=LATER)
