@@ -225,6 +225,35 @@ def test_a_restored_server_gets_a_message_once(own: Account, mount: Mounts, tmp_
         mounted.unmount()
 
 
+@pytest.mark.xfail(strict=True, reason="point 5: UIDs beyond UIDNEXT say that it went back")
+def test_a_server_that_is_restored_to_what_was_last_listed_shows_what_it_has(
+    own: Account, mount: Mounts, tmp_path: Path
+) -> None:
+    """Its UIDNEXT is that of the last synchronisation, but the cache has had higher UIDs since."""
+    own.deliver("Sent", [(mail("one"), DATE, ""), (mail("two"), DATE, "")])
+    everything(own)
+    with Proxy(own.server) as proxy:
+        mounted = mount(proxy.account(own))
+        sent = mounted.path / "Sent"
+        one = file_of(mounted, 1, "Sent")
+        own.back_up(tmp_path / "backup")
+        one.unlink()
+        (sent / "new.eml").write_bytes(mail("new"))
+        settle(mounted)
+        assert on_server(own, mail("new")) == ["Sent"]
+        own.server.stop()
+        own.restore(tmp_path / "backup")
+        own.server.start_again()
+
+        def is_right() -> bool:
+            with contextlib.suppress(OSError):
+                return sorted(path.read_bytes() for path in sent.iterdir()) == [mail("one"), mail("two")]
+            return False
+
+        wait_until(is_right, "what the server has is shown")
+        mounted.unmount()
+
+
 @pytest.mark.xfail(strict=True, reason="point 9")
 def test_what_was_closed_before_an_unmount_is_sent_by_itself(
     user: Account, mount: Mounts, tmp_path: Path
@@ -289,6 +318,34 @@ def test_a_file_that_was_closed_survives_a_power_cut_and_is_sent(
     settle(second)
     assert "unsent" not in dict(waiting(second)).values()
     assert on_server(user, mail("new")) == ["INBOX"]
+
+
+@pytest.mark.parametrize("then", ["nothing", "moved", "removed", "edited"])
+def test_a_power_cut_after_an_upload_doubles_nothing(
+    user: Account, mount: Mounts, tmp_path: Path, then: str
+) -> None:
+    """That a file has left the spool may be undone, and it must not be uploaded again."""
+    disk = Disk(tmp_path / "power")
+    user.deliver("Work", [])
+    first = mount(user, cache=disk.root / "cache", environment=disk.environment())
+    new = first.path / "INBOX" / "new.eml"
+    new.write_bytes(mail("new"))
+    settle(first)
+    match then:
+        case "moved":
+            new.rename(first.path / "Work" / "new.eml")
+        case "removed":
+            new.unlink()
+        case "edited":
+            new.write_bytes(mail("new", "edited"))
+            settle(first)
+    before = everything(user)
+    first.kill()
+    disk.put(disk.after_power_cut(lambda: False, lambda: False))
+    second = mount(user, cache=disk.root / "cache", environment=disk.environment())
+    settle(second)
+    assert waiting(second) == []
+    assert everything(user) == before
 
 
 @pytest.mark.xfail(strict=True, reason="point 10: also what is not for the server")

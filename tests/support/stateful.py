@@ -628,6 +628,8 @@ class World:
         its = [line for line in self.history if number is not None and about.search(line)]
         last = self.history[-150:]
         logs = [log[-5000:] for log in [*self._logs, self._mount.log_text()]]
+        with contextlib.suppress(Exception):
+            its.append(f"waiting: {self._mount.status()['waiting']}")
         return Violation("\n".join([text, "-- the message", *its, "-- the last of all", *last, *logs]))
 
     def _drain(self) -> None:
