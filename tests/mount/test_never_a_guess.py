@@ -320,6 +320,7 @@ def test_a_file_that_was_closed_survives_a_power_cut_and_is_sent(
     assert on_server(user, mail("new")) == ["INBOX"]
 
 
+@pytest.mark.xfail(strict=True, reason="point 10")
 @pytest.mark.parametrize("then", ["nothing", "moved", "removed", "edited"])
 def test_a_power_cut_after_an_upload_doubles_nothing(
     user: Account, mount: Mounts, tmp_path: Path, then: str
