@@ -1,31 +1,62 @@
-"""A long run of tests.support.stateful: half on a server with MOVE, half on one without it."""
+"""A long run of tests.support.adversity: a part each on servers with and without MOVE, and on worse ones."""
 
+import argparse
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final, NamedTuple
 
+from tests.support.adversity import KINDS, AdverseWorld, altered, without
 from tests.support.servers.dovecot import Dovecot
 from tests.support.servers.proxy import Proxy
 from tests.support.servers.tls import CertificateAuthority
-from tests.support.stateful import Figures, Violation, World
+from tests.support.stateful import Figures, Violation
 
 CHECK_EVERY = 40
 """Operations between two looks at everything."""
 
 
-def run(server: Dovecot, directory: Path, operations: int, seed: int, hide: tuple[str, ...]) -> Figures:
-    """Run one world and return its figures. Raises Violation."""
-    with Proxy(server, hide=hide) as proxy:
-        world = World(server.account(f"user{seed}{''.join(hide).lower()}"), proxy, directory, seed)
+class Kind(NamedTuple):
+    """A kind of server."""
+
+    hide: tuple[str, ...] = ()
+    alter: Callable[[bytes], bytes] | None = None
+
+
+SERVERS: Final = {
+    "MOVE": Kind(),
+    "COPY": Kind(("MOVE",)),
+    "no-UIDPLUS": Kind(("MOVE", "UIDPLUS")),
+    "altering": Kind(alter=altered),
+}
+"""All that a run may be on; the first two by default."""
+
+
+def run(
+    server: Dovecot,
+    directory: Path,
+    operations: int,
+    seed: int,
+    name: str,
+    leave_out: frozenset[str],
+    *,
+    check_every: int = CHECK_EVERY,
+) -> Figures:
+    """Run one world on a server of the kind ``name`` and return its figures. Raises Violation."""
+    kind = SERVERS[name]
+    with Proxy(server, hide=kind.hide, alter=kind.alter) as proxy:
+        user = server.account(f"user{seed}{name.lower()}")
+        world = AdverseWorld(user, proxy, directory, seed, leave_out)
         number = 0
         try:
             for number in range(1, operations + 1):
                 world.step()
-                if number % CHECK_EVERY == 0 or number == operations:
+                if number % check_every == 0 or number == operations:
                     world.check()
-                    show(f"{number} of {operations} operations\r")
+                    show(f"{name}: {number} of {operations} operations\r")
         except BaseException as error:
             error.add_note("\n".join([f"after {number} operations:", *world.history[-200:]]))
             raise
@@ -40,18 +71,18 @@ def show(text: str) -> None:
     sys.stdout.flush()
 
 
-def main(operations: int, seed: int) -> int:
+def main(operations: int, seed: int, servers: Sequence[str], leave_out: frozenset[str]) -> int:
     """Print the figures of a run; the exit code says whether nothing was lost or doubled."""
     started = time.monotonic()
     total = Figures()
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
         with Dovecot(CertificateAuthority(directory), max_userip_connections=100) as server:
-            for hide in ((), ("MOVE",)):
+            for name in servers:
                 try:
-                    figures = run(server, directory / "-".join(["world", *hide]), operations // 2, seed, hide)
+                    figures = run(server, directory / name, operations // len(servers), seed, name, leave_out)
                 except (Violation, AssertionError, OSError) as error:
-                    show(f"\nseed {seed}, without {hide or 'nothing'}: {error}\n")
+                    show(f"\nseed {seed}, {name}: {error}\n")
                     show("\n".join(getattr(error, "__notes__", [])) + "\n")
                     return 1
                 total.operations += figures.operations
@@ -75,5 +106,14 @@ def _listed(counted: Counter[str]) -> str:
 
 
 if __name__ == "__main__":
-    arguments = [int(argument) for argument in sys.argv[1:3]]
-    sys.exit(main(*arguments, *(10_000, 1)[len(arguments) :]))
+    parser = argparse.ArgumentParser(prog="scripts/stateful", description="Random operations and faults.")
+    parser.add_argument("operations", type=int, nargs="?", default=10_000)
+    parser.add_argument("seed", type=int, nargs="?", default=1)
+    parser.add_argument(
+        "--on", nargs="+", choices=SERVERS, default=["MOVE", "COPY"], help="kinds of servers (MOVE COPY)"
+    )
+    parser.add_argument(
+        "--without", type=without, default="", help=f"kinds to leave out, with commas: {', '.join(KINDS)}"
+    )
+    given = parser.parse_args()
+    sys.exit(main(given.operations, given.seed, given.on, given.without))

@@ -14,15 +14,14 @@ import json
 import os
 import random
 import re
-import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.support.mailboxes import everything, mailboxes, settle, waiting
+from tests.support.mailboxes import Held, everything, mailboxes, settle, waiting
 from tests.support.mounting import DEADLINE, Mount, RobustMount, wait_until
 from tests.support.servers.dovecot import Account
 from tests.support.servers.proxy import Action, Fault, Point, Proxy
@@ -30,6 +29,8 @@ from tests.support.servers.proxy import Action, Fault, Point, Proxy
 NOWHERE = "(nowhere)"
 SPOOL = "(spool)"
 TRASH = "Trash"
+LOCAL = ".bak"
+"""The end of the names of files that are not for the server."""
 FIXED = {"INBOX", "Drafts", "Sent", "Trash", "Junk"}
 _MARK = re.compile(rb"^X-Version: (\d+)\r?$", re.M)
 _CHANGING = rb"APPEND|UID MOVE|UID COPY|UID STORE|UID EXPUNGE|CREATE|DELETE|RENAME"
@@ -50,6 +51,12 @@ class Version:
     """Whether it was on the server when everything was last looked at."""
     left: str = ""
     """The directory that it was deleted from since then."""
+    past: set[str] = field(default_factory=set)
+    """Where it may have been since then."""
+    altered: bytes | None = None
+    """What the server makes of its bytes, if it makes something else of them."""
+    read: bytes = b""
+    """What was last read of it, with CRLF."""
 
 
 @dataclass
@@ -73,16 +80,24 @@ class World:
     mount_type: type[Mount] = RobustMount
     arguments: tuple[str, ...] = ()
     """Of the mount."""
+    operations: Sequence[tuple[str, int]] = ()
+    """Methods and how often each is wanted; `OPERATIONS` if empty."""
 
     def __init__(self, user: Account, proxy: Proxy, directory: Path, seed: int) -> None:
         self.random = random.Random(seed)
+        """Of the present operation: what one of them draws does not change the others."""
+        self._seed = seed
+        self._order = random.Random(seed)
         self.figures = Figures()
         self.history: list[str] = []
         self._user = user
         self._proxy = proxy
         self._directory = directory
         self._mounts = 0
+        self._logs: deque[str] = deque(maxlen=6)
+        """Of the last mounts before the present one."""
         self._names = 0
+        self._steps = 0
         self._versions: dict[int, Version] = {}
         self._fault: Fault | None = None
         self._killing = False
@@ -93,22 +108,35 @@ class World:
     # -- the mount -----------------------------------------------------------------------------------------
 
     def _start(self) -> Mount:
+        if self._mounts:
+            self._logs.append(self._mount.log_text())
         self._mounts += 1
         made = self.mount_type(
             self._proxy.account(self._user),
             self._directory / str(self._mounts),
             *self.arguments,
-            cache=self._directory / "cache",
+            cache=self._cache,
+            environment=self._environment(),
         )
         return made.__enter__()
 
     def _stop(self) -> None:
         self._mount.__exit__(None, None, None)
-        shutil.rmtree(self._directory / str(self._mounts))
 
     def _restart(self) -> None:
         self._stop()
         self._mount = self._start()
+
+    @property
+    def _cache(self) -> Path:
+        return self._directory / "cache"
+
+    def _environment(self) -> Mapping[str, str]:
+        """Of the mount."""
+        return {}
+
+    def _after_kill(self) -> None:
+        """The daemon was killed, and the next one has not been started."""
 
     def close(self) -> None:
         """End the mount, whatever state it is in."""
@@ -120,28 +148,53 @@ class World:
 
     # -- the model -----------------------------------------------------------------------------------------
 
-    def _new(self, place: str, *, based_on: bytes = b"") -> tuple[int, Version]:
+    def _new(self, place: str, *, based_on: bytes = b"", like: bytes = b"") -> tuple[int, Version]:
+        """Make a version: a message of its own, a later one of ``based_on``, or one as long as ``like``."""
         number = len(self._versions) + 1
         self.figures.versions = number
-        mark = b"X-Version: %d\r\n" % number
+        # As long as all others.
+        mark = b"X-Version: %06d\r\n" % number
         if based_on:
             content = based_on + mark
+        elif like:
+            *_, last = _MARK.finditer(like)
+            content = like[: last.start(1)] + b"%06d" % number + like[last.end(1) :]
         else:
             content = b"Message-ID: <%d@example.org>\r\nSubject: message %d\r\n%s\r\n" % (
                 number,
                 number,
-                mark,
+                self._header() + mark,
             )
             content += b"text\r\n" * self.random.choice([0, 1, 50, 2000])
-        version = Version(content, {place}, {frozenset()})
+        version = Version(content, {place}, {frozenset()}, altered=self._altered(content))
         self._versions[number] = version
         return number, version
+
+    def _header(self) -> bytes:
+        """More header fields of a new message."""
+        return b""
+
+    def _altered(self, content: bytes) -> bytes | None:
+        """What the server makes of a message that is appended; None if it leaves it as it is."""
+        return None
 
     def _known(self, content: bytes) -> Version | None:
         marks = _MARK.findall(content)
         version = self._versions.get(int(marks[-1])) if marks else None
         normal = re.sub(rb"(?<!\r)\n", b"\r\n", content)
-        return version if version is not None and normal == version.content else None
+        if version is None or normal not in (version.content, version.altered):
+            return None
+        version.read = normal
+        return version
+
+    def _is_half(self, content: bytes) -> bool:
+        """Whether this is what was written of a version that nobody has acknowledged."""
+        return any(
+            len(content) <= len(whole) and all(a in (b, 0) for a, b in zip(content, whole, strict=False))
+            for version in self._versions.values()
+            if NOWHERE in version.places
+            for whole in (version.content, version.content.replace(b"\r\n", b"\n"))
+        )
 
     @staticmethod
     def _went(version: Version, source: str, target: str, *, surely: bool) -> None:
@@ -178,7 +231,7 @@ class World:
                 content = path.read_bytes()
                 version = self._known(content)
                 if version is None:
-                    if content:
+                    if content and not self._is_half(content):
                         raise Violation(f"{path} has bytes that nobody wrote: {content[:300]!r}")
                     continue
                 return path, directory, version
@@ -236,7 +289,7 @@ class World:
         patience = 0.5 if at_rest else DEADLINE
         self.figures.operations[what.split()[0]] += 1
         self.history.append(what)
-        error = self._run_and_kill(operation, patience) if self._killing else _outcome(operation)
+        error = self._run_and_kill(operation, patience) if self._killing else outcome(operation)
         if error is not None:
             self.figures.failed[errno.errorcode.get(error.errno or 0, "?")] += 1
             self.history.append(f"  {error}")
@@ -246,7 +299,7 @@ class World:
         self._killing = False
         fault = self._fault
         with ThreadPoolExecutor(1) as executor:
-            done = executor.submit(_outcome, operation)
+            done = executor.submit(outcome, operation)
             # The operation itself, or what it leaves to the background, comes upon the fault, or does not.
             deadline = time.monotonic() + patience
             while fault is not None and not fault.hits and time.monotonic() < deadline:
@@ -260,6 +313,7 @@ class World:
         self._heal()
         self._proxy.resume()
         self.history.append("  killed")
+        self._after_kill()
         self._mount = self._start()
         return error
 
@@ -273,7 +327,7 @@ class World:
         content = version.content
         if self.random.random() < 0.5:
             content = content.replace(b"\r\n", b"\n")
-        error = self._run(f"create {number} as {place}/{path.name}", lambda: _write(path, content))
+        error = self._run(f"create {number} as {place}/{path.name}", lambda: write_at_once(path, content))
         if error is not None:
             version.places |= {NOWHERE}
 
@@ -285,10 +339,10 @@ class World:
         number, version = self._new(place)
         version.flags = None
         temporary = target.with_name(f".tmp{number}")
-        over = f" over {_number(victim[2])}" if victim else ""
+        over = f" over {number_of(victim[2])}" if victim else ""
 
         def operation() -> None:
-            _write(temporary, version.content)
+            write_at_once(temporary, version.content)
             os.rename(temporary, target)
 
         error = self._run(f"save {number} as {place}/{target.name}{over}", operation)
@@ -304,18 +358,19 @@ class World:
             return
         path, place, old = victim
         appending = self.random.random() < 0.5
-        number, version = self._new(place, based_on=old.content)
+        before = old.read
+        number, version = self._new(place, based_on=before)
         version.flags = None
 
         def operation() -> None:
             if appending:
                 with open(path, "ab", buffering=0) as file:
-                    file.write(version.content[len(old.content) :])
+                    file.write(version.content[len(before) :])
             else:
-                _write(path, version.content)
+                write_at_once(path, version.content)
 
         error = self._run(
-            f"{'append' if appending else 'rewrite'} {_number(old)} as {number} in {place}", operation
+            f"{'append' if appending else 'rewrite'} {number_of(old)} as {number} in {place}", operation
         )
         self._deleted(old, place, surely=error is None)
         if error is not None:
@@ -331,9 +386,9 @@ class World:
             over = None
         place = over[1] if over else self._place()
         target = over[0] if over else self.root / place / self._name()
-        text = f"move {_number(version)} from {path.parent.name} to {place}/{target.name}"
+        text = f"move {number_of(version)} from {path.parent.name} to {place}/{target.name}"
         error = self._run(
-            text + (f" over {_number(over[2])}" if over else ""), lambda: os.rename(path, target)
+            text + (f" over {number_of(over[2])}" if over else ""), lambda: os.rename(path, target)
         )
         if path.parent.name != place:
             self._went(version, path.parent.name, place, surely=error is None)
@@ -348,7 +403,7 @@ class World:
         if (victim := self._victim(trash=True)) is None:
             return
         path, _, version = victim
-        error = self._run(f"remove {_number(version)} from {path.parent.name}", lambda: os.unlink(path))
+        error = self._run(f"remove {number_of(version)} from {path.parent.name}", lambda: os.unlink(path))
         self._deleted(version, path.parent.name, surely=error is None)
         if error is not None and path.parent.name == TRASH and version.flags is not None:
             # Marked, but not expunged.
@@ -365,7 +420,7 @@ class World:
         def operation() -> None:
             os.setxattr(path, f"user.imap.{flag}", b"1" if on else b"0")
 
-        error = self._run(f"flag {_number(version)} {flag} {on}", operation)
+        error = self._run(f"flag {number_of(version)} {flag} {on}", operation)
         if version.flags is not None:
             imap = frozenset({"\\" + flag.capitalize()})
             after = {has | imap if on else has - imap for has in version.flags}
@@ -381,7 +436,7 @@ class World:
             os.utime(path, (1, 2))
             os.chmod(path, 0o640)
 
-        self._run(f"touch {_number(version)}", operation)
+        self._run(f"touch {number_of(version)}", operation)
 
     def look(self) -> None:
         """ls -l of everything."""
@@ -446,12 +501,15 @@ class World:
         place = self._place()
         with self._user.client() as client:
             client.select(f'"{place}"')
-            uids = client.uid("SEARCH", "ALL")[1][0].split()
+            uids = client.uid("SEARCH", "UNDELETED")[1][0].split()
             if not uids:
                 return
             uid = self.random.choice(uids).decode()
             parts = client.uid("FETCH", uid, "(BODY.PEEK[])")[1]
-            content = next(part[1] for part in parts if isinstance(part, tuple))
+            content = next((part[1] for part in parts if isinstance(part, tuple)), None)
+            if content is None:
+                # What was still to be removed is gone.
+                return
             version = self._known(content)
             if version is None:
                 raise Violation(f"bytes in {place} that nobody wrote: {content[:300]!r}")
@@ -460,18 +518,20 @@ class World:
             self.figures.operations["other"] += 1
             match self.random.choice(["expunge", "move", "flag"]):
                 case "expunge":
-                    self.history.append(f"other client expunges {_number(version)} in {place}")
+                    self.history.append(f"other client expunges {number_of(version)} in {place}")
                     client.uid("STORE", uid, "+FLAGS", "(\\Deleted)")
                     client.uid("EXPUNGE", uid)
                     version.places = {NOWHERE}
                 case "move":
                     target = self._place()
                     if target != place:
-                        self.history.append(f"other client moves {_number(version)} from {place} to {target}")
+                        self.history.append(
+                            f"other client moves {number_of(version)} from {place} to {target}"
+                        )
                         client.uid("MOVE", uid, f'"{target}"')
                         version.places = {target}
                 case "flag":
-                    self.history.append(f"other client flags {_number(version)} in {place}")
+                    self.history.append(f"other client flags {number_of(version)} in {place}")
                     client.uid("STORE", uid, "+FLAGS", "($Other)")
                     if version.flags is not None:
                         version.flags = {has | {"$Other"} for has in version.flags}
@@ -490,11 +550,16 @@ class World:
 
     def step(self) -> None:
         """One random operation with perhaps a fault."""
-        (operation,) = self.random.choices([name for name, _ in OPERATIONS], [n for _, n in OPERATIONS])
+        operations = self.operations or OPERATIONS
+        (operation,) = self._order.choices([name for name, _ in operations], [n for _, n in operations])
         self.do(operation)
 
     def do(self, operation: str) -> None:
-        """Run one of `OPERATIONS`, with perhaps a fault."""
+        """Run one of the operations, with perhaps a fault."""
+        self._steps += 1
+        self.random = random.Random(f"{self._seed} {self._steps}")
+        for version in self._versions.values():
+            version.past |= version.places
         if self.random.random() < 0.5:
             # Else what went wrong last time still does, perhaps for something in the background.
             self._heal()
@@ -509,7 +574,7 @@ class World:
         self._drain()
         self._restart()
         self._drain()
-        held = everything(self._user)
+        held = self._held()
         shown = self._shown()
         found: dict[int, list[str]] = {number: [] for number in self._versions}
         for place, messages in held.items():
@@ -517,25 +582,38 @@ class World:
                 version = self._known(message.content)
                 if version is None:
                     raise self._violation(f"{place}: bytes that nobody wrote: {message.content[:300]!r}")
-                found[_number(version)].append(place)
+                found[number_of(version)].append(place)
                 if version.flags is not None and message.flags not in version.flags:
+                    number, flags = number_of(version), set(message.flags)
                     raise self._violation(
-                        f"{_number(version)} in {place} has the flags {set(message.flags)}: {version.flags}",
-                        _number(version),
+                        f"{number} in {place} has the flags {flags}: {version.flags}", number
                     )
                 version.flags = {message.flags}
         for content in self._spooled():
             version = self._known(content)
             if version is not None:
-                found[_number(version)].append(SPOOL)
+                found[number_of(version)].append(SPOOL)
         for number, version in self._versions.items():
             places = found[number] or [NOWHERE]
             if len(places) > 1 or not set(places) <= version.places:
                 raise self._violation(
                     f"message {number} is in {places}, not in one of {version.places}", number
                 )
-            version.places, version.left = set(places), ""
+            version.places, version.left, version.past = set(places), "", set()
             version.settled = places[0] not in {NOWHERE, SPOOL}
+        self._compare(shown, held)
+
+    def _held(self) -> dict[str, list[Held]]:
+        """What the server has; without UIDPLUS what is marked as deleted is as good as gone."""
+        found = everything(self._user)
+        if "UIDPLUS" in self._proxy.hidden.names:
+            found = {
+                place: [message for message in messages if "\\Deleted" not in message.flags]
+                for place, messages in found.items()
+            }
+        return {place: messages for place, messages in found.items() if messages}
+
+    def _compare(self, shown: dict[str, list[bytes]], held: dict[str, list[Held]]) -> None:
         expected = {place: sorted(message.content for message in held[place]) for place in held}
         if shown != expected:
             raise self._violation(
@@ -549,8 +627,10 @@ class World:
         about = re.compile(rf"\b{number}\b")
         its = [line for line in self.history if number is not None and about.search(line)]
         last = self.history[-150:]
-        log = self._mount.log_text()[-5000:]
-        return Violation("\n".join([text, "-- the message", *its, "-- the last of all", *last, log]))
+        logs = [log[-5000:] for log in [*self._logs, self._mount.log_text()]]
+        with contextlib.suppress(Exception):
+            its.append(f"waiting: {self._mount.status()['waiting']}")
+        return Violation("\n".join([text, "-- the message", *its, "-- the last of all", *last, *logs]))
 
     def _drain(self) -> None:
         """Have everything sent, also what was refused by an injected fault."""
@@ -560,7 +640,12 @@ class World:
             left = waiting(self._mount)
             refused = [p for p, state in left if state == "unsent" and os.path.getsize(self.root / p)]
             for path in refused:
-                self._retry(path)
+                content = (self.root / path).read_bytes()
+                if self._known(content) is None and self._is_half(content):
+                    self.history.append(f"half of a file, {path}, is removed")
+                    os.unlink(self.root / path)
+                else:
+                    self._retry(path)
             return not refused and all(state == "unsent" for _, state in left)
 
         wait_until(done, "everything is sent")
@@ -581,7 +666,11 @@ class World:
     def _shown(self) -> dict[str, list[bytes]]:
         found: dict[str, list[bytes]] = {}
         for directory, _, names in os.walk(self.root):
-            messages = [Path(directory, name).read_bytes() for name in names if not name.startswith(".tmp")]
+            messages = [
+                Path(directory, name).read_bytes()
+                for name in names
+                if not name.startswith(".tmp") and not name.endswith(LOCAL)
+            ]
             # A kill between the making of a file and the first write to it leaves an empty one.
             messages = [content for content in messages if content]
             if messages:
@@ -589,10 +678,22 @@ class World:
         return found
 
     def _spooled(self) -> Iterator[bytes]:
-        for spool in self._mount.cache.glob("*/spool"):
-            for description in spool.glob("*.json"):
-                if json.loads(description.read_text())["state"] != "sent":
-                    yield description.with_suffix("").read_bytes()
+        for name, content in self._drafts():
+            if not name.endswith(LOCAL):
+                yield content
+
+    def _drafts(self) -> Iterator[tuple[str, bytes]]:
+        """Return names and bytes of all files of which the spool has both a description and bytes."""
+        for description in self._mount.cache.parent.rglob("*.json"):
+            file = description.with_suffix("")
+            if not file.exists():
+                continue
+            try:
+                found = json.loads(description.read_text())
+            except ValueError:
+                found = {"name": "", "state": "damaged"}
+            if found["state"] != "sent":
+                yield found["name"] or "", file.read_bytes()
 
 
 OPERATIONS: list[tuple[str, int]] = [
@@ -615,7 +716,7 @@ OPERATIONS: list[tuple[str, int]] = [
 """Methods of `World` and how often each is wanted."""
 
 
-def _outcome(operation: Callable[[], object]) -> OSError | None:
+def outcome(operation: Callable[[], object]) -> OSError | None:
     try:
         operation()
     except OSError as error:
@@ -623,13 +724,13 @@ def _outcome(operation: Callable[[], object]) -> OSError | None:
     return None
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_at_once(path: Path, content: bytes) -> None:
     # In one write: a kill then leaves all of it or nothing.
     with open(path, "wb", buffering=0) as file:
         file.write(content)
 
 
-def _number(version: Version) -> int:
+def number_of(version: Version) -> int:
     return int(_MARK.findall(version.content)[-1])
 
 

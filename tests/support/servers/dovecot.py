@@ -446,6 +446,16 @@ class Account(ImapAccount):
         for mailbox in ("INBOX", *SPECIAL_USE):
             self._mailbox_directory(mailbox)
 
+    def back_up(self, to: Path) -> None:
+        """Copy all mail of the account to ``to``, which is replaced, with all that the server knows of it."""
+        shutil.rmtree(to, ignore_errors=True)
+        subprocess.run(["cp", "-a", self._maildir, to], check=True)
+
+    def restore(self, copy: Path) -> None:
+        """Put back what `back_up` copied; the server must be stopped."""
+        shutil.rmtree(self._maildir)
+        subprocess.run(["cp", "-a", copy, self._maildir], check=True)
+
     def start_trace(self) -> None:
         """Record what is said on the connections that log in from now on."""
         for path in (self._trace.parent, self._trace):

@@ -88,24 +88,24 @@ class Hidden:
     """
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._names = set()
+        self.names = set()
         waiting = list(names)
         while waiting:
             name = waiting.pop()
             if name not in _EXTENSIONS:
                 raise ValueError(f"{name} cannot be hidden; what can: {', '.join(sorted(_EXTENSIONS))}")
-            self._names.add(name)
-            waiting += set(_EXTENSIONS[name].implied) - self._names
-        found = [_EXTENSIONS[name] for name in self._names]
+            self.names.add(name)
+            waiting += set(_EXTENSIONS[name].implied) - self.names
+        found = [_EXTENSIONS[name] for name in self.names]
         self._refused = _one_of(extension.refused for extension in found)
         codes = _one_of(extension.codes for extension in found)
         self._code = re.compile(rb" \[(?:" + codes.pattern + rb")\b[^\]]*\]", re.I) if codes else None
         self._data = _one_of(extension.data for extension in found)
-        self._words = {word for extension in found for word in extension.words} | self._names
+        self._words = {word for extension in found for word in extension.words} | self.names
 
     def refuses(self, command: bytes) -> bool:
         """Tell whether the server would not understand ``command``, without tag, literals elided."""
-        if "LITERAL+" in self._names and (literal := _LITERAL.search(command)) and literal[2]:
+        if "LITERAL+" in self.names and (literal := _LITERAL.search(command)) and literal[2]:
             return True
         return self._refused is not None and self._refused.match(command) is not None
 

@@ -148,6 +148,9 @@ class Proxy:
     ``hide`` are extensions that are neither announced nor understood, see `Hidden`; COMPRESS is always
     hidden. Each of ``edits`` is applied to what those before it made of a line.
 
+    ``alter`` is applied to each message that a client appends by a literal without waiting (LITERAL+), as
+    servers do that store something else than what they were given; not where a fault strikes in its bytes.
+
     ``latency`` (seconds, one way) and ``bandwidth`` (bytes per second in each direction, None for no limit)
     may be changed at any time and hold for what is sent from then on. Where ``server`` starts again on
     another port, new connections go there.
@@ -163,6 +166,7 @@ class Proxy:
         *,
         hide: Iterable[str] = (),
         edits: Iterable[Edit] = (),
+        alter: Callable[[bytes], bytes] | None = None,
         latency: float = 0.0,
         bandwidth: int | None = None,
     ) -> None:
@@ -174,6 +178,7 @@ class Proxy:
         self.bandwidth = bandwidth
         self.hidden = Hidden([*hide, "COMPRESS"])
         self.edits = list(edits)
+        self.alter = alter
         self.towards_client = server_context(self.authority.issue())
         self.towards_server = ssl.create_default_context(cafile=self.authority.certificate)
         self.flowing = asyncio.Event()
@@ -610,7 +615,16 @@ class _Connection:
         await self._pass_on(command, line, text, place)
 
     async def _pass_on(self, command: _Command, line: bytes, text: bytes, place: int) -> None:
+        alter = self.proxy.alter if text[:7].upper() == b"APPEND " else None
         while marker := _MARKER.search(line):
+            if marker[2] and alter is not None and "upload" not in command.faults:
+                given = b"".join([piece async for piece in self._client.literal(int(marker[1]))])
+                stored = alter(given)
+                await self._up.add(line[: marker.start()] + b"{%d+}\r\n" % len(stored) + stored)
+                line = await self._client.line()
+                text += line.rstrip(b"\r\n")
+                self.proxy.amend(place, text)
+                continue
             if not marker[2]:
                 answer = asyncio.get_running_loop().create_future()
                 self._go_ahead = (command.tag, answer)

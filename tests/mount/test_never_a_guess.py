@@ -1,0 +1,428 @@
+"""Nothing is done on likeness: the smallest forms of what the stateful test and the replay have found."""
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from tests.support.disk import Disk
+from tests.support.mailboxes import everything, file_of, held, settle, waiting
+from tests.support.mounting import MailAccount, Mount, RobustMount, wait_until
+from tests.support.servers.dovecot import Account, Dovecot
+from tests.support.servers.proxy import Proxy
+from tests.support.servers.tls import CertificateAuthority
+
+DATE = 1_700_000_000
+
+
+def mail(name: str, body: str = "text", header: bytes = b"") -> bytes:
+    """Return a message; those of equally long arguments are equally long."""
+    return (
+        f"Message-ID: <{name}@example.org>\r\nSubject: {name}\r\n".encode()
+        + header
+        + f"\r\n{body}\r\n".encode()
+    )
+
+
+class Mounts(Protocol):
+    """What the fixture `mount` is."""
+
+    def __call__(
+        self, account: MailAccount, *, cache: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> Mount: ...
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Mounts]:
+    """Return a function that mounts, whose log may say what it likes about connections and the disk."""
+    with contextlib.ExitStack() as stack:
+        numbers = itertools.count(1)
+
+        def made(
+            account: MailAccount, *, cache: Path | None = None, environment: Mapping[str, str] | None = None
+        ) -> Mount:
+            directory = tmp_path / f"mount-{next(numbers)}"
+            return stack.enter_context(RobustMount(account, directory, cache=cache, environment=environment))
+
+        yield made
+
+
+def boot(mount: Mount) -> None:
+    """Have the next mount believe that the machine was started anew."""
+    for note in mount.cache.parent.rglob("boot"):
+        note.write_text("0\n")
+
+
+def on_server(user: Account, content: bytes) -> list[str]:
+    """Return the mailboxes that have this message, one as often as it is in there."""
+    return [place for place, ones in everything(user).items() for one in ones if one.content == content]
+
+
+def in_spool(mount: Mount, content: bytes) -> bool:
+    """Whether a file that waits has these bytes."""
+    return any((mount.path / path).read_bytes() == content for path, _ in waiting(mount))
+
+
+@pytest.fixture
+def proxy(user: Account) -> Iterator[Proxy]:
+    with Proxy(user.server) as made:
+        yield made
+
+
+@pytest.fixture
+def own(ca: CertificateAuthority) -> Iterator[Account]:
+    """An account on a server that nobody else uses, so that it can be stopped and restored."""
+    with Dovecot(ca) as server:
+        yield server.account("own")
+
+
+@pytest.mark.xfail(strict=True, reason="point 1")
+def test_removing_a_local_copy_after_a_reboot_removes_nothing_else(user: Account, mount: Mounts) -> None:
+    """cp mail.eml mail.bak, reboot, rm mail.bak: the message itself would go."""
+    user.deliver("INBOX", [(mail("one"), DATE, "")])
+    first = mount(user)
+    message = file_of(first, 1)
+    message.with_suffix(".bak").write_bytes(message.read_bytes())
+    first.unmount()
+    boot(first)
+    second = mount(user, cache=first.cache)
+    assert sorted(os.listdir(second.path / "INBOX")) == sorted([message.name, message.stem + ".bak"])
+    (second.path / "INBOX" / f"{message.stem}.bak").unlink()
+    settle(second)
+    assert on_server(user, mail("one")) == ["INBOX"]
+
+
+@pytest.mark.xfail(strict=True, reason="point 2")
+def test_a_file_that_waits_is_not_taken_for_a_message_of_its_size(
+    user: Account, proxy: Proxy, mount: Mounts
+) -> None:
+    """The file would be dropped, though it is on no server."""
+    user.deliver("Work", [])
+    mounted = mount(proxy.account(user))
+    os.listdir(mounted.path / "Work")
+    mine = mail("mine", header=b"X-Pad: aou\r\n")
+    fault = proxy.fault(rb"APPEND", "stall", at="command")
+    (mounted.path / "Work" / "mine.eml").write_bytes(mine)
+    fault.wait_hit()
+    other = mail("them", header=b"X-Pad: \xe4\xf6\xfc\r\n")
+    assert len(other) == len(mine)
+    user.append("Work", other, DATE)
+    proxy.cut_all()
+    proxy.resume()
+    settle(mounted)
+    assert on_server(user, mine) == ["Work"] or in_spool(mounted, mine)
+
+
+@pytest.mark.parametrize(
+    "target", [pytest.param("Work", marks=pytest.mark.xfail(strict=True, reason="point 3")), "INBOX"]
+)
+def test_what_another_client_has_edited_and_moved_is_shown_with_its_own_bytes(
+    user: Account, mount: Mounts, target: str
+) -> None:
+    """Bytes of another message would be shown for good, and an edit of them would destroy the message."""
+    user.deliver("Work", [])
+    user.deliver("INBOX", [(mail("one", "before"), DATE, "")])
+    mounted = mount(user)
+    os.listdir(mounted.path / "Work")
+    assert file_of(mounted, 1).read_bytes() == mail("one", "before")
+    with user.client() as client:
+        client.select("INBOX")
+        client.uid("STORE", "1", "+FLAGS", "(\\Deleted)")
+        client.literal = mail("one", "after.")  # type: ignore[assignment]  # typeshed: str
+        assert client.xatom("APPEND", target, '"14-Nov-2023 22:13:20 +0000"')[0] == "OK"
+        client.uid("EXPUNGE", "1")
+
+    def is_shown() -> bool:
+        names = os.listdir(mounted.path / target)
+        return not any(path.stem.endswith(".1") for path in (mounted.path / "INBOX").iterdir()) or bool(
+            target == "Work" and names
+        )
+
+    wait_until(is_shown, "the change is shown")
+    (path,) = (mounted.path / target).iterdir()
+    assert path.read_bytes() == mail("one", "after.")
+
+
+@pytest.mark.xfail(strict=True, reason="point 4")
+@pytest.mark.parametrize("how", ["plain", "append", "rename"])
+def test_a_program_that_fsyncs_and_writes_on_gets_its_bytes(user: Account, mount: Mounts, how: str) -> None:
+    """With CRLF put in under the writer's offset, a part of the message would be overwritten."""
+    mounted = mount(user)
+    path = mounted.path / "INBOX" / "log.eml"
+    first = path.with_name("log.part") if how == "rename" else path
+    content = mail("log", "\n".join(f"line {n}" for n in range(50))).replace(b"\r\n", b"\n")
+    flags = os.O_APPEND if how == "append" else 0
+    descriptor = os.open(first, os.O_CREAT | os.O_WRONLY | flags, 0o600)
+    os.write(descriptor, content[:100])
+    if how == "rename":
+        os.rename(first, path)
+    else:
+        os.fsync(descriptor)
+    os.write(descriptor, content[100:])
+    os.close(descriptor)
+    settle(mounted)
+    assert everything(user).keys() == {"INBOX"}
+    assert [one.content for one in held(user).values()] == [content.replace(b"\n", b"\r\n")]
+
+
+@pytest.mark.xfail(strict=True, reason="point 5")
+def test_an_edit_that_waits_removes_nothing_else_from_a_restored_server(
+    own: Account, mount: Mounts, tmp_path: Path
+) -> None:
+    """The UID of the message that it replaces belongs to another one now, which would go to Trash."""
+    held(own)  # so that it has its UIDVALIDITY
+    own.back_up(tmp_path / "backup")
+    own.deliver("INBOX", [(mail("one"), DATE, "")])
+    with Proxy(own.server) as proxy:
+        mounted = mount(proxy.account(own))
+        path = file_of(mounted, 1)
+        path.read_bytes()
+        proxy.refuse()
+        proxy.cut_all()
+        edited = mail("one", "edited")
+        path.write_bytes(edited)
+        own.server.stop()
+        own.restore(tmp_path / "backup")
+        own.server.start_again()
+        own.append("INBOX", mail("innocent"), DATE + 1)
+        proxy.accept()
+        wait_until(lambda: not waiting(mounted), "the edit is sent")
+        settle(mounted)
+        assert on_server(own, mail("innocent")) == ["INBOX"]
+        assert on_server(own, edited) == ["INBOX"]
+        mounted.unmount()
+
+
+@pytest.mark.xfail(
+    strict=True, reason="point 5: a UIDNEXT that went back; 'the server took it but does not list it'"
+)
+def test_a_restored_server_gets_a_message_once(own: Account, mount: Mounts, tmp_path: Path) -> None:
+    """What has a lower UID than it could have would be taken for unsent, and doubled by a retry."""
+    everything(own)
+    own.back_up(tmp_path / "backup")
+    own.deliver("Sent", [(mail(f"m{n}"), DATE, "") for n in range(5)])
+    with Proxy(own.server) as proxy:
+        mounted = mount(proxy.account(own))
+        os.listdir(mounted.path / "Sent")
+        proxy.refuse()
+        proxy.cut_all()
+        (mounted.path / "Sent" / "new.eml").write_bytes(mail("new"))
+        own.server.stop()
+        own.restore(tmp_path / "backup")
+        own.server.start_again()
+        proxy.accept()
+        wait_until(lambda: on_server(own, mail("new")), "it is sent")
+        settle(mounted)
+        assert waiting(mounted) == []
+        assert on_server(own, mail("new")) == ["Sent"]
+        mounted.unmount()
+
+
+@pytest.mark.xfail(strict=True, reason="point 5: UIDs beyond UIDNEXT say that it went back")
+def test_a_server_that_is_restored_to_what_was_last_listed_shows_what_it_has(
+    own: Account, mount: Mounts, tmp_path: Path
+) -> None:
+    """Its UIDNEXT is that of the last synchronisation, but the cache has had higher UIDs since."""
+    own.deliver("Sent", [(mail("one"), DATE, ""), (mail("two"), DATE, "")])
+    everything(own)
+    with Proxy(own.server) as proxy:
+        mounted = mount(proxy.account(own))
+        sent = mounted.path / "Sent"
+        one = file_of(mounted, 1, "Sent")
+        own.back_up(tmp_path / "backup")
+        one.unlink()
+        (sent / "new.eml").write_bytes(mail("new"))
+        settle(mounted)
+        assert on_server(own, mail("new")) == ["Sent"]
+        own.server.stop()
+        own.restore(tmp_path / "backup")
+        own.server.start_again()
+
+        def is_right() -> bool:
+            with contextlib.suppress(OSError):
+                return sorted(path.read_bytes() for path in sent.iterdir()) == [mail("one"), mail("two")]
+            return False
+
+        wait_until(is_right, "what the server has is shown")
+        mounted.unmount()
+
+
+@pytest.mark.xfail(strict=True, reason="point 9")
+def test_what_was_closed_before_an_unmount_is_sent_by_itself(
+    user: Account, mount: Mounts, tmp_path: Path
+) -> None:
+    """close() promised that it would be sent; a RELEASE that is still queued must not be lost."""
+    user.deliver("Work", [])
+    sent: list[bytes] = []
+    for turn in range(3):
+        first = mount(user, cache=tmp_path / "cache")
+        contents = {first.path / "Work" / f"{turn}-{n}.eml": mail(f"m{turn}-{n:02}") for n in range(24)}
+        sent += contents.values()
+        files = []
+        for path, content in contents.items():
+            files.append(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+            os.write(files[-1], content)
+        with ThreadPoolExecutor(8) as executor:
+            list(executor.map(os.close, files))
+            # So that requests are certainly queued; the kernel drops them with the mount.
+            os.kill(first.pid, signal.SIGSTOP)
+        try:
+            subprocess.run(["fusermount3", "-u", first.path], check=True)
+        finally:
+            os.kill(first.pid, signal.SIGCONT)
+        first.wait_ended()
+        second = mount(user, cache=tmp_path / "cache")
+        assert [path for path, state in waiting(second) if state == "unsent"] == []
+        settle(second)
+        second.unmount()
+    assert sorted(one.content for one in held(user, "Work").values()) == sorted(sent)
+
+
+@pytest.mark.xfail(strict=True, reason="point 10")
+@pytest.mark.parametrize(
+    ("has_names", "has_bytes"), [(False, False), (True, False)], ids=["nothing", "only names"]
+)
+@pytest.mark.parametrize("touches", [False, True], ids=["closed", "closed and touched"])
+def test_a_file_that_was_closed_survives_a_power_cut_and_is_sent(
+    user: Account,
+    proxy: Proxy,
+    mount: Mounts,
+    tmp_path: Path,
+    has_names: bool,
+    has_bytes: bool,
+    touches: bool,
+) -> None:
+    """Safe from the moment close() returns: not half, not nothing, and not for a person to look at.
+
+    Nor does a change of its description afterwards, such as `cp -p` makes, leave an empty one.
+    """
+    disk = Disk(tmp_path / "power")
+    first = mount(proxy.account(user), cache=disk.root / "cache", environment=disk.environment())
+    os.listdir(first.path / "INBOX")
+    proxy.refuse()
+    proxy.cut_all()
+    (first.path / "INBOX" / "new.eml").write_bytes(mail("new"))
+    if touches:
+        os.utime(first.path / "INBOX" / "new.eml", (DATE, DATE))
+    first.kill()
+    disk.put(disk.after_power_cut(lambda: has_names, lambda: has_bytes))
+    proxy.accept()
+    second = mount(proxy.account(user), cache=disk.root / "cache", environment=disk.environment())
+    settle(second)
+    assert "unsent" not in dict(waiting(second)).values()
+    assert on_server(user, mail("new")) == ["INBOX"]
+
+
+@pytest.mark.xfail(strict=True, reason="point 10")
+@pytest.mark.parametrize("then", ["nothing", "moved", "removed", "edited"])
+def test_a_power_cut_after_an_upload_doubles_nothing(
+    user: Account, mount: Mounts, tmp_path: Path, then: str
+) -> None:
+    """That a file has left the spool may be undone, and it must not be uploaded again."""
+    disk = Disk(tmp_path / "power")
+    user.deliver("Work", [])
+    first = mount(user, cache=disk.root / "cache", environment=disk.environment())
+    new = first.path / "INBOX" / "new.eml"
+    new.write_bytes(mail("new"))
+    settle(first)
+    match then:
+        case "moved":
+            new.rename(first.path / "Work" / "new.eml")
+        case "removed":
+            new.unlink()
+        case "edited":
+            new.write_bytes(mail("new", "edited"))
+            settle(first)
+    before = everything(user)
+    first.kill()
+    disk.put(disk.after_power_cut(lambda: False, lambda: False))
+    second = mount(user, cache=disk.root / "cache", environment=disk.environment())
+    settle(second)
+    assert waiting(second) == []
+    assert everything(user) == before
+
+
+@pytest.mark.xfail(strict=True, reason="point 10: also what is not for the server")
+def test_a_local_file_that_was_closed_survives_a_power_cut(
+    user: Account, mount: Mounts, tmp_path: Path
+) -> None:
+    """Safe from the moment close() returns, wherever it is: it is nowhere else."""
+    disk = Disk(tmp_path / "power")
+    first = mount(user, cache=disk.root / "cache", environment=disk.environment())
+    (first.path / "INBOX" / "new.bak").write_bytes(b"local")
+    first.kill()
+    disk.put(disk.after_power_cut(lambda: False, lambda: False))
+    second = mount(user, cache=disk.root / "cache", environment=disk.environment())
+    assert (second.path / "INBOX" / "new.bak").read_bytes() == b"local"
+
+
+@pytest.mark.xfail(strict=True, reason="point 11")
+def test_a_kill_at_any_moment_leaves_no_file_that_nobody_is_told_of(
+    user: Account, mount: Mounts, tmp_path: Path
+) -> None:
+    """A file that is neither sent nor in a list waits for ever, and looks as if it were on its way."""
+    lost = []
+    user.deliver("Work", [])
+    # From the write of the bytes on; scripts/replay knows all the others.
+    for stop in range(8, 14):
+        disk = Disk(tmp_path / f"kill-{stop}")
+        cache = disk.root / "cache"
+        environment = disk.environment(stop=stop, only="/spool/", later=True)
+        first = mount(user, cache=cache, environment=environment)
+        mine = mail(f"m{stop:02}")
+        disk.count()
+        with contextlib.suppress(OSError):
+            (first.path / "Work" / f"{stop}.eml").write_bytes(mine)
+            settle(first)
+        first.wait_ended()
+        second = mount(user, cache=cache)
+        settle(second)
+        there = [path for path in (second.path / "Work").glob(f"{stop}*.eml") if path.read_bytes() == mine]
+        if there and not on_server(user, mine) and not in_spool(second, mine):
+            lost.append(stop)
+        second.unmount()
+    assert not lost
+
+
+@pytest.mark.xfail(strict=True, reason="point 12")
+def test_what_met_a_full_disk_is_sent_when_there_is_space_again(
+    user: Account, proxy: Proxy, mount: Mounts, tmp_path: Path
+) -> None:
+    """A file that could not be made ready at close() would wait until somebody runs 'imapfs sync'."""
+    disk = Disk(tmp_path / "full")
+    mounted = mount(user, cache=disk.root / "cache", environment=disk.environment())
+    # That close() says so is as good.
+    with (
+        contextlib.suppress(OSError),
+        open(mounted.path / "INBOX" / "new.eml", "wb", buffering=0) as file,
+    ):
+        file.write(mail("new"))
+        disk.fill()
+    assert on_server(user, mail("new")) == []
+    disk.free()
+    wait_until(lambda: on_server(user, mail("new")), "it is sent by itself")
+
+
+@pytest.mark.xfail(strict=True, reason="point 13")
+def test_files_follow_a_mailbox_that_another_client_has_renamed(
+    user: Account, proxy: Proxy, mount: Mounts
+) -> None:
+    """They would be unsent, although their mailbox is there under another name."""
+    user.deliver("Work", [(mail("one"), DATE, "")])
+    mounted = mount(proxy.account(user))
+    os.listdir(mounted.path / "Work")
+    proxy.refuse()
+    proxy.cut_all()
+    (mounted.path / "Work" / "new.eml").write_bytes(mail("new"))
+    with user.client() as client:
+        assert client.rename("Work", "Business")[0] == "OK"
+    proxy.accept()
+    wait_until(lambda: not waiting(mounted) or "unsent" in dict(waiting(mounted)).values(), "an end")
+    assert on_server(user, mail("new")) == ["Business"]
