@@ -125,7 +125,7 @@ def build_model(
     watching = Watching(pool, cache, sync, background, config.poll)
     tree = MailTree(cache, spool)
     refresher = DirectoryRefresher(tree, cache, pool, sync, watching, config.timeout)
-    files = Files(cache, bodies, downloads, prefetcher, spool, tree)
+    files = Files(cache, bodies, downloads, prefetcher, spool, tree, background)
     scratch = ScratchDirectories(tree, cache, spool, hub)
     drafts = Drafts(tree, cache, spool, journal, scratch, None if config.read_only else uploader, hub)
     replacer = Replacer(tree, cache, spool, files, locator, uploader, replaced)

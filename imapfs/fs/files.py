@@ -7,8 +7,12 @@ Those of a draft are in the spool. The first write to a message creates a draft 
 A descriptor belongs to the inode, not to the handle: a program sees what other programs write to the file.
 """
 
+import contextlib
 import os
 from collections.abc import Awaitable
+from typing import Final
+
+import trio
 
 from imapfs.errors import CacheError, MessageGone
 from imapfs.fs.tree import Entry, MailTree
@@ -21,6 +25,8 @@ from imapfs.sync.changes import Changes
 from imapfs.sync.download import Download, Downloader
 from imapfs.sync.prefetch import Prefetcher
 
+_MAX_RELEASE: Final = 1.0
+"""Seconds after the last close() of a file in which the kernel has released it."""
 Opening = bytes | None | Awaitable[bytes | None]
 """All bytes of a small message, if they are wanted, or an awaitable for them."""
 
@@ -65,6 +71,7 @@ class Files:
         prefetcher: Prefetcher,
         spool: Spool,
         tree: MailTree,
+        background: trio.Nursery,
     ) -> None:
         self._cache = cache
         self._bodies = bodies
@@ -72,6 +79,7 @@ class Files:
         self._prefetcher = prefetcher
         self._spool = spool
         self._tree = tree
+        self._background = background
         self._open: dict[Ino, OpenFile] = {}
         self._verified: set[Ino] = set()
         """Large messages whose cached bodies were found intact since the mount began."""
@@ -310,7 +318,17 @@ class Files:
         if draft.state == "open" and file.flushed == file.writers and draft.size and not draft.closed:
             draft.closed = True
             draft.save()
+            self._background.start_soon(self._expect_release, file, draft)
         await draft.secure()
+
+    async def _expect_release(self, file: OpenFile, draft: Draft) -> None:
+        """Take a file for open again whose descriptor was duplicated: the kernel says soon if it was not."""
+        await trio.sleep(_MAX_RELEASE)
+        is_here = self._spool.get(draft.ino) is draft and self._open.get(draft.ino) is file
+        if is_here and file.writers and draft.closed and draft.state == "open":
+            file.flushed, draft.closed = 0, False
+            with contextlib.suppress(CacheError):
+                draft.save()
 
     # -- changes of open files -----------------------------------------------------------------------------
 

@@ -68,6 +68,9 @@ def test_a_duplicated_descriptor_goes_on_writing_after_a_close(user: Account, fi
     assert described(files)["state"] == "sending", "after a power cut it is complete"
     file.write(TEXT[500:600])
     assert described(files)["state"] == "open"
+    file.flush()
+    assert described(files)["state"] == "sending"
+    wait_until(lambda: described(files)["state"] == "open", "the kernel did not release it")
     files.end()
     assert held(user, "Work") == {}
 

@@ -522,6 +522,9 @@ def test_half_a_message_left_by_a_kill_is_not_sent(filled: Account, mount: Mount
     file = (first.path / "Work" / "new.eml").open("wb", buffering=0)
     file.write(plain(10)[:1000])
     os.close(os.dup(file.fileno()))
+    (description,) = first.cache.glob("*/spool/*.json")
+    # For a moment this looks like the last close().
+    wait_until(lambda: json.loads(description.read_text())["state"] == "open", "it is open again")
     first.kill()
     with pytest.raises(OSError):
         file.close()
