@@ -13,6 +13,7 @@ The module is longer than others because these invariants span both tables: a tr
 hides and removes messages, and the other way round. Types of rows and the columns of bodies are elsewhere.
 """
 
+import errno
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -72,7 +73,8 @@ class Cache:
         """Open the cache in ``directory``, with message names by the template ``names``.
 
         ``own_mail`` has paths of mailboxes that are Sent or Drafts even if the server does not mark them. If
-        messages were named by other rules, all are renamed, except those that a user has named.
+        messages were named by other rules, all are renamed, except those that a user has named. If the disk
+        is full, a later mount renames them.
         """
         cache = cls(Database.open(directory), NameTemplate.parse(names), own_mail)
         try:
@@ -768,12 +770,17 @@ class Cache:
         if known.get("names") == self._names.text:
             known_own = set(known.get("own_mail", "").split())
             boxes = {ino: is_own for ino, is_own in boxes.items() if is_own != (str(ino) in known_own)}
-        with self._database.write() as db:
-            for ino, is_own in boxes.items():
-                self._rename_all(db, ino, is_own)
-            db.executemany(
-                "INSERT OR REPLACE INTO meta VALUES (?, ?)", [("names", self._names.text), ("own_mail", own)]
-            )
+        rules = [("names", self._names.text), ("own_mail", own)]
+        try:
+            with self._database.write() as db:
+                for ino, is_own in boxes.items():
+                    self._rename_all(db, ino, is_own)
+                db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", rules)
+        except CacheError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            # Files that wait for the server are of no use without a mount.
+            report(error, "messages keep their old names until a later mount")
 
     def _rename_all(self, db: Connection, mailbox: Ino, is_own: bool) -> None:
         """Rename the messages of a mailbox, except those that a user has named."""

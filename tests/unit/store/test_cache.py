@@ -16,6 +16,7 @@ from imapfs.model import ROOT, Ino, ModSeq, Uid, UidValidity
 from imapfs.store import database
 from imapfs.store.bodies import SMALL, BodyStore, IncomingBody
 from imapfs.store.cache import Cache
+from imapfs.store.database import Database
 from imapfs.store.rows import Directory, NewMessage, Node
 from tests.conftest import ExpectedLog
 
@@ -165,6 +166,35 @@ def test_messages_named_by_an_older_version_are_renamed_once(tmp_path: Path) -> 
 
     cache = Cache.open(tmp_path / "cache", "subject")
     assert {node.uid: node for node in cache.children(ROOT, 0, 10) + cache.children(box, 0, 10)} == after
+    cache.close()
+
+
+def test_a_full_disk_prevents_no_mount_although_messages_need_new_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected_log: ExpectedLog
+) -> None:
+    """At stake: files that wait for the server and are in reach only through a mount."""
+    cache = Cache.open(tmp_path / "cache", "uid")
+    box = inbox(cache)
+    cache.add_messages(box, [message(uid) for uid in range(1, 501)])
+    before = cache.children(ROOT, 0, 10) + cache.children(box, 0, 1000)
+    cache.close()
+
+    def open_full(directory: Path) -> Database:
+        made = open_as_usual(directory)
+        with made.read() as db:
+            (pages,) = db.execute("PRAGMA page_count").fetchone()
+            db.execute(f"PRAGMA max_page_count = {pages}")
+        return made
+
+    open_as_usual = Database.open
+    with monkeypatch.context() as full:
+        full.setattr(Database, "open", open_full)
+        expected_log("messages keep their old names until a later mount: .*full")
+        cache = Cache.open(tmp_path / "cache", "subject")
+    assert cache.children(ROOT, 0, 10) + cache.children(box, 0, 1000) == before
+    cache.close()
+    cache = Cache.open(tmp_path / "cache", "subject")
+    assert names_in(cache, box)[1] == b"2023-11-14_2213_Alice_Report.1.eml"
     cache.close()
 
 
