@@ -30,7 +30,7 @@ FIELDS: Final = ("date", "time", "from", "to", "subject", "uid")
 _FREE_TEXT: Final = frozenset({"from", "to", "subject"})
 """The fields that strangers write. They may be empty, and have any length."""
 
-MAX_NAME: Final = 150
+MAX_LENGTH: Final = 150
 """Maximum length of the name of a message, in bytes. Some programs fail well below NAME_MAX, because they add
 a suffix to the name, or have room for a path of limited length."""
 _MAX_LITERAL: Final = 32
@@ -42,7 +42,7 @@ _MAX_CHARACTERS: Final = 1_000
 for long runs of combining marks."""
 
 _SUFFIX: Final = ".eml"
-_MAX_STEM: Final = MAX_NAME - len(_SUFFIX) - len("~99999")
+_MAX_STEM: Final = MAX_LENGTH - len(_SUFFIX) - len("~99999")
 """Maximum length of what a template makes, which leaves room for `variant`."""
 _FIELD: Final = re.compile(r"\{([^{}]*)\}")
 # Characters that other file systems (FAT, exFAT, NTFS) do not allow, or that programs misread

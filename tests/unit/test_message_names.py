@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from imapfs.message_names import FIELDS, MAX_NAME, NameTemplate, variant
+from imapfs.message_names import FIELDS, MAX_LENGTH, NameTemplate, variant
 
 SUBJECT = NameTemplate.parse("subject")
 UID = NameTemplate.parse("uid")
@@ -146,7 +146,7 @@ def test_names_are_short_printable_and_safe(
     first = template.name(*mail, uid, is_own=is_own)
     for name in (first, variant(first, n)):
         text = name.decode()
-        assert len(name) <= MAX_NAME
+        assert len(name) <= MAX_LENGTH
         assert text.endswith(".eml")
         assert text.isprintable()
         assert unicodedata.is_normalized("NFC", text)
@@ -200,7 +200,7 @@ def test_a_part_of_combining_marks_alone_is_cut_too() -> None:
 def test_names_use_the_room_that_there_is() -> None:
     lengths = [len(SUBJECT.name(0, "", "", "a" * n, 1)) for n in (119, 120, 121, 122, 999)]
     assert lengths == [141, 142, 143, 144, 144]
-    assert len(variant(SUBJECT.name(0, "b", "", "a" * 999, 1), 99_999)) == MAX_NAME
+    assert len(variant(SUBJECT.name(0, "b", "", "a" * 999, 1), 99_999)) == MAX_LENGTH
 
 
 # ---- Templates
