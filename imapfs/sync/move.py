@@ -158,6 +158,10 @@ class Mover:
         except MessageGone:
             self._sync.disown(node)
             raise
+        except Refused:
+            # There may be a copy, which is to be shown then.
+            self._sync.freshness.forget(target)
+            raise
         finally:
             if transfer.entry is not None:
                 self._journal.interrupted.append(transfer.entry)
