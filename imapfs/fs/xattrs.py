@@ -21,7 +21,7 @@ from imapfs.store.cache import Cache
 from imapfs.store.rows import Details, Mailbox
 from imapfs.store.spool import Draft, Spool
 from imapfs.sync.flags import FlagChanger
-from imapfs.sync.tree import display_name
+from imapfs.sync.mailbox_list import display_name
 from imapfs.sync.upload import Uploader
 
 _SYSTEM_FLAGS: Final = {

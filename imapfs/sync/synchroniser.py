@@ -1,7 +1,7 @@
 """Keeping the cache equal to the server: what is synchronised when, and what has to wait for what.
 
 How one mailbox is synchronised is decided in `imapfs.sync.mailbox`, how mailboxes become directories in
-`imapfs.sync.tree`. One synchronisation per mailbox runs at a time; all who ask meanwhile wait for that one.
+`imapfs.sync.mailbox_list`. One synchronisation per mailbox runs at a time; requests meanwhile wait for it.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from imapfs.store.spool import Spool
 from imapfs.sync.changes import ChangeHub, Changes, Moved, Renamed
 from imapfs.sync.freshness import Freshness
 from imapfs.sync.mailbox import MailboxRun
+from imapfs.sync.mailbox_list import plan_tree
 from imapfs.sync.refresh import Refresh
 from imapfs.sync.renames import MoveCoordinator, find_renamed_mailboxes
-from imapfs.sync.tree import plan_tree
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,9 @@ draft is kept, and a person decides.
 
 A draft may be written to while it is being uploaded. Then the copy becomes a message, and the draft goes on
 as a new version of it. As long as a program has a draft open for writing, its bytes are not replaced here.
+
+The module is long because submitting, appending and adopting change the state of one upload together, and
+each step is safe only in its order with the others. What needs no such state is in `imapfs.sync.append`.
 """
 
 import contextlib

@@ -40,8 +40,8 @@ from imapfs.model import ROOT, Ino, Uid
 from imapfs.names import is_inbox
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Mailbox
+from imapfs.sync.mailbox_list import display_name
 from imapfs.sync.synchroniser import Synchroniser
-from imapfs.sync.tree import display_name
 from imapfs.waiting import Delays, Signal
 
 log = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ from imapfs.sync.changes import ChangeHub
 from imapfs.sync.flags import FlagChanger
 from imapfs.sync.identify import find_moved
 from imapfs.sync.locate import Locator
+from imapfs.sync.mailbox_list import plan_tree
 from imapfs.sync.move import Mover
-from imapfs.sync.tree import plan_tree
 from tests.conftest import ExpectedLog
 from tests.support import compare
 from tests.support.accounts import hide, pool, until

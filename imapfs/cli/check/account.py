@@ -14,7 +14,7 @@ from imapfs.imap.connect import tls_context
 from imapfs.imap.grammar import ListEntry
 from imapfs.imap.session import Session
 from imapfs.model import CredentialProvider, MountConfig
-from imapfs.sync.tree import display_name, plan_tree
+from imapfs.sync.mailbox_list import display_name, plan_tree
 
 _MAX_SPEND_SECONDS: Final = 15.0
 """Maximum time for opening connections, and for fetching the sample."""
