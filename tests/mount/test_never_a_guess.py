@@ -410,7 +410,8 @@ def test_what_met_a_full_disk_is_sent_when_there_is_space_again(
     wait_until(lambda: on_server(user, mail("new")), "it is sent by itself")
 
 
-@pytest.mark.xfail(strict=True, reason="point 13")
+# Not strict: whether the rename or the upload comes first is a race.
+@pytest.mark.xfail(strict=False, reason="point 13")
 def test_files_follow_a_mailbox_that_another_client_has_renamed(
     user: Account, proxy: Proxy, mount: Mounts
 ) -> None:
