@@ -410,7 +410,8 @@ def test_what_met_a_full_disk_is_sent_when_there_is_space_again(
     wait_until(lambda: on_server(user, mail("new")), "it is sent by itself")
 
 
-@pytest.mark.xfail(strict=True, reason="point 13")
+# Not strict: whether the rename or the upload comes first is a race.
+@pytest.mark.xfail(strict=False, reason="point 13")
 def test_files_follow_a_mailbox_that_another_client_has_renamed(
     user: Account, proxy: Proxy, mount: Mounts
 ) -> None:
@@ -426,3 +427,32 @@ def test_files_follow_a_mailbox_that_another_client_has_renamed(
     proxy.accept()
     wait_until(lambda: not waiting(mounted) or "unsent" in dict(waiting(mounted)).values(), "an end")
     assert on_server(user, mail("new")) == ["Business"]
+
+
+@pytest.mark.xfail(strict=True, reason="a name that the cache had is taken for that of an editor's backup")
+def test_an_old_version_is_removed_also_when_the_cache_is_an_older_one(
+    user: Account, proxy: Proxy, mount: Mounts
+) -> None:
+    """After a power cut the cache is as it was; a local copy would be made of what was edited."""
+    first = mount(proxy.account(user))
+    new = first.path / "INBOX" / "new.eml"
+    new.write_bytes(mail("new"))
+    settle(first)
+    first.unmount()
+    (cache,) = first.cache.glob("*/cache.db")
+    before = cache.read_bytes()
+    second = mount(proxy.account(user), cache=first.cache)
+    fault = proxy.fault(rb"UID (MOVE|COPY)", "cut", times=None)
+    (second.path / "INBOX" / "new.eml").write_bytes(mail("new", "edited"))
+    fault.wait_hit()
+    second.kill()
+    fault.cancel()
+    for path in first.cache.rglob("cache.db-*"):
+        path.unlink()
+    cache.write_bytes(before)
+    third = mount(proxy.account(user), cache=first.cache)
+    settle(third)
+    wait_until(lambda: on_server(user, mail("new")) == ["Trash"], "the old version is removed")
+    settle(third)
+    shown = [path.read_bytes() for path in (third.path / "INBOX").iterdir()]
+    assert shown == [mail("new", "edited")]
