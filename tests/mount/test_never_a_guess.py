@@ -83,7 +83,6 @@ def own(ca: CertificateAuthority) -> Iterator[Account]:
         yield server.account("own")
 
 
-@pytest.mark.xfail(strict=True, reason="point 1")
 def test_removing_a_local_copy_after_a_reboot_removes_nothing_else(user: Account, mount: Mounts) -> None:
     """cp mail.eml mail.bak, reboot, rm mail.bak: the message itself would go."""
     user.deliver("INBOX", [(mail("one"), DATE, "")])
@@ -99,7 +98,6 @@ def test_removing_a_local_copy_after_a_reboot_removes_nothing_else(user: Account
     assert on_server(user, mail("one")) == ["INBOX"]
 
 
-@pytest.mark.xfail(strict=True, reason="point 2")
 def test_a_file_that_waits_is_not_taken_for_a_message_of_its_size(
     user: Account, proxy: Proxy, mount: Mounts
 ) -> None:
@@ -120,9 +118,7 @@ def test_a_file_that_waits_is_not_taken_for_a_message_of_its_size(
     assert on_server(user, mine) == ["Work"] or in_spool(mounted, mine)
 
 
-@pytest.mark.parametrize(
-    "target", [pytest.param("Work", marks=pytest.mark.xfail(strict=True, reason="point 3")), "INBOX"]
-)
+@pytest.mark.parametrize("target", ["Work", "INBOX"])
 def test_what_another_client_has_edited_and_moved_is_shown_with_its_own_bytes(
     user: Account, mount: Mounts, target: str
 ) -> None:
@@ -150,7 +146,6 @@ def test_what_another_client_has_edited_and_moved_is_shown_with_its_own_bytes(
     assert path.read_bytes() == mail("one", "after.")
 
 
-@pytest.mark.xfail(strict=True, reason="point 4")
 @pytest.mark.parametrize("how", ["plain", "append", "rename"])
 def test_a_program_that_fsyncs_and_writes_on_gets_its_bytes(user: Account, mount: Mounts, how: str) -> None:
     """With CRLF put in under the writer's offset, a part of the message would be overwritten."""
@@ -172,7 +167,6 @@ def test_a_program_that_fsyncs_and_writes_on_gets_its_bytes(user: Account, mount
     assert [one.content for one in held(user).values()] == [content.replace(b"\n", b"\r\n")]
 
 
-@pytest.mark.xfail(strict=True, reason="point 5")
 def test_an_edit_that_waits_removes_nothing_else_from_a_restored_server(
     own: Account, mount: Mounts, tmp_path: Path
 ) -> None:
@@ -200,9 +194,6 @@ def test_an_edit_that_waits_removes_nothing_else_from_a_restored_server(
         mounted.unmount()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="point 5: a UIDNEXT that went back; 'the server took it but does not list it'"
-)
 def test_a_restored_server_gets_a_message_once(own: Account, mount: Mounts, tmp_path: Path) -> None:
     """What has a lower UID than it could have would be taken for unsent, and doubled by a retry."""
     everything(own)
@@ -254,7 +245,6 @@ def test_a_server_that_is_restored_to_what_was_last_listed_shows_what_it_has(
         mounted.unmount()
 
 
-@pytest.mark.xfail(strict=True, reason="point 9")
 def test_what_was_closed_before_an_unmount_is_sent_by_itself(
     user: Account, mount: Mounts, tmp_path: Path
 ) -> None:
@@ -285,7 +275,6 @@ def test_what_was_closed_before_an_unmount_is_sent_by_itself(
     assert sorted(one.content for one in held(user, "Work").values()) == sorted(sent)
 
 
-@pytest.mark.xfail(strict=True, reason="point 10")
 @pytest.mark.parametrize(
     ("has_names", "has_bytes"), [(False, False), (True, False)], ids=["nothing", "only names"]
 )
@@ -320,7 +309,6 @@ def test_a_file_that_was_closed_survives_a_power_cut_and_is_sent(
     assert on_server(user, mail("new")) == ["INBOX"]
 
 
-@pytest.mark.xfail(strict=True, reason="point 10")
 @pytest.mark.parametrize("then", ["nothing", "moved", "removed", "edited"])
 def test_a_power_cut_after_an_upload_doubles_nothing(
     user: Account, mount: Mounts, tmp_path: Path, then: str
@@ -363,7 +351,6 @@ def test_a_local_file_that_was_closed_survives_a_power_cut(
     assert (second.path / "INBOX" / "new.bak").read_bytes() == b"local"
 
 
-@pytest.mark.xfail(strict=True, reason="point 11")
 def test_a_kill_at_any_moment_leaves_no_file_that_nobody_is_told_of(
     user: Account, mount: Mounts, tmp_path: Path
 ) -> None:
@@ -391,7 +378,6 @@ def test_a_kill_at_any_moment_leaves_no_file_that_nobody_is_told_of(
     assert not lost
 
 
-@pytest.mark.xfail(strict=True, reason="point 12")
 def test_what_met_a_full_disk_is_sent_when_there_is_space_again(
     user: Account, proxy: Proxy, mount: Mounts, tmp_path: Path
 ) -> None:
@@ -411,7 +397,6 @@ def test_what_met_a_full_disk_is_sent_when_there_is_space_again(
 
 
 # Not strict: whether the rename or the upload comes first is a race.
-@pytest.mark.xfail(strict=False, reason="point 13")
 def test_files_follow_a_mailbox_that_another_client_has_renamed(
     user: Account, proxy: Proxy, mount: Mounts
 ) -> None:

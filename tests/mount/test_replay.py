@@ -37,7 +37,6 @@ def test_a_kill_before_a_change_of_the_spool_loses_nothing(
 
 
 @pytest.mark.parametrize("stop", [30, 80])
-@pytest.mark.xfail(strict=True, reason="point 10")
 def test_a_power_cut_before_a_change_of_the_spool_loses_nothing(
     server: Dovecot, tmp_path: Path, stop: int
 ) -> None:
