@@ -79,13 +79,13 @@ def is_file_name(name: bytes) -> bool:
     return 0 < len(name) <= MAX_NAME and name not in (b".", b"..") and not {*b"/\0"} & {*name}
 
 
-def shortened(name: bytes) -> bytes:
-    """Return ``name``, cut before its suffix if it is longer than `MAX_NAME`, as names once could be."""
-    if len(name) <= MAX_NAME:
+def shortened(name: bytes, limit: int = MAX_NAME) -> bytes:
+    """Return ``name``, cut before its suffix if it is longer than ``limit`` bytes, as names once could be."""
+    if len(name) <= limit:
         return name
     stem, dot, suffix = name.rpartition(b".")
     end = (dot + suffix)[-16:] if stem else b""
-    return (stem or name)[: MAX_NAME - len(end)].decode("utf-8", "ignore").encode() + end
+    return (stem or name)[: limit - len(end)].decode("utf-8", "ignore").encode() + end
 
 
 def as_text(name: bytes) -> str:

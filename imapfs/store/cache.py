@@ -37,6 +37,8 @@ from imapfs.store.rows import (
     Node,
 )
 
+_MAX_VARIANT: Final = 8
+"""Bytes that `variant` may add to a name."""
 MAX_UID: Final = (1 << 63) - 1
 """Above every UID of a server."""
 
@@ -811,7 +813,9 @@ class Cache:
                 ).fetchall()
             for ino, parent, name in long:
                 with self._database.write() as db:
-                    free = _free_name(db, Ino(parent), shortened(name))
+                    free = shortened(name)
+                    if _is_taken(db, Ino(parent), free):
+                        free = _free_name(db, Ino(parent), shortened(name, MAX_NAME - _MAX_VARIANT))
                     db.execute("UPDATE node SET name = ? WHERE ino = ?", (free, ino))
         except CacheError as error:
             report(error, "names that are too long are kept")
@@ -849,10 +853,15 @@ def _forget_body(db: Connection, ino: Ino) -> None:
     )
 
 
+def _is_taken(db: Connection, parent: Ino, name: bytes) -> bool:
+    found = db.execute("SELECT 1 FROM node WHERE parent = ? AND name = ?", (parent, name)).fetchone()
+    return found is not None
+
+
 def _free_name(db: Connection, parent: Ino, name: bytes) -> bytes:
     """Return ``name``, or a variant of it if it is taken."""
     wanted, n = name, 1
-    while db.execute("SELECT 1 FROM node WHERE parent = ? AND name = ?", (parent, name)).fetchone():
+    while _is_taken(db, parent, name):
         n += 1
         name = variant(wanted, n)
     return name

@@ -27,7 +27,7 @@ session run in a thread, and leave the mailbox in question selected read-only.
 import hashlib
 import mmap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from imapfs.errors import MessageGone, OtherMailbox, OtherMessage
@@ -224,8 +224,12 @@ def find_uploads(session: Session, sought: Sequence[Sought]) -> list[Whereabouts
     """
     answers = [Whereabouts() for _ in sought]
     first = sought[0].attempt
-    if session.examine(first.mailbox).uidvalidity != first.uidvalidity:
+    state = session.examine(first.mailbox)
+    if state.uidvalidity != first.uidvalidity:
         return answers
+    if any(0 < state.uidnext < one.attempt.uidnext for one in sought):
+        # The mailbox was restored from a backup: UIDNEXT of that time says nothing about the upload.
+        sought = [replace(one, attempt=replace(one.attempt, uidnext=1)) for one in sought]
     equal: list[tuple[FetchData, list[int]]] = []
     altered: list[tuple[FetchData, list[int]]] = []
     for uid, data in _arrived_since(session, min(one.attempt.uidnext for one in sought)):

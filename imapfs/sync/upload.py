@@ -563,6 +563,10 @@ class Uploader:
             else:
                 # Even if a UID was named: Courier names a wrong one in a mailbox that was only examined.
                 unlisted[draft.ino] = prepared, outcome
+                if outcome is not None and outcome < batch.uidnext and draft.attempt is not None:
+                    # The server was restored from a backup, and UIDNEXT is not the one that was known.
+                    draft.attempt = replace(draft.attempt, uidnext=outcome)
+                    self._sync.look_again(directory)
         search = await self._search([prepared.draft for prepared, _ in unlisted.values()])
         settled = await self._adopt_found(search)
         for prepared, uid in unlisted.values():

@@ -407,8 +407,11 @@ def test_cache_of_format_3_is_taken_over(tmp_path: Path) -> None:
         cache.close()
 
 
-def test_cut_upgrade_leaves_the_cache_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cut_upgrade_leaves_the_cache_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected_log: ExpectedLog
+) -> None:
     """At stake: a cache of neither format, so that all mail is listed again."""
+    expected_log("cut_here")
     cache = Cache.open(tmp_path, "subject")
     cache.add_messages(inbox(cache), [message(1)])
     cache.close()

@@ -42,8 +42,9 @@ OTHER = SENT.replace(b"body", b"else")
 class Mailbox:
     """A mailbox for `find_uploads`: its messages by UID. Counts the bodies that are fetched."""
 
-    def __init__(self, messages: dict[int, bytes], uidvalidity: int = 1) -> None:
+    def __init__(self, messages: dict[int, bytes], uidvalidity: int = 1, uidnext: int = 100) -> None:
         self.messages = messages
+        self.uidnext = uidnext
         self.uidvalidity = uidvalidity
         self.fetched: list[int] = []
         self.passes = 0
@@ -126,6 +127,12 @@ def test_each_of_identical_files_is_a_message() -> None:
 
 def test_an_equal_message_goes_before_an_altered_one() -> None:
     assert look(Mailbox({10: SENT + b"\r\n", 11: SENT}), sought(SENT)) == [11]
+
+
+def test_in_a_mailbox_that_was_restored_an_upload_has_a_lower_uid() -> None:
+    """At stake: it is not found beyond the UIDNEXT of that time, and is uploaded again."""
+    restored = Mailbox({3: SENT.replace(b"body", b"else"), 4: SENT}, uidnext=5)
+    assert look(restored, sought(SENT)) == [4]
 
 
 def test_in_another_mailbox_of_this_name_there_is_nothing_to_find() -> None:
