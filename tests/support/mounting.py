@@ -204,6 +204,7 @@ class Mount:
         """SIGKILL the daemon and take away the mount that it leaves behind."""
         os.kill(self.pid, signal.SIGKILL)
         assert self._has_ended(DEADLINE)
+        self._watchdog.cancel()
         self._detach()
 
     def _check_log(self) -> None:
@@ -220,9 +221,10 @@ class Mount:
         return bool(poll.poll(patience * 1000))
 
     def _end_hung(self) -> None:
-        self._hung = True
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        # A daemon that was killed has ended, and another process may have its number.
+        if not self._has_ended(0):
+            self._hung = True
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def _detach(self) -> None:
         while mountinfo.mount_at(self.path) is not None:
