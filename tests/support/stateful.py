@@ -234,8 +234,19 @@ class World:
                     if content and not self._is_half(content):
                         raise Violation(f"{path} has bytes that nobody wrote: {content[:300]!r}")
                     continue
+                if not version.settled and self._is_shown_twice(path, version):
+                    continue
                 return path, directory, version
         return None
+
+    def _is_shown_twice(self, path: Path, version: Version) -> bool:
+        """Return whether a file that waits has these bytes as well.
+
+        Until the outcome of its upload is known, the file and what may have become of it are both shown. Who
+        deletes one of them then has the other.
+        """
+        others = [self.root / one for one, _ in waiting(self._mount) if self.root / one != path]
+        return any(self._known(other.read_bytes()) is version for other in others)
 
     def _name(self) -> str:
         self._names += 1
