@@ -25,7 +25,7 @@ from imapfs.imap.pool import SessionPool
 from imapfs.kernel.invalidation import KernelCache
 from imapfs.model import ROOT, DeletePolicy, Ino, MountConfig, Secret
 from imapfs.store.cache import Cache
-from tests.support.accounts import TIMEOUT, address
+from tests.support.accounts import address
 from tests.support.mailboxes import settle, waiting
 from tests.support.mounting import DEADLINE, MailAccount, Mount
 
@@ -295,7 +295,7 @@ class ModelTree(FileTree):
             names="subject",
             delete=delete,
             connections=4,
-            timeout=TIMEOUT,
+            timeout=DEADLINE,
             poll=300,
             read_only=False,
             fuse_options=frozenset(),
