@@ -231,9 +231,13 @@ exec "$@"
 """Runs a command where /dev/fuse is another device, and no dovecot can be executed."""
 
 
-def without_dovecot_and_fuse(*tests: str) -> subprocess.CompletedProcess[str]:
-    """Run pytest where neither Dovecot nor FUSE can be used, in a mount namespace of its own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+def without_dovecot_and_fuse(directory: Path, *tests: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest where neither Dovecot nor FUSE can be used, in a mount namespace of its own.
+
+    ``directory`` is for its temporary files: those of other runs are none of its business.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += [f"--basetemp={directory}", *tests]
     return subprocess.run(
         ["unshare", "--map-root-user", "--mount", "sh", "-c", WITHOUT, "sh", *command],
         # Wide enough for pytest not to cut its summary.
@@ -241,19 +245,21 @@ def without_dovecot_and_fuse(*tests: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_unit_tests_need_neither_dovecot_nor_fuse() -> None:
-    done = without_dovecot_and_fuse("tests/unit/sync", "tests/unit/imap/test_wire.py")
-    assert done.returncode == 0, done.stdout
+def test_unit_tests_need_neither_dovecot_nor_fuse(tmp_path: Path) -> None:
+    done = without_dovecot_and_fuse(tmp_path / "t", "tests/unit/sync", "tests/unit/imap/test_wire.py")
+    assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^\d+ passed in ", done.stdout, re.M)
 
 
-def test_what_is_missing_fails_the_tests_that_need_it_and_no_other() -> None:
+def test_what_is_missing_fails_the_tests_that_need_it_and_no_other(tmp_path: Path) -> None:
     tests = ("test_expected_warning_passes", "test_delivered_mail_keeps_order_date_and_flags")
     done = without_dovecot_and_fuse(
+        tmp_path / "t",
         *(f"tests/support/test_harness.py::{test}" for test in tests),
         "tests/mount/test_failures.py::test_odd_mailbox_names_hurt_nobody",
     )
-    assert done.returncode == 1, done.stdout
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr == ""
     assert re.search("^ERROR .*test_delivered.*: this test needs dovecot: .*dovecot-imapd", done.stdout, re.M)
     failed = re.findall("^FAILED .*test_odd.*: this test needs .* /dev/fuse: .*modprobe", done.stdout, re.M)
     assert failed
