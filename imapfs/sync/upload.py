@@ -621,7 +621,8 @@ class Uploader:
                 payload = await trio.to_thread.run_sync(make_payload, draft)
                 try:
                     same = payload.digest == attempt.digest
-                    self._adopt(mailbox, draft, answer.found, payload if same else None, draft.flags)
+                    # Flags may have been set since: those of that time are not known, so none is removed.
+                    self._adopt(mailbox, draft, answer.found, payload if same else None, "")
                 finally:
                     payload.close()
                 settled.add(draft.ino)

@@ -973,3 +973,28 @@ def test_an_upload_is_found_again_though_another_client_renamed_the_mailbox(
         wait_until(lambda: waiting(mounted) == [], "nothing waits")
         mounted.unmount()
     assert everything(user) == {"Other": in_order(OLD, NEW)}
+
+
+def test_a_flag_set_while_the_outcome_of_an_upload_is_unknown_is_kept(user: Account, mount: Mounter) -> None:
+    """At stake: the flag. The message was uploaded without it, and is found again by a search."""
+    user.deliver("Work", [(OLD.content, DATE, "S")])
+    with Proxy(user.server, hide=("NOTIFY", "IDLE")) as proxy:
+        mounted = mount(proxy.account(user))
+        os.listdir(mounted.path / "Work")
+        fault = proxy.fault(b"APPEND", "stall", at="answer")
+        path = mounted.path / "Work" / "new.eml"
+        put(path, NEW)
+        fault.wait_hit()
+        os.setxattr(path, "user.imap.flagged", b"1")
+        proxy.cut_all()
+        proxy.resume()
+        drain(mounted)
+        wait_until(lambda: waiting(mounted) == [], "nothing waits")
+
+        def is_flagged() -> bool:
+            return any("\\Flagged" in message.flags for message in everything(user)["Work"])
+
+        wait_until(is_flagged, "it has the flag")
+        mounted.unmount()
+    flagged = NEW._replace(flags=frozenset({"\\Flagged"}))
+    assert everything(user) == {"Work": in_order(OLD, flagged)}
