@@ -21,7 +21,11 @@ from imapfs.sync.watching import Watching
 MAX_AGE: Final = 5.0
 """Seconds for which a listing is shown without asking the server again."""
 _MAX_PATIENCE: Final = 3.0
-"""Seconds to wait for the server before a cached listing is shown."""
+
+
+def patience(timeout: float) -> float:
+    """Return for how long to wait for the server before what is known is shown. All in seconds."""
+    return min(_MAX_PATIENCE, timeout / 2)
 
 
 class DirectoryRefresher:
@@ -41,7 +45,7 @@ class DirectoryRefresher:
         self._pool = pool
         self._sync = sync
         self._watching = watching
-        self._patience = min(_MAX_PATIENCE, timeout / 2)
+        self._patience = patience(timeout)
 
     async def opened(self, directory: Node) -> None:
         """Bring a directory up to date that a program opens. It is in use until `closed`."""

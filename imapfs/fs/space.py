@@ -9,14 +9,13 @@ from typing import Final, NamedTuple
 
 import trio
 
+from imapfs.fs.refresh import patience
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Quota, Session
 from imapfs.log import report
 
 _MAX_AGE: Final = 60.0
 """Seconds for which a quota is shown without asking the server again."""
-_MAX_PATIENCE: Final = 3.0
-"""Seconds to wait for the server before the last known quota is shown."""
 
 
 class Space(NamedTuple):
@@ -36,7 +35,7 @@ class SpaceReporter:
         self._pool = pool
         self._directory = directory
         self._nursery = nursery
-        self._patience = min(_MAX_PATIENCE, timeout / 2)
+        self._patience = patience(timeout)
         self._quota: Quota | None = None
         self._asked_at = -math.inf
 

@@ -6,21 +6,19 @@ Nothing here is about the kernel: each test runs through a mount, and on the mod
 import contextlib
 import errno
 import time
-from collections.abc import Callable
 
 import pytest
 
 from tests.fs.conftest import Start
 from tests.support.filetree import FileTree
+from tests.support.filled import DATE, MARKED, fails_with, fill, inbox
 from tests.support.mail import plain
 from tests.support.mailboxes import Held, all_uids, everything, held, in_order, mailboxes
 from tests.support.mounting import wait_until
 from tests.support.servers.dovecot import Account
 from tests.support.servers.proxy import Proxy
 
-DATE = 1_700_000_000
 LATER = 1_750_000_000
-MARKED = frozenset({"\\Seen", "\\Flagged"})
 STATE = "user.imap.state"
 ERROR = "user.imap.error"
 NO_MAIL = b"this is no mail message at all\n"
@@ -29,20 +27,7 @@ NO_MAIL = b"this is no mail message at all\n"
 @pytest.fixture
 def filled(user: Account) -> Account:
     """Return an account with three messages in INBOX and an empty mailbox."""
-    user.deliver("INBOX", [(plain(n), DATE + n, "FS") for n in (1, 2, 3)])
-    user.deliver("Work", [])
-    return user
-
-
-def inbox(*numbers: int) -> list[Held]:
-    """What `filled` has put into INBOX."""
-    return in_order(*(Held(plain(n), DATE + n, MARKED) for n in numbers))
-
-
-def fails_with(number: int, call: Callable[..., object], *arguments: object) -> None:
-    with pytest.raises(OSError) as caught:
-        call(*arguments)
-    assert errno.errorcode[caught.value.errno or 0] == errno.errorcode[number]
+    return fill(user)
 
 
 def flags_of(files: FileTree, path: str) -> set[str]:

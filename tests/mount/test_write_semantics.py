@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.filled import DATE, MARKED, fails_with, fill, inbox
 from tests.support.mail import plain
 from tests.support.mailboxes import (
     Held,
@@ -29,9 +30,7 @@ from tests.support.servers.dovecot import Account, Dovecot
 from tests.support.servers.proxy import Proxy
 from tests.support.servers.tls import CertificateAuthority
 
-DATE = 1_700_000_000
 LATER = 1_750_000_000
-MARKED = frozenset({"\\Seen", "\\Flagged"})
 STATE = "user.imap.state"
 ERROR = "user.imap.error"
 
@@ -39,20 +38,7 @@ ERROR = "user.imap.error"
 @pytest.fixture
 def filled(user: Account) -> Account:
     """Return an account with three messages in INBOX and an empty mailbox."""
-    user.deliver("INBOX", [(plain(n), DATE + n, "FS") for n in (1, 2, 3)])
-    user.deliver("Work", [])
-    return user
-
-
-def inbox(*numbers: int) -> list[Held]:
-    """What `filled` has put into INBOX."""
-    return in_order(*(Held(plain(n), DATE + n, MARKED) for n in numbers))
-
-
-def fails_with(number: int, call: Callable[..., object], *arguments: object) -> None:
-    with pytest.raises(OSError) as caught:
-        call(*arguments)
-    assert errno.errorcode[caught.value.errno or 0] == errno.errorcode[number]
+    return fill(user)
 
 
 def write(path: Path, data: bytes, *, sync: bool = False, mtime: int | None = None) -> None:
