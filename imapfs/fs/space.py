@@ -11,7 +11,8 @@ import trio
 
 from imapfs.fs.refresh import patience
 from imapfs.imap.pool import SessionPool
-from imapfs.imap.session import Quota, Session
+from imapfs.imap.responses import Quota
+from imapfs.imap.session import Session
 from imapfs.log import report
 
 _MAX_AGE: Final = 60.0

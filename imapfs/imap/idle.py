@@ -25,7 +25,8 @@ from imapfs.imap.grammar import (
     parse_sequence_set,
     parse_status,
 )
-from imapfs.imap.session import MailboxState, Session
+from imapfs.imap.responses import MailboxState
+from imapfs.imap.session import Session
 
 RENEWAL: Final = 540.0
 """Seconds after which IDLE is renewed. RFC 2177 allows 29 minutes, but NAT devices forget an idle connection

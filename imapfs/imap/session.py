@@ -15,7 +15,7 @@ import logging
 import ssl
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -36,30 +36,34 @@ from imapfs.imap.grammar import (
     FetchData,
     ListEntry,
     Response,
-    flag_list,
     number,
-    parse_exists,
     parse_fetch,
     parse_list,
-    parse_sequence_set,
     parse_status,
     sequence_sets,
-    values,
 )
 from imapfs.imap.login import log_in
+from imapfs.imap.responses import (
+    MailboxState,
+    OnMessage,
+    Quota,
+    SelectResponses,
+    copied_message,
+    parse_prefix,
+    parse_quota,
+)
 from imapfs.imap.stream import Buffer
 from imapfs.imap.wire import Command, Literal, OnResponse, Sink, Wire, astring
-from imapfs.model import Account, CredentialProvider, MessageRef, ModSeq, Secret, Uid, UidValidity
+from imapfs.model import Account, CredentialProvider, MessageRef, ModSeq, Secret, UidValidity
 
 log = logging.getLogger(__name__)
 
 _HEADERS: Final = b" BODY.PEEK[HEADER.FIELDS (FROM TO SUBJECT DATE MESSAGE-ID)]"
 
-OnMessage = Callable[[FetchData], None]
 OnStatus = Callable[[bytes, dict[str, int]], None]
 """Given the name of a mailbox and the items of its STATUS response."""
 
-Check = Callable[["MailboxState", FetchData | None], None]
+Check = Callable[[MailboxState, FetchData | None], None]
 """Given the state of a mailbox, and date and size of a message, or None if it is gone."""
 
 _MAX_STATUS: Final = 20
@@ -69,83 +73,6 @@ _EVENTS: Final = b"(MessageNew MessageExpunge FlagChange)"
 
 def _ignore(_: FetchData) -> None:
     """Drop data that was not asked for."""
-
-
-@dataclass(slots=True)
-class MailboxState:
-    """The responses to SELECT or EXAMINE (RFC 9051 section 6.3.2); 0 for what the server left out."""
-
-    uidvalidity: UidValidity = field(default=UidValidity(0))
-    uidnext: int = 0
-    exists: int = -1
-    """Number of messages. -1 only while the responses are read: a server must send it."""
-    highestmodseq: ModSeq = field(default=ModSeq(0))
-    """0 also for a mailbox without modification sequences (NOMODSEQ)."""
-    permanent_flags: frozenset[str] | None = None
-    """Flags that the server keeps, in lower case. None if it does not say, which means all."""
-    read_only: bool = False
-    object_id: str | None = None
-    """MAILBOXID (RFC 8474 section 4.2), which a mailbox keeps when it is renamed."""
-    vanished: list[tuple[int, int]] = field(default_factory=list)
-    """UID ranges that QRESYNC reports as expunged (RFC 7162 section 3.2.10)."""
-
-    def take(self, response: Response) -> None:
-        """Read one untagged response about the mailbox."""
-        text = response[0]
-        if (exists := parse_exists(text)) is not None:
-            self.exists = exists
-        elif text[:19].upper() == b"* VANISHED (EARLIER":
-            self.vanished += parse_sequence_set(text.split()[-1])
-        elif text[:6].upper() == b"* OK [":
-            completion = Completion.parse(text[2:])
-            if completion is None:
-                return
-            if completion.code == "PERMANENTFLAGS":
-                self.permanent_flags = frozenset(flag_list(completion.argument.strip(b"()")).lower().split())
-            if completion.code == "MAILBOXID":
-                self.object_id = completion.argument.strip(b"()").decode("ascii", "replace")
-            if not completion.argument.isdigit():
-                return
-            match completion.code:
-                case "UIDVALIDITY":
-                    self.uidvalidity = UidValidity(number(completion.argument))
-                case "UIDNEXT":
-                    self.uidnext = number(completion.argument)
-                case "HIGHESTMODSEQ":
-                    self.highestmodseq = ModSeq(number(completion.argument))
-
-
-class _SelectResponses:
-    """Takes the responses to SELECT or EXAMINE, without those that still concern the previous mailbox.
-
-    With QRESYNC the server sends CLOSED between the two (RFC 7162 section 3.2.11). Otherwise the UIDVALIDITY
-    of the new mailbox separates them: servers send its FETCH and VANISHED data after that.
-    """
-
-    def __init__(self, on_message: OnMessage, *, was_selected: bool) -> None:
-        self.state = MailboxState()
-        self._on_message = on_message
-        self._is_new = not was_selected
-
-    def take(self, response: Response) -> None:
-        text = response[0]
-        if text[:13].upper() == b"* OK [CLOSED]":
-            self.state = MailboxState()
-            self._is_new = True
-        elif (data := parse_fetch(response)) is not None:
-            if self._is_new and data.uid is not None:
-                self._on_message(data)
-        elif self._is_new or text[:11].upper() != b"* VANISHED ":
-            self.state.take(response)
-            self._is_new |= bool(self.state.uidvalidity)
-
-
-@dataclass(frozen=True, slots=True)
-class Quota:
-    """STORAGE of a quota root (RFC 9208), in bytes."""
-
-    used: int
-    limit: int
 
 
 BodySink = Callable[[int | None, int], Sink]
@@ -252,10 +179,8 @@ class Session:
                     self.capabilities -= {"QRESYNC", "CONDSTORE"}
 
     def _take_namespace(self, response: Response) -> None:
-        if response[0][:12].upper() == b"* NAMESPACE ":
-            match values(response, 12):
-                case [[[bytes(first), *_], *_], *_]:
-                    self.personal_prefix = first
+        if (prefix := parse_prefix(response)) is not None:
+            self.personal_prefix = prefix
 
     @property
     def alive(self) -> bool:
@@ -453,13 +378,13 @@ class Session:
             return self._examine(mailbox, parameters, then, on_message)
         return state
 
-    def _begin_select(self, on_message: OnMessage = _ignore) -> _SelectResponses:
+    def _begin_select(self, on_message: OnMessage = _ignore) -> SelectResponses:
         """Prepare to open a mailbox: from now on none is selected."""
-        selecting = _SelectResponses(on_message, was_selected=self.selected is not None)
+        selecting = SelectResponses(on_message, was_selected=self.selected is not None)
         self.selected = None
         return selecting
 
-    def _end_select(self, mailbox: bytes, selecting: _SelectResponses, *, writable: bool) -> MailboxState:
+    def _end_select(self, mailbox: bytes, selecting: SelectResponses, *, writable: bool) -> MailboxState:
         """Record that a mailbox is selected. Raises ProtocolError if the server sent no number of
         messages."""
         state = selecting.state
@@ -680,17 +605,7 @@ class Session:
 
         def take(response: Response) -> None:
             nonlocal found
-            if response[0][:8].upper() != b"* QUOTA ":
-                return
-            match values(response, 8):
-                case [_, [*items]]:
-                    for triple in zip(items[::3], items[1::3], items[2::3], strict=False):
-                        match triple:
-                            case (bytes(name), bytes(used), bytes(limit)) if name.upper() == b"STORAGE":
-                                # In units of 1024 octets (RFC 9208 section 5.1). Servers without a real limit
-                                # may send odd numbers, which must not end the connection.
-                                with contextlib.suppress(ProtocolError):
-                                    found = Quota(number(used) * 1024, number(limit) * 1024)
+            found = parse_quota(response) or found
 
         if self.has("QUOTA"):
             with contextlib.suppress(Refused):
@@ -797,7 +712,7 @@ class Session:
         tagged = self._wire.execute(b"%s %d " % (verb, uid), astring(target), on_response=take)
         if tagged.code == "COPYUID":
             copied = tagged
-        return _copied(copied, uid, target) if copied is not None else None
+        return copied_message(copied, uid, target) if copied is not None else None
 
     def expunge(self, uid: int) -> bool:
         """Delete a message of the selected mailbox. Return false if it remains there, marked as deleted.
@@ -910,27 +825,6 @@ class Session:
         for verb, name in ((b"SUBSCRIBE ", target), (b"UNSUBSCRIBE ", mailbox)):
             with contextlib.suppress(Refused):
                 self._wire.execute(verb, astring(name))
-
-
-def _copied(completion: Completion, uid: int, target: bytes) -> MessageRef | None:
-    """Return the copy of ``uid`` in ``target`` according to COPYUID (RFC 4315 section 3); None if it has
-    none."""
-    with contextlib.suppress(ProtocolError, ValueError):
-        validity, old, new = completion.argument.split(b" ")
-        uidvalidity = UidValidity(number(validity))
-        position = 0
-        for low, high in parse_sequence_set(old):
-            if low <= uid <= high:
-                position += uid - low
-                break
-            position += high - low + 1
-        else:
-            return None
-        for low, high in parse_sequence_set(new):
-            if position <= high - low:
-                return MessageRef(target, uidvalidity, Uid(low + position))
-            position -= high - low + 1
-    return None
 
 
 def _mailbox_error(error: Refused) -> Exception:

@@ -21,7 +21,8 @@ import trio
 from imapfs.errors import CacheError, ConnectionLost, ImapfsError, MailboxGone, MessageGone, OtherMailbox
 from imapfs.imap.grammar import FetchData, parse_date
 from imapfs.imap.pool import SessionPool
-from imapfs.imap.session import MailboxState, Session
+from imapfs.imap.responses import MailboxState
+from imapfs.imap.session import Session
 from imapfs.imap.wire import Sink
 from imapfs.log import report
 from imapfs.model import Ino, MessageRef, Uid

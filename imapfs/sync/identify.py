@@ -33,7 +33,8 @@ from typing import Final, Literal
 from imapfs.errors import MessageGone, OtherMailbox, OtherMessage
 from imapfs.headers import parse_headers
 from imapfs.imap.grammar import FetchData, parse_date
-from imapfs.imap.session import MailboxState, Session
+from imapfs.imap.responses import MailboxState
+from imapfs.imap.session import Session
 from imapfs.model import Ino, MessageRef, ModSeq, Uid, UidValidity
 from imapfs.store.cache import Cache
 from imapfs.store.journal import Attempt

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from imapfs.errors import MailboxGone, MessageGone
-from imapfs.imap.session import MailboxState, Session
+from imapfs.imap.responses import MailboxState
+from imapfs.imap.session import Session
 from imapfs.model import Ino, MessageRef, ModSeq, Uid, UidValidity
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Node

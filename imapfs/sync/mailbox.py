@@ -19,7 +19,8 @@ import trio
 from imapfs.errors import ConnectionLost, MailboxGone, ProtocolError, Refused, TimedOut
 from imapfs.headers import parse_headers
 from imapfs.imap.grammar import FetchData, parse_date
-from imapfs.imap.session import MailboxState, Session
+from imapfs.imap.responses import MailboxState
+from imapfs.imap.session import Session
 from imapfs.model import Ino, ModSeq, Uid, UidValidity
 from imapfs.store.cache import MAX_UID, Cache
 from imapfs.store.rows import Mailbox, NewMessage

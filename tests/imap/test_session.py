@@ -8,7 +8,8 @@ import trio
 
 from imapfs.errors import AuthenticationFailed, ConnectionLost, MailboxGone, ProtocolError, TimedOut, TlsError
 from imapfs.imap.grammar import FetchData
-from imapfs.imap.session import MailboxState, Session
+from imapfs.imap.responses import MailboxState
+from imapfs.imap.session import Session
 from imapfs.model import ModSeq, Uid, UidValidity
 from tests.support.accounts import hide, pool, session, until
 from tests.support.compare import flags, served
