@@ -39,6 +39,7 @@ from imapfs.fs.xattrs import ExtendedAttributes
 from imapfs.kernel.caller import PROOF
 from imapfs.kernel.inotify import Announcer
 from imapfs.kernel.invalidation import Invalidation, KernelCache
+from imapfs.kernel.loop import quick_requests
 from imapfs.kernel.status import ATTRIBUTE as STATUS
 from imapfs.kernel.status import MountStatus
 from imapfs.log import report
@@ -177,7 +178,8 @@ class Adapter(pyfuse3.Operations):
             nursery.start_soon(self._invalidate_forever)
             try:
                 # With fewer, almost every request would start and end a task.
-                await pyfuse3.main(min_tasks=_MIN_TASKS)
+                with quick_requests(pyfuse3):
+                    await pyfuse3.main(min_tasks=_MIN_TASKS)
             except* ConnectionAbortedError:
                 # By a write to /sys/fs/fuse/connections. Some kernels report this at every unmount.
                 log.info("the kernel has ended the connection")

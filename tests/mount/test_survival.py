@@ -1,9 +1,11 @@
 """What the daemon lives through: crowds, quitters, a full disk, a cache that is deleted under it."""
 
+import contextlib
 import errno
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -270,3 +272,33 @@ def test_what_waits_survives_the_deletion_of_the_cache(user: Account, mount: Mou
             wait_until(lambda: plain(9) in served(user).values(), "it is sent")
             assert (third.path / "INBOX" / "new.eml").read_bytes() == plain(9)
     assert sorted(served(user).values()) == sorted([plain(1), plain(9)])
+
+
+FLOOD = """
+import os, sys
+try:
+    while True:
+        for name in sys.argv[1:]:
+            os.close(os.open(name, os.O_RDONLY))
+except OSError:
+    pass  # unmounted
+"""
+
+
+def test_a_flood_of_requests_holds_up_nothing_else(user: Account, mount: Mounter) -> None:
+    """Uploads, and what another client does, come through; and the mount can be ended."""
+    user.deliver("INBOX", ((plain(n), DATE, "") for n in range(3)))
+    mounted = mount(user)
+    inbox = mounted.path / "INBOX"
+    first = contents(inbox)
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            flood = stack.enter_context(subprocess.Popen([sys.executable, "-c", FLOOD, *inbox.iterdir()]))
+            stack.callback(flood.kill)
+        (inbox / "new.eml").write_bytes(plain(10))
+        wait_until(lambda: plain(10) in served(user).values(), "uploaded")
+        user.deliver("INBOX", [(plain(11), DATE, "")])
+        wait_until(lambda: len(list(inbox.iterdir())) == len(first) + 2, "seen")
+        os.kill(mounted.pid, signal.SIGTERM)
+        mounted.wait_ended()
+    assert sorted(served(user).values()) == sorted(plain(n) for n in (0, 1, 2, 10, 11))
