@@ -34,6 +34,8 @@ Opening = bytes | None | Awaitable[bytes | None]
 class OpenFile:
     """A file that at least one program has open."""
 
+    __slots__ = ("data", "download", "fd", "flushed", "orphan", "removed", "users", "writers")
+
     def __init__(self) -> None:
         self.users = 0
         self.writers = 0
@@ -129,7 +131,9 @@ class Files:
         self._use(draft.ino, writing)
 
     def _use(self, ino: Ino, writing: bool) -> OpenFile:
-        file = self._open.setdefault(ino, OpenFile())
+        file = self._open.get(ino)
+        if file is None:
+            file = self._open[ino] = OpenFile()
         file.users += 1
         if writing:
             file.writers += 1

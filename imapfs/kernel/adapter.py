@@ -15,7 +15,8 @@ import stat
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
+from types import CoroutineType
+from typing import Any, Concatenate, Final, ParamSpec, TypeAlias, TypeVar, cast, overload
 
 import pyfuse3
 import trio
@@ -61,11 +62,20 @@ _DOT, _DOTDOT = 1, 2
 """Directory positions of ``.`` and ``..``; any other entry's is its inode number, which is larger."""
 
 
-Method = Callable[Concatenate["Adapter", P], Coroutine[Any, Any, T]]
+Method: TypeAlias = Callable[Concatenate["Adapter", P], Coroutine[Any, Any, T]]
+Answer: TypeAlias = Coroutine[Any, Any, T] | T
+"""What a handler returns: the answer, or what has to be awaited for it."""
 
 
-def prompt_handler(method: Method[P, T]) -> Method[P, T]:
-    """Let a FUSE handler raise only FUSEError. On its own for handlers that limit their own waiting."""
+@overload
+def handler(method: Method[P, T]) -> Method[P, T]: ...
+@overload
+def handler(method: Callable[Concatenate["Adapter", P], Answer[T]]) -> Method[P, T]: ...
+def handler(method: Callable[Concatenate["Adapter", P], Answer[T]]) -> Method[P, T]:
+    """Let a FUSE handler raise only FUSEError, and limit the time that it takes.
+
+    A handler that can answer at once is no coroutine, or returns one only where it has to wait.
+    """
     name = method.__name__
 
     @functools.wraps(method)
@@ -74,7 +84,11 @@ def prompt_handler(method: Method[P, T]) -> Method[P, T]:
         try:
             if isinstance(context, RequestContext) and self.announcer.is_own(context.pid):
                 return cast(T, self.answer_announcer(name, *args))
-            return await method(self, *args, **kwargs)
+            answer = method(self, *args, **kwargs)
+            if isinstance(answer, CoroutineType):
+                with trio.fail_after(self.timeout):
+                    return cast(T, await answer)
+            return cast(T, answer)
         except FUSEError:
             raise
         except trio.TooSlowError:
@@ -94,17 +108,6 @@ def prompt_handler(method: Method[P, T]) -> Method[P, T]:
             raise FUSEError(errno.EIO) from None
 
     return wrapper
-
-
-def handler(method: Method[P, T]) -> Method[P, T]:
-    """Like `prompt_handler`, and limit the time that the handler takes."""
-
-    @functools.wraps(method)
-    async def bounded(self: "Adapter", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with trio.fail_after(self.timeout):
-            return await method(self, *args, **kwargs)
-
-    return prompt_handler(bounded)
 
 
 @dataclass(slots=True)
@@ -242,8 +245,12 @@ class Adapter(pyfuse3.Operations):
         return entry
 
     @handler
-    async def lookup(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
-        return self._known(await self._fs.lookup(Ino(parent_inode), name))
+    def lookup(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> Answer[EntryAttributes]:
+        found = self._fs.known(Ino(parent_inode), name)
+        return self._known(found) if found is not None else self._look_up(Ino(parent_inode), name)
+
+    async def _look_up(self, parent: Ino, name: bytes) -> EntryAttributes:
+        return self._known(await self._fs.lookup(parent, name))
 
     def _known(self, attributes: Entry) -> EntryAttributes:
         """Return an entry for an answer that gives the kernel a reference to the inode."""
@@ -254,8 +261,8 @@ class Adapter(pyfuse3.Operations):
         for ino, n in inode_list:
             self._kernel.forget(Ino(ino), n)
 
-    @prompt_handler
-    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+    @handler
+    def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
         return self._entry(self._fs.getattr(Ino(inode)))
 
     @handler
@@ -315,8 +322,8 @@ class Adapter(pyfuse3.Operations):
         before = listing.page[listing.index - 1].ino if listing.index else position
         return before == position and listing.page[listing.index].ino > position
 
-    @prompt_handler
-    async def releasedir(self, fh: FileHandleT) -> None:
+    @handler
+    def releasedir(self, fh: FileHandleT) -> None:
         self._fs.closedir(self._listings.pop(fh).ino)
 
     # -- files ---------------------------------------------------------------------------------------------
@@ -329,37 +336,37 @@ class Adapter(pyfuse3.Operations):
         # What the kernel has cached of a file is valid until a notification says otherwise.
         return FileInfo(fh=FileHandleT(handle), keep_cache=True)
 
-    @prompt_handler
-    async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> FileInfo:
+    @handler
+    def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> Answer[FileInfo]:
         ino, writing = Ino(inode), flags & os.O_ACCMODE != os.O_RDONLY
-        if inode in self._kernel.pushed and flags & (os.O_ACCMODE | os.O_TRUNC) == os.O_RDONLY:
+        is_pushed = inode in self._kernel.pushed
+        if is_pushed and not flags & (os.O_ACCMODE | os.O_TRUNC):
             # The kernel has all of it. The second read of a file takes this path.
             self._files.open_known(ino)
             return self._file_info(ino, flags)
-        opening = self._fs.open(ino, writing=writing, wanted=inode not in self._kernel.pushed and not writing)
-        try:
-            if isinstance(opening, bytes) and ino not in self._kernel.resized and not flags & os.O_TRUNC:
-                data: bytes | None = opening
-            else:
-                with trio.fail_after(self.timeout):
-                    data = await self._opened(ino, opening, flags)
-            if data is not None and inode not in self._kernel.pushed:
-                self._push(inode, data)
-        except BaseException:
-            self._fs.release(ino, writing=writing)
-            raise
+        opening = self._fs.open(ino, writing=writing, wanted=not is_pushed and not writing)
+        is_ready = opening is None or isinstance(opening, bytes)
+        if not is_ready or ino in self._kernel.resized or flags & os.O_TRUNC:
+            return self._opened(ino, opening, flags)
+        if isinstance(opening, bytes):
+            self._push(inode, opening)
         return self._file_info(ino, flags)
 
-    async def _opened(self, ino: Ino, opening: Opening, flags: int) -> bytes | None:
-        data = await opening if isinstance(opening, Awaitable) else opening
-        if ino in self._kernel.resized:
-            # Before the first read: the kernel would truncate or pad the file to the size that it knows.
-            await trio.to_thread.run_sync(_invalidate, Invalidation(attributes={ino}))
-            self._kernel.resized.discard(ino)
-        if flags & os.O_TRUNC:
-            await self._files.truncate(ino, 0)
-            return None
-        return data
+    async def _opened(self, ino: Ino, opening: Opening, flags: int) -> FileInfo:
+        try:
+            data = await opening if isinstance(opening, Awaitable) else opening
+            if ino in self._kernel.resized:
+                # Before the first read: the kernel would truncate or pad the file to the size that it knows.
+                await trio.to_thread.run_sync(_invalidate, Invalidation(attributes={ino}))
+                self._kernel.resized.discard(ino)
+            if flags & os.O_TRUNC:
+                await self._files.truncate(ino, 0)
+            elif data is not None and ino not in self._kernel.pushed:
+                self._push(InodeT(ino), data)
+        except BaseException:
+            self._fs.release(ino, writing=flags & os.O_ACCMODE != os.O_RDONLY)
+            raise
+        return self._file_info(ino, flags)
 
     def _push(self, inode: InodeT, data: bytes) -> None:
         """Give the kernel the bytes before it asks for them.
@@ -392,13 +399,11 @@ class Adapter(pyfuse3.Operations):
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         return await self._files.write(self._handles[fh], off, buf)
 
-    @prompt_handler
-    async def flush(self, fh: FileHandleT) -> None:
+    @handler
+    def flush(self, fh: FileHandleT) -> Answer[None]:
         if self._read_only:
             raise FUSEError(errno.ENOSYS)  # the kernel then never sends it again
-        if fh & 1:
-            with trio.fail_after(self.timeout):
-                await self._files.flush(self._handles[fh])
+        return self._files.flush(self._handles[fh]) if fh & 1 else None
 
     @handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
@@ -408,8 +413,8 @@ class Adapter(pyfuse3.Operations):
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
         await self._fs.fsync_directory()
 
-    @prompt_handler
-    async def release(self, fh: FileHandleT) -> None:
+    @handler
+    def release(self, fh: FileHandleT) -> None:
         self._fs.release(self._handles.pop(fh), writing=bool(fh & 1))
 
     @handler
@@ -472,20 +477,20 @@ class Adapter(pyfuse3.Operations):
         with self._events.request((parent_inode, name)):
             await self._fs.rmdir(Ino(parent_inode), name)
 
-    @prompt_handler
-    async def link(
+    @handler
+    def link(
         self, inode: InodeT, new_parent_inode: InodeT, new_name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
         raise FUSEError(errno.EPERM)
 
-    @prompt_handler
-    async def symlink(
+    @handler
+    def symlink(
         self, parent_inode: InodeT, name: bytes, target: bytes, ctx: RequestContext
     ) -> EntryAttributes:
         raise FUSEError(errno.EPERM)
 
-    @prompt_handler
-    async def mknod(
+    @handler
+    def mknod(
         self, parent_inode: InodeT, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
         raise FUSEError(errno.EPERM)
@@ -498,8 +503,8 @@ class Adapter(pyfuse3.Operations):
             return self._status.as_json()
         return await self._xattrs.get(Ino(inode), name)
 
-    @prompt_handler
-    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[bytes]:
+    @handler
+    def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[bytes]:
         names = self._xattrs.names(Ino(inode))
         return [STATUS, *names] if inode == ROOT else names
 
