@@ -12,10 +12,11 @@ task waits. After a connection is lost, only `keep_connected` makes the next one
 attempt if it may end soon, and otherwise fail at once, so that no program waits a whole timeout for a network
 that is down.
 
-Watchers borrow sessions that no request needs. They return them when a request does, or when the number of
-connections must shrink. They never cause an attempt to connect: while the account is offline they wait,
-however long that takes. Since they only listen, their connections prove nothing about the server; after a
-loss each watcher has to check its own.
+Watchers borrow sessions that no request needs, and leave the last idle one where there may be one more: a
+request that had to connect would wait for five round trips and more. They return them when a request needs
+one, or when the number of connections must shrink. They never try whether the server is back: while the
+account is offline they wait, however long that takes. Since they only listen, their connections prove nothing
+about the server; after a loss each watcher has to check its own.
 
 The class is long because its methods share the counts of these invariants: each changes them in one step on
 the trio thread, and a second object would only hide which step that is.
@@ -468,6 +469,8 @@ class SessionPool:
                 # Selecting another mailbox takes one round trip, connecting takes about five. If several have
                 # the mailbox selected, the last used one: the server may close the others. Otherwise the one
                 # idle for longest, whose mailbox is least wanted.
+                if for_watcher and len(self._idle) == 1 and self._may_connect(now):
+                    return None
                 same = [s for s in self._idle if s.selected == mailbox]
                 return same[-1] if same else self._idle[0]
             elif state is Connectivity.ONLINE:

@@ -362,6 +362,23 @@ class Patient:
         self._over.set()
 
 
+@pytest.mark.parametrize("limit", [2, 4])
+@pytest.mark.trio
+async def test_a_watcher_leaves_the_last_idle_connection_to_the_next_request(
+    ca: CertificateAuthority, limit: int
+) -> None:
+    logins, watcher = Logins(), Patient()
+    async with scripted_pool(Scripted(ca, script=logins), limit) as made, trio.open_nursery() as nursery:
+        await made.run(_nothing)
+        nursery.start_soon(made.watch, watcher, None)
+        await until(lambda: watcher.running)
+        before = logins.seen
+        await made.run(_nothing)
+        assert logins.seen == before
+        assert not watcher.told
+        watcher.stop()
+
+
 @pytest.mark.trio
 async def test_the_least_watcher_yields_to_a_request(ca: CertificateAuthority) -> None:
     more, less = Patient(2), Patient(1)
