@@ -145,6 +145,10 @@ class ProtocolError(ConnectionLost):
     errno = errno.EPROTO
 
 
+class Malformed(ProtocolError):
+    """One response cannot be read. It is passed over, and the connection goes on."""
+
+
 class TlsError(ConnectionLost):
     """No trustworthy TLS connection: scope is the account, until somebody sets the server or us right."""
 

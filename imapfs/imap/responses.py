@@ -3,8 +3,10 @@
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 from imapfs.errors import ProtocolError
+from imapfs.imap.budget import MAX_MAILBOX_NAME, MAX_RANGES
 from imapfs.imap.grammar import (
     Completion,
     FetchData,
@@ -17,6 +19,9 @@ from imapfs.imap.grammar import (
     values,
 )
 from imapfs.model import MessageRef, ModSeq, Uid, UidValidity
+
+_MAX_OBJECT_ID: Final = 255
+"""Characters of an objectid (RFC 8474 section 7)."""
 
 OnMessage = Callable[[FetchData], None]
 
@@ -45,7 +50,9 @@ class MailboxState:
         if (exists := parse_exists(text)) is not None:
             self.exists = exists
         elif text[:19].upper() == b"* VANISHED (EARLIER":
-            self.vanished += parse_sequence_set(text.split()[-1])
+            self.vanished += parse_sequence_set(text.rstrip().rpartition(b" ")[2])
+            if len(self.vanished) > MAX_RANGES:
+                raise ProtocolError(f"the server sends more than {MAX_RANGES} ranges of vanished UIDs")
         elif text[:6].upper() == b"* OK [":
             completion = Completion.parse(text[2:])
             if completion is None:
@@ -53,7 +60,8 @@ class MailboxState:
             if completion.code == "PERMANENTFLAGS":
                 self.permanent_flags = frozenset(flag_list(completion.argument.strip(b"()")).lower().split())
             if completion.code == "MAILBOXID":
-                self.object_id = completion.argument.strip(b"()").decode("ascii", "replace")
+                object_id = completion.argument.strip(b"()")[: _MAX_OBJECT_ID + 1].decode("ascii", "replace")
+                self.object_id = object_id if len(object_id) <= _MAX_OBJECT_ID else None
             if not completion.argument.isdigit():
                 return
             match completion.code:
@@ -72,8 +80,9 @@ class SelectResponses:
     of the new mailbox separates them: servers send its FETCH and VANISHED data after that.
     """
 
-    def __init__(self, on_message: OnMessage, *, was_selected: bool) -> None:
+    def __init__(self, on_message: OnMessage, *, was_selected: bool, modseqs: bool) -> None:
         self.state = MailboxState()
+        self._modseqs = modseqs
         self._on_message = on_message
         self._is_new = not was_selected
 
@@ -87,6 +96,9 @@ class SelectResponses:
                 self._on_message(data)
         elif self._is_new or text[:11].upper() != b"* VANISHED ":
             self.state.take(response)
+            if not self._modseqs:
+                # Yahoo has HIGHESTMODSEQ without CONDSTORE, and refuses a FETCH of MODSEQ.
+                self.state.highestmodseq = ModSeq(0)
             self._is_new |= bool(self.state.uidvalidity)
 
 
@@ -118,7 +130,7 @@ def parse_prefix(response: Response) -> bytes | None:
     """Return the prefix of the personal namespace (RFC 2342); None if the response does not name it."""
     if response[0][:12].upper() == b"* NAMESPACE ":
         match values(response, 12):
-            case [[[bytes(first), *_], *_], *_]:
+            case [[[bytes(first), *_], *_], *_] if len(first) <= MAX_MAILBOX_NAME:
                 return first
     return None
 
@@ -127,7 +139,7 @@ def copied_message(completion: Completion, uid: int, target: bytes) -> MessageRe
     """Return the copy of ``uid`` in ``target`` according to COPYUID (RFC 4315 section 3); None if it has
     none."""
     with contextlib.suppress(ProtocolError, ValueError):
-        validity, old, new = completion.argument.split(b" ")
+        validity, old, new = completion.argument.split(b" ", 3)
         uidvalidity = UidValidity(number(validity))
         position = 0
         for low, high in parse_sequence_set(old):

@@ -26,6 +26,7 @@ from imapfs.errors import (
     ConnectionLost,
     ImapfsError,
     MailboxGone,
+    Malformed,
     NoMechanism,
     ProtocolError,
     Refused,
@@ -68,6 +69,8 @@ Check = Callable[[MailboxState, FetchData | None], None]
 
 _MAX_STATUS: Final = 20
 """Maximum number of STATUS commands in one round trip, so that a slow server answers within the timeout."""
+_MAX_LOGGED: Final = 5
+"""Maximum number of malformed mailboxes that are named in the log, for one list."""
 _EVENTS: Final = b"(MessageNew MessageExpunge FlagChange)"
 
 
@@ -107,7 +110,8 @@ class Session:
 
     def __init__(self, wire: Wire, capabilities: frozenset[str]) -> None:
         self._wire = wire
-        self.capabilities = capabilities
+        # RFC 7162 section 3.2.3
+        self.capabilities = capabilities | ({"CONDSTORE"} if "QRESYNC" in capabilities else set())
         self.personal_prefix = b""
         """Prefix of the personal namespace, such as ``INBOX.`` (RFC 2342)."""
         self.selected: bytes | None = None
@@ -256,13 +260,14 @@ class Session:
     ) -> list[ListEntry]:
         """Run LIST with a return option (RFC 5258), in one round trip with other commands, which may fail."""
         found: list[ListEntry] = []
+        malformed: list[Malformed] = []
 
         def take(response: Response) -> None:
             on_response(response)
             try:
                 entry = parse_list(response)
-            except ProtocolError as error:
-                log.warning("a mailbox is not shown: %s", error)
+            except Malformed as error:
+                malformed.append(error)
                 return
             if entry:
                 found.append(entry)
@@ -272,6 +277,8 @@ class Session:
         command = (b'LIST "" "*"' + (b" RETURN (%s)" % options if options else b""),)
         completions = self._wire.execute_all([*before, command, *after], on_response=take)
         self._wire.check(command, completions[len(before)])
+        for error in malformed[:_MAX_LOGGED]:
+            log.warning("a mailbox is not shown: %s", error)
         return found
 
     def status(self, mailbox: bytes) -> dict[str, int]:
@@ -309,7 +316,7 @@ class Session:
         found: dict[int, FetchData] = {}
 
         def take(data: FetchData) -> None:
-            if data.uid is not None and data.size is not None:
+            if data.uid is not None and data.is_metadata:
                 found[data.uid] = data
 
         commands = [
@@ -331,8 +338,8 @@ class Session:
         found: dict[int, int] = {}
 
         def take(data: FetchData) -> None:
-            if data.uid is not None and data.size is not None:
-                found[data.uid] = data.size
+            if data.uid is not None and data.is_metadata:
+                found[data.uid] = data.size or 0
 
         selecting = self._begin_select()
         try:
@@ -342,7 +349,8 @@ class Session:
         state = self._end_select(mailbox, selecting, writable=False)
         if state.exists:
             first = max(1, self.next_uid() - maximum)
-            self._fetch(b"%d:*" % first, b"(UID RFC822.SIZE)", take)
+            # As a listing does, so that what a listing needs is known to work.
+            self._fetch_metadata(b"%d:*" % first, take, _ignore)
         return found
 
     def noop(self) -> None:
@@ -360,7 +368,7 @@ class Session:
             parameters = b" (CONDSTORE)"
         commands: list[Command] = [(self._open_command, astring(mailbox), parameters), *((c,) for c in then)]
         selecting = self._begin_select(on_message)
-        examined, *others = self._wire.execute_all(commands, on_response=selecting.take)
+        examined, *others = self._wire.execute_all(commands, on_response=selecting.take, fetches=bool(then))
         try:
             self._wire.check(commands[0], examined)
         except Refused as error:
@@ -380,7 +388,9 @@ class Session:
 
     def _begin_select(self, on_message: OnMessage = _ignore) -> SelectResponses:
         """Prepare to open a mailbox: from now on none is selected."""
-        selecting = SelectResponses(on_message, was_selected=self.selected is not None)
+        selecting = SelectResponses(
+            on_message, was_selected=self.selected is not None, modseqs=self.has("CONDSTORE")
+        )
         self.selected = None
         return selecting
 
@@ -431,16 +441,22 @@ class Session:
         on_state: Callable[[MailboxState], None],
         on_flags: OnMessage = _ignore,
     ) -> None:
-        """Fetch the metadata of every message, streamed in the server's order."""
+        """Fetch the metadata of every message, streamed in the server's order.
+
+        ``on_message`` and ``on_flags`` are to pass the data on, as there may be any amount.
+        """
         on_state(self.examine(mailbox))
         if self.state.exists:
-            self._fetch_metadata(b"1:*", on_message, on_flags)
+            self._fetch_metadata(b"1:*", on_message, on_flags, held=False)
 
     def list_flags(self, mailbox: bytes, on_message: OnMessage) -> MailboxState:
-        """Fetch UID and FLAGS of every message, to compare them where the server keeps no MODSEQ."""
+        """Fetch UID and FLAGS of every message, to compare them where the server keeps no MODSEQ.
+
+        ``on_message`` is to keep no more of them than it needs, as there may be any amount.
+        """
         state = self.examine(mailbox)
         if state.exists:
-            self._fetch(b"1:*", b"(UID FLAGS)", on_message)
+            self._fetch(b"1:*", b"(UID FLAGS)", on_message, held=False)
         return state
 
     def list_changes(
@@ -479,24 +495,33 @@ class Session:
         on_flags: OnMessage = _ignore,
         *,
         headers: bool = True,
+        held: bool = True,
     ) -> None:
         """Fetch metadata of ``uids`` in the selected mailbox, except of those that are gone.
 
-        Without ``headers``, only what a server knows about a message that it cannot read.
+        Without ``headers``, only what a server knows about a message that it cannot read. Not ``held``:
+        ``on_message`` and ``on_flags`` pass the data on.
         """
         for uid_set in sequence_sets(uids):
-            self._fetch_metadata(uid_set, on_message, on_flags, headers=headers)
+            self._fetch_metadata(uid_set, on_message, on_flags, headers=headers, held=held)
 
     def _fetch_metadata(
-        self, uid_set: bytes, on_message: OnMessage, on_flags: OnMessage, *, headers: bool = True
+        self,
+        uid_set: bytes,
+        on_message: OnMessage,
+        on_flags: OnMessage,
+        *,
+        headers: bool = True,
+        held: bool = True,
     ) -> None:
         def take(data: FetchData) -> None:
-            if data.size is not None:
+            if data.is_metadata:
                 on_message(data)
             elif data.flags is not None:
                 on_flags(data)
 
-        self._fetch(uid_set, self._items(modseq=bool(self.state.highestmodseq), headers=headers), take)
+        items = self._items(modseq=bool(self.state.highestmodseq), headers=headers)
+        self._fetch(uid_set, items, take, held=held)
 
     def _items(self, *, modseq: bool, headers: bool = True) -> bytes:
         """Return the FETCH items that are the metadata of a message."""
@@ -507,7 +532,7 @@ class Session:
             extra += b" X-GM-MSGID"
         return b"(UID FLAGS INTERNALDATE RFC822.SIZE%s%s)" % (extra, _HEADERS if headers else b"")
 
-    def _fetch(self, uid_set: bytes, items: bytes, on_message: OnMessage) -> None:
+    def _fetch(self, uid_set: bytes, items: bytes, on_message: OnMessage, *, held: bool = True) -> None:
         def take(response: Response) -> None:
             data = parse_fetch(response)
             # Without a UID it is an unsolicited change to a message known by position only. The next
@@ -515,14 +540,14 @@ class Session:
             if data is not None and data.uid is not None:
                 on_message(data)
 
-        self._wire.execute(b"UID FETCH %s %s" % (uid_set, items), on_response=take)
+        self._wire.execute(b"UID FETCH %s %s" % (uid_set, items), on_response=take, fetches=True, held=held)
 
     def identities(self) -> dict[int, FetchData]:
         """Return date and size of all messages of the selected mailbox, by UID."""
         found: dict[int, FetchData] = {}
 
         def take(data: FetchData) -> None:
-            if data.uid is not None and data.size is not None:
+            if data.uid is not None and data.is_metadata:
                 found[data.uid] = data
 
         if self.state.exists:
@@ -584,7 +609,10 @@ class Session:
 
         for uid_set in sequence_sets(uids):
             self._wire.execute(
-                b"UID FETCH %s (UID BODY.PEEK[])" % uid_set, on_response=take, sink_for=sink_for
+                b"UID FETCH %s (UID BODY.PEEK[])" % uid_set,
+                on_response=take,
+                sink_for=sink_for,
+                fetches=True,
             )
 
     def fetch_body(self, mailbox: bytes, uidvalidity: int, uid: int) -> bytes | None:
@@ -650,7 +678,7 @@ class Session:
                 for command, completion in zip(commands[1:], others, strict=True):
                     self._wire.check(command, completion)
             if state.uidvalidity == uidvalidity:
-                check(state, next((one for one in found if one.uid == uid and one.size is not None), None))
+                check(state, next((one for one in found if one.uid == uid and one.is_metadata), None))
             self._writable = True
         if self.state.uidvalidity != uidvalidity:
             raise MailboxGone("the mailbox was recreated on the server: list it again")
@@ -743,7 +771,7 @@ class Session:
         """
 
         def take(data: FetchData) -> None:
-            if data.uid is not None and data.uid >= uidnext and data.size is not None:
+            if data.uid is not None and data.uid >= uidnext and data.is_metadata:
                 on_message(data)
 
         # Unknown for a mailbox that is not open yet, where asking for a missing MODSEQ would fail the whole

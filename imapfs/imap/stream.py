@@ -10,13 +10,12 @@ from collections.abc import Callable
 from typing import Final
 
 from imapfs.errors import ProtocolError
+from imapfs.imap.budget import MAX_BEFORE_LOGIN, MAX_RESPONSE
 
-MAX_LINE: Final = 8 << 20
-"""Maximum length of a line in bytes."""
-MAX_BEFORE_LOGIN: Final = 256 << 10
-"""Maximum number of bytes that a server may send before the login."""
-PROGRESS: Final = 64 << 10
-"""Bytes of a literal that count as progress and renew the deadline. Fewer do not, or a trickle would."""
+MIN_RATE: Final = 4 << 10
+"""Bytes per second below which a literal, or FETCH data that was asked for, is too slow to be waited for."""
+_PIECE: Final = 16 << 10
+"""Bytes that are sent at a time."""
 _RECV: Final = 256 << 10
 
 Buffer = bytes | mmap.mmap
@@ -37,9 +36,10 @@ class StreamEnded(Exception):
 class SocketStream:
     """A socket with a read buffer, and one deadline over many reads.
 
-    Every method may raise StreamEnded; those that read may also raise ProtocolError. Until `lift_limit` is
-    called, the amount of input is limited and no progress renews the deadline, because the peer is not yet
-    known.
+    Every method may raise StreamEnded; those that read may also raise ProtocolError. The deadline is total,
+    except that bytes of a transfer move it on, so that one may go on as long as it is not slower than
+    `MIN_RATE`. Until `lift_limit` is called, the amount of input is limited and nothing that comes in moves
+    the deadline, because the peer is not yet known.
     """
 
     def __init__(self, sock: socket.socket, timeout: float) -> None:
@@ -56,10 +56,11 @@ class SocketStream:
         """Accept any amount of input from now on: the peer is the server, and has accepted the login."""
         self._allowed = None
 
-    def note_progress(self) -> None:
-        """Renew the deadline during a transfer, which may take as long as data keeps flowing."""
+    def note_progress(self, size: int) -> None:
+        """Move the deadline on by what ``size`` bytes of a transfer may take, up to a whole timeout from
+        now."""
         if self._allowed is None:
-            self.renew_deadline()
+            self._deadline = min(time.monotonic() + self.timeout, self._deadline + size / MIN_RATE)
 
     def renew_deadline(self) -> None:
         """Allow another ``timeout`` seconds from now."""
@@ -126,8 +127,8 @@ class SocketStream:
                 return True
         return False
 
-    def readline(self) -> bytes:
-        """Return one line with its line end."""
+    def readline(self, limit: int = MAX_RESPONSE) -> bytes:
+        """Return one line with its line end, of at most ``limit`` bytes or so."""
         end = self._buffer.find(b"\n", self._at)
         if end < 0:
             pieces = [self._buffer[self._at :]]
@@ -139,7 +140,7 @@ class SocketStream:
                     break
                 pieces.append(data)
                 held += len(data)
-                if held > MAX_LINE:
+                if held > limit:
                     raise ProtocolError("the server sent a line without an end")
             pieces.append(data[: cut + 1])
             self._buffer, self._at = data, cut + 1
@@ -148,20 +149,24 @@ class SocketStream:
         self._at = end + 1
         return line
 
-    def read(self, size: int) -> bytes:
-        """Return exactly ``size`` bytes."""
+    def unread(self, line: bytes) -> None:
+        """Give back what `readline` has returned last."""
+        self._buffer, self._at = line + self._buffer[self._at :], 0
+
+    def read(self, size: int, *, transfer: bool) -> bytes:
+        """Return exactly ``size`` bytes. Those of a ``transfer`` move the deadline on."""
         end = self._at + size
         if end <= len(self._buffer):
             data = self._buffer[self._at : end]
             self._at = end
             return data
         pieces: list[bytes] = []
-        self.copy_to(pieces.append, size)
+        self.copy_to(pieces.append, size, transfer=transfer)
         return b"".join(pieces)
 
-    def copy_to(self, write: Callable[[bytes], object], size: int) -> None:
-        """Pass the next ``size`` bytes to ``write`` as they arrive."""
-        since = 0
+    def copy_to(self, write: Callable[[bytes], object], size: int, *, transfer: bool) -> None:
+        """Pass the next ``size`` bytes to ``write`` as they arrive. Those of a ``transfer`` move the deadline
+        on."""
         while size:
             if self._at == len(self._buffer):
                 self._buffer, self._at = self._receive(), 0
@@ -169,18 +174,20 @@ class SocketStream:
             self._at += len(data)
             size -= len(data)
             write(data)
-            since += len(data)
-            if since >= PROGRESS:
-                since = 0
-                self.note_progress()
+            if transfer:
+                self.note_progress(len(data))
 
     def write(self, data: Buffer) -> None:
-        """Send all of ``data``. Each piece that the network takes has a timeout of its own."""
+        """Send all of ``data``, which moves the deadline on."""
         view = memoryview(data)
         try:
-            for start in range(0, len(view), PROGRESS):
-                self.sock.settimeout(self.timeout)
-                self.sock.sendall(view[start : start + PROGRESS])
+            for start in range(0, len(view), _PIECE):
+                left = self._deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError
+                piece = view[start : start + _PIECE]
+                self.sock.settimeout(left)
+                self.sock.sendall(piece)
+                self.note_progress(len(piece))
         except OSError as error:
             raise StreamEnded(error) from None
-        self.note_progress()

@@ -10,7 +10,9 @@ log = logging.getLogger("imapfs.protocol")
 
 _MAX_SHOWN: Final = 1000
 """Maximum number of bytes shown of a command or response."""
-_QUOTED_BODY: Final = re.compile(rb'(BODY\[[^\]]*\](?:<\d+>)?) "(?:[^"\\]|\\.)*"', re.I)
+_MAX_READ: Final = 8 * _MAX_SHOWN
+"""Bytes of a response that are looked at."""
+_QUOTED_BODY: Final = re.compile(rb'(BODY\[[^][]*+\](?:<\d++>)?) "(?:[^"\\]++|\\.)*+"?', re.I | re.S)
 """A body as a quoted string instead of a literal (RFC 9051 section 4.3)."""
 
 _numbers = itertools.count(1)
@@ -42,11 +44,13 @@ class Trace:
     def received(self, response: Sequence[bytes], sizes: Sequence[int]) -> None:
         """Log an untagged response: text and literals alternate; ``sizes`` are those of the literals."""
         if not self.logged_in:
-            self._show("S", b" ".join(response[0].split()[:2]))
+            self._show("S", b" ".join(response[0].split(None, 2)[:2]))
             return
-        text = response[0]
+        text = response[0][:_MAX_READ]
         for size, more in zip(sizes, response[2::2], strict=True):
-            text += b"{%d}" % size + more
+            if len(text) > _MAX_READ:
+                break
+            text += b"{%d}" % size + more[:_MAX_READ]
         self._show("S", _QUOTED_BODY.sub(rb'\1 "..."', text))
 
     def _show(self, who: str, text: bytes) -> None:

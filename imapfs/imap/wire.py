@@ -16,6 +16,7 @@ import base64
 import binascii
 import contextlib
 import errno
+import logging
 import re
 import select
 import socket
@@ -27,6 +28,7 @@ from typing import Final, NoReturn, Protocol
 
 from imapfs.errors import (
     ConnectionLost,
+    Malformed,
     NetworkLost,
     ProtocolError,
     Refused,
@@ -36,28 +38,34 @@ from imapfs.errors import (
     TlsError,
 )
 from imapfs.imap import connect, refusals
+from imapfs.imap.budget import MAX_CAPABILITIES, MAX_CHALLENGE, MAX_RESPONSE, MAX_TEXT, Held
 from imapfs.imap.grammar import Completion, Response, number, parse_exists
 from imapfs.imap.sasl import Mechanism
-from imapfs.imap.stream import PROGRESS, Buffer, SocketStream, StreamEnded
+from imapfs.imap.stream import Buffer, SocketStream, StreamEnded
 from imapfs.imap.throttle import asked_wait
 from imapfs.imap.trace import Trace
 from imapfs.log import one_line
 from imapfs.model import Account
 
-MAX_LITERAL: Final = 16 << 20
-"""Maximum size of a literal kept in memory. Only a sink takes a larger one."""
+log = logging.getLogger(__name__)
+
 _MAX_CHALLENGES: Final = 10
 """Maximum number of challenges in one login."""
-_MAX_CHALLENGE: Final = 64 << 10
-"""Maximum size of a challenge in bytes, in base64."""
+_MAX_COPIED: Final = 64 << 10
+"""Maximum size of a literal that is sent together with what surrounds it."""
+_MAX_LOGGED: Final = 20
+"""Maximum number of malformed responses that are named in the log, for one connection."""
 _EXTRA_FETCHES: Final = 1000
-"""Unsolicited FETCH responses that may renew the deadline of a command, beyond two for each message."""
+"""Unsolicited FETCH responses that may move the deadline of a command, beyond two for each message."""
 
 _GREETING = re.compile(rb"\* (OK|PREAUTH|BYE)\b", re.I)
 _LITERAL = re.compile(rb"\{(\d+)\}\r?\n\Z")
+_BLANK: Final = frozenset({b"\r\n", b"\n"})
+"""Lines that some servers send after a literal, once too often."""
+_TAGGED = re.compile(rb"f\d+ ")
 _STATUS_RESPONSE = re.compile(rb"\* (?:OK|NO|BAD|BYE|PREAUTH)\b", re.I)
 """Responses that end in text for people, which contains no literals (RFC 9051 section 7.1)."""
-_QUOTABLE = re.compile(rb"[\x01-\x09\x0b\x0c\x0e-\x7f]*\Z")
+_QUOTABLE = re.compile(rb"[\x01-\x09\x0b\x0c\x0e-\x7f]*+\Z")
 _VERSIONS: Final = frozenset({"IMAP4", "IMAP4REV1", "IMAP4REV2"})
 _NETWORK_ERRORS: Final = frozenset(
     {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET}
@@ -118,7 +126,12 @@ class Wire:
         """Text of the last continuation request."""
         self._exists = 0
         """Number of messages in the selected mailbox, according to the server."""
-        self._renewals = _EXTRA_FETCHES
+        self._fetches: int | None = None
+        """How many more FETCH responses may move the deadline; None for a command that asks for none."""
+        self._passed_over = 0
+        """Number of malformed responses."""
+        self._held: Held | None = None
+        """Counts what the responses to the present command cost; None where they pass through."""
         self._protected = False
         """Whether `protect` has found that secrets may be sent."""
         self.alive = True
@@ -264,7 +277,8 @@ class Wire:
             collector = _CapabilityCollector()
             self.execute_all([(b"CAPABILITY",)], on_response=collector.take)
             announced = collector.announced
-        self.capabilities = frozenset(name.decode("ascii", "replace").upper() for name in announced.split())
+        names = announced[:MAX_CAPABILITIES].split()
+        self.capabilities = frozenset(name.decode("ascii", "replace").upper() for name in names)
 
     def login(self, user: Part, password: Part) -> Completion:
         """Run LOGIN (RFC 9051 section 6.2.3). After OK, `capabilities` are those after the login."""
@@ -301,7 +315,7 @@ class Wire:
                 if tag in done:
                     break
                 if answer is None:
-                    if len(self._challenge) > _MAX_CHALLENGE:
+                    if len(self._challenge) > MAX_CHALLENGE:
                         raise ProtocolError(f"{self._account.host} sent a challenge that is too long")
                     response = mechanism.respond(_decoded_challenge(self._challenge))
                     # "*" cancels the exchange: the mechanism has nothing more to say.
@@ -333,9 +347,13 @@ class Wire:
         *command: Part,
         on_response: OnResponse = _ignore,
         sink_for: SinkFor | None = None,
+        fetches: bool = False,
+        held: bool = True,
     ) -> Completion:
-        """Run one command. Raises Refused for NO and BAD."""
-        completion = self.execute_all([command], on_response=on_response, sink_for=sink_for)[0]
+        """Run one command, as `execute_all` does. Raises Refused for NO and BAD."""
+        completion = self.execute_all(
+            [command], on_response=on_response, sink_for=sink_for, fetches=fetches, held=held
+        )[0]
         self.check(command, completion)
         return completion
 
@@ -345,17 +363,24 @@ class Wire:
         *,
         on_response: OnResponse = _ignore,
         sink_for: SinkFor | None = None,
+        fetches: bool = False,
+        held: bool = True,
     ) -> list[Completion]:
         """Run commands in one round trip, and pass all untagged responses to ``on_response``.
+
+        ``fetches``: FETCH data is asked for, which may come in for longer than the timeout. Not ``held``:
+        ``on_response`` passes it on instead of keeping it, so that it may be of any size. A response that
+        ``on_response`` cannot read (Malformed) is passed over.
 
         The caller has to `check` each completion. An exception from a callback leaves the connection in the
         middle of a response, and so ends it.
         """
         done: dict[bytes, Completion] = {}
         with self._dead_after_error():
-            self._stream.renew_deadline()
-            self._allow_fetches()
+            self._held = Held() if held else None
+            self._fetches = 2 * self._exists + _EXTRA_FETCHES if fetches else None
             tags = [self._send(command, on_response, done) for command in commands]
+            self._stream.renew_deadline()
             while not all(tag in done for tag in tags):
                 self._read_response(on_response, sink_for, done)
         return [done[tag] for tag in tags]
@@ -369,7 +394,7 @@ class Wire:
         done: dict[bytes, Completion] = {}
         command = (b"IDLE",)
         with self._dead_after_error():
-            self._stream.renew_deadline()
+            self._fetches = None
             tag = self._send(command, on_response, done)
             # The server reports what has happened since the last command before its continuation request.
             while tag not in done and not self._read_response(on_response, None, done):
@@ -378,8 +403,10 @@ class Wire:
             while tag not in done and self._stream.wait(wake, until - time.monotonic()):
                 # From its first byte on, the response has a deadline like any other.
                 self._stream.renew_deadline()
+                self._held = Held()
                 self._read_response(on_response, None, done)
             ended_here = tag not in done
+            self._stream.renew_deadline()
             if ended_here:
                 self._stream.write(b"DONE\r\n")
             while tag not in done:
@@ -398,13 +425,6 @@ class Wire:
                 self._raise_lost(error.error)
             raise
 
-    def _allow_fetches(self) -> None:
-        """Let each message, and some further changes, renew the deadline of the present command.
-
-        A listing may take as long as it makes progress, but a server cannot keep a command alive forever.
-        """
-        self._renewals = 2 * self._exists + _EXTRA_FETCHES
-
     def _next_tag(self) -> bytes:
         self._tag += 1
         return b"f%d" % self._tag
@@ -413,6 +433,7 @@ class Wire:
         tag = self._next_tag()
         if self._trace.on:
             self._trace.sent(tag, [p if isinstance(p, bytes) else len(p.data) for p in command])
+        self._stream.renew_deadline()
         out = bytearray(tag + b" ")
         for part in command:
             if isinstance(part, bytes):
@@ -429,7 +450,7 @@ class Wire:
                 while not self._read_response(on_response, None, done):
                     if tag in done:
                         return tag  # refused before the literal was sent
-            if len(part.data) > PROGRESS:
+            if len(part.data) > _MAX_COPIED:
                 self._stream.write(bytes(out))
                 out.clear()
                 self._stream.write(part.data)
@@ -447,6 +468,8 @@ class Wire:
         """Read one response and dispatch it. Return whether it was a continuation request."""
         stream = self._stream
         line = stream.readline()
+        while line in _BLANK:
+            line = stream.readline()
         if line[:1] == b"+":
             self._challenge = line[1:].strip()
             return True
@@ -459,8 +482,11 @@ class Wire:
             if self._trace.on:
                 self._trace.completed(tag, completion.status, line)
             return False
+        is_fetch = b" FETCH " in line[:24].upper()
+        transfer = is_fetch and bool(self._fetches)
         response: Response = []
         sizes: list[int] = []
+        held = len(line)
         text_only = _STATUS_RESPONSE.match(line)
         while not text_only and (m := _LITERAL.search(line, max(0, len(line) - 24))):
             response.append(line[: m.start()])
@@ -468,27 +494,60 @@ class Wire:
             sizes.append(size)
             sink = sink_for(response, size) if sink_for else None
             if sink is not None:
-                stream.copy_to(sink.write, size)
+                stream.copy_to(sink.write, size, transfer=True)
                 response.append(b"")
-            elif size > MAX_LITERAL:
-                raise ProtocolError(f"{self._account.host} announced {size} bytes where a few were expected")
             else:
-                response.append(stream.read(size))
-            line = stream.readline()
+                held += size
+                if held > MAX_RESPONSE:
+                    raise self._too_large(held)
+                response.append(stream.read(size, transfer=transfer))
+            line = self._after_literal(is_fetch)
+            held += len(line)
+            if held > MAX_RESPONSE:
+                raise self._too_large(held)
         response.append(line)
         if self._trace.on:
             self._trace.received(response, sizes)
-        if b" FETCH " in response[0][:24]:
-            self._renewals -= 1
-            if self._renewals > 0:
-                stream.note_progress()
+        if self._held is not None:
+            self._held.add(held)
+        if is_fetch and self._fetches:
+            self._fetches -= 1
+            stream.note_progress(sum(map(len, response[::2])))
         elif (exists := parse_exists(line)) is not None:
-            self._exists = exists
-            self._allow_fetches()
+            self._note_exists(exists)
         elif line[:6].upper() == b"* BYE ":
-            self._bye = line[6:].decode("utf-8", "replace").strip()
-        on_response(response)
+            self._bye = line[6:][:MAX_TEXT].decode("utf-8", "replace").strip()
+        try:
+            on_response(response)
+        except Malformed as error:
+            self._passed_over += 1
+            if self._passed_over <= _MAX_LOGGED:
+                log.info("%s: passed over: %s", self._account.host, error)
         return False
+
+    def _after_literal(self, is_fetch: bool) -> bytes:
+        """Read what follows a literal. FETCH data does not end with one, so a blank line there means
+        nothing."""
+        stream = self._stream
+        line = stream.readline()
+        while is_fetch and line in _BLANK:
+            following = stream.readline()
+            if following[:2] == b"* " or _TAGGED.match(following):
+                stream.unread(following)
+                break
+            line = following
+        return line
+
+    def _note_exists(self, exists: int) -> None:
+        """Store the number of messages. Only the mailbox that a command opens changes what it may take."""
+        if self._fetches == 2 * self._exists + _EXTRA_FETCHES:
+            self._fetches = 2 * exists + _EXTRA_FETCHES
+        self._exists = exists
+
+    def _too_large(self, size: int) -> ProtocolError:
+        return ProtocolError(
+            f"{self._account.host} announced {size} bytes where {MAX_RESPONSE >> 20} MiB are the maximum"
+        )
 
     def check(self, command: Command, completion: Completion) -> None:
         """Raise Refused unless ``completion`` is OK."""

@@ -77,7 +77,7 @@ def select_known(
             raise OtherMailbox("the mailbox on the server is an older one: list it again")
         if found is None:
             raise MessageGone("it was removed on the server")
-        if is_other(ref, parse_date(found.date or b"")[0], found.size):
+        if is_other(ref, parse_date(found.date or b"")[0], found.size or 0):
             raise OtherMessage("another message has its place on the server: list the directory again")
 
     return session.select(ref.mailbox, ref.uidvalidity, ref.uid, check, afresh=afresh)
@@ -97,7 +97,7 @@ def is_same_mailbox(session: Session, known: Mailbox, messages: Iterable[Message
     found = session.identities()
     return all(
         (data := found.get(ref.uid)) is not None
-        and not is_other(ref, parse_date(data.date or b"")[0], data.size)
+        and not is_other(ref, parse_date(data.date or b"")[0], data.size or 0)
         for ref in messages
     )
 

@@ -66,7 +66,7 @@ class _Batches:
 
     def add(self, data: FetchData) -> None:
         """Add a response, and apply the batch if it is full."""
-        if data.size is not None:
+        if data.is_metadata:
             self._messages.append(new_message(data))
             self.uids.add(self._messages[-1].uid)
         elif data.flags is not None:
@@ -243,9 +243,9 @@ class MailboxRun:
             self._asked = [uid for uid in new if uid not in self._unreadable]
             with self._collecting() as batches:
                 session.fetch_metadata(
-                    self._unreadable.intersection(new), batches.add, batches.add, headers=False
+                    self._unreadable.intersection(new), batches.add, batches.add, headers=False, held=False
                 )
-                session.fetch_metadata(self._asked, batches.add, batches.add)
+                session.fetch_metadata(self._asked, batches.add, batches.add, held=False)
             self._apply_moves(session)
         self._done(state)
 
@@ -265,7 +265,7 @@ class MailboxRun:
         """
         checked = False
         for data in found:
-            if data.size is None or data.uid is None or data.uid > last:
+            if not data.is_metadata or data.uid is None or data.uid > last:
                 continue
             message = new_message(data)
             node = self._on_trio(self._cache.message, self.ino, message.uid)

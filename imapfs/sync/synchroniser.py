@@ -100,16 +100,16 @@ class Synchroniser:
     async def _run_tree(self, refresh: Refresh, look: Callable[[Session], list[ListEntry]]) -> None:
         error: ImapfsError | None = None
 
-        def ask(session: Session) -> list[ListEntry]:
-            self.prefix = session.personal_prefix
-            return look(session)
+        def ask(session: Session) -> tuple[list[Directory], bytes, bytes]:
+            # Planned in the thread too: a server may list any number of mailboxes.
+            entries = look(session)
+            delimiter = next((e.delimiter for e in entries if e.delimiter), b"")
+            return plan_tree(entries, session.personal_prefix), session.personal_prefix, delimiter
 
         try:
             async with self.tree_lock:
                 started = time.monotonic()
-                entries = await self._pool.run(ask)
-                self.delimiter = next((e.delimiter for e in entries if e.delimiter), b"")
-                wanted = plan_tree(entries, self.prefix)
+                wanted, self.prefix, self.delimiter = await self._pool.run(ask)
                 for mailbox, directory, parent in await find_renamed_mailboxes(
                     self._pool, self._cache, wanted
                 ):
@@ -117,14 +117,11 @@ class Synchroniser:
                 added, gone = self._cache.set_tree(wanted)
             self.freshness.asked(ROOT, started)
             # Deletions first, so that the order is one in which a client could have made the changes.
-            for parent in dict.fromkeys([*(g.parent for g in gone), *(n.parent for n in added)]):
-                self._hub.publish(
-                    Changes(
-                        parent,
-                        added=[(n.ino, n.name or b"") for n in added if n.parent == parent],
-                        gone=[g for g in gone if g.parent == parent],
-                    )
-                )
+            gone_from = _by_parent(gone)
+            added_to = _by_parent(added)
+            for parent in {**gone_from, **added_to}:
+                new = [(node.ino, node.name or b"") for node in added_to.get(parent, ())]
+                self._hub.publish(Changes(parent, added=new, gone=gone_from.get(parent, ())))
         except Exception as failure:
             error = report(failure, "the list of mailboxes was not refreshed")
         finally:
@@ -257,3 +254,10 @@ class Synchroniser:
         self.freshness.forget(mailbox)
         if mailbox not in self._mailboxes:
             self.refresh_mailbox(mailbox, 0)
+
+
+def _by_parent(nodes: Iterable[Node]) -> dict[Ino, list[Node]]:
+    found: dict[Ino, list[Node]] = {}
+    for node in nodes:
+        found.setdefault(node.parent, []).append(node)
+    return found

@@ -420,7 +420,7 @@ def test_endless_greeting_is_cut_off(
         where = by_starttls(server) if plain else address(server)
         error = refusal(where)
         assert isinstance(error, ProtocolError)
-        assert ("bytes where a few were expected" if b"{4" in start else "without an end") in str(error)
+        assert ("bytes where 8 MiB are the maximum" if b"{4" in start else "without an end") in str(error)
 
 
 def test_greeting_that_trickles_ends_with_the_timeout(ca: CertificateAuthority) -> None:

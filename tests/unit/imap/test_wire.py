@@ -2,6 +2,7 @@
 
 import base64
 import errno
+import re
 import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ from imapfs.errors import (
     ProtocolError,
     TimedOut,
 )
+from imapfs.imap import budget
 from imapfs.imap.grammar import FetchData, number, parse_fetch, parse_sequence_set
 from imapfs.model import MessageRef, ModSeq, Uid, UidValidity
 from imapfs.store.cache import Cache
@@ -267,6 +269,158 @@ def test_answer_that_never_ends_does(ca: CertificateAuthority) -> None:
             connected.fetch_metadata([1], lambda _: None)
 
 
+@pytest.mark.parametrize("verb", [b"UID FETCH", b"NOOP"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"* 1 EXISTS\r\n",
+        b"* 9 EXISTS\r\n* 1 FETCH (UID 1 FLAGS ())\r\n",
+        b"* 1 FETCH (UID 1 BODY[HEADER] {3}\r\nabc)\r\n",
+        b"\r\n",
+    ],
+)
+def test_no_command_is_kept_alive_for_ever(ca: CertificateAuthority, verb: bytes, line: bytes) -> None:
+    server = Scripted(ca, [plain(1)])
+
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        return iter(lambda: line * 100, b"") if command.startswith(verb) else None
+
+    server.script = script
+    with server, session(server, timeout=0.5) as connected:
+        connected.examine(INBOX)
+        with pytest.raises(TimedOut):
+            connected.noop() if verb == b"NOOP" else connected.fetch_metadata([1], lambda _: None)
+
+
+def test_what_is_kept_of_the_answer_to_one_command_is_bounded(
+    ca: CertificateAuthority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "MAX_HELD", 1 << 20)
+    server = Scripted(ca, [plain(1)])
+
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        if command.startswith(b"LIST"):
+            return iter(lambda: b'* LIST () "/" x\r\n' * 100, b"")
+        if command.startswith(b"UID FETCH"):
+            return [b"* 1 FETCH (UID 1 FLAGS ())\r\n" * 10_000, tag + b" OK done\r\n"]
+        return None
+
+    server.script = script
+    with server:
+        with session(server) as connected, pytest.raises(ProtocolError, match="more than 1 MiB in answer"):
+            connected.list_mailboxes()
+        with session(server) as connected:
+            # It passes through: a listing may be of any size.
+            assert connected.list_flags(INBOX, lambda _: None).exists == 1
+            with pytest.raises(ProtocolError, match="more than 1 MiB in answer"):
+                connected.fetch_metadata([1], lambda _: None)
+
+
+@pytest.mark.parametrize("where", ["inside", "twice", "between"])
+def test_blank_line_after_a_literal_is_passed_over(ca: CertificateAuthority, where: str) -> None:
+    server = Scripted(ca, [plain(1), plain(2)])
+
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        if command.startswith(b"LIST"):
+            return [b'* LIST () "/" {5}\r\nINBOX\r\n\r\n' + tag + b" OK done\r\n"]
+        if not command.startswith(b"UID FETCH"):
+            return None
+        answer = b"".join(server.answer(tag, command))
+        blank = {"inside": (b"\r\n)\r\n", b"\r\n\r\n)\r\n"), "twice": (b"\r\n)\r\n", b"\r\n\r\n\n)\r\n")}
+        return [answer.replace(*blank.get(where, (b"\r\n)\r\n", b"\r\n)\r\n\r\n")))]
+
+    server.script = script
+    with server, session(server) as connected:
+        assert [entry.name for entry in connected.list_mailboxes()] == [INBOX]
+        found: list[FetchData] = []
+        connected.list_all(INBOX, found.append, lambda _: None)
+        assert [data.uid for data in found] == [1, 2]
+        assert connected.fetch_body(INBOX, 7, 2) == plain(2)
+
+
+def test_response_that_is_cut_off_after_a_literal_costs_no_other(ca: CertificateAuthority) -> None:
+    cut = b"* 1 FETCH (UID 1 FLAGS () RFC822.SIZE 5 BODY[HEADER] {3}\r\nabc\r\n"
+    whole = b"* 2 FETCH (UID 2 FLAGS () RFC822.SIZE 5)\r\nTAG OK done\r\n"
+    script = answering({b"UID FETCH": cut + whole})
+    with Scripted(ca, [plain(1)], script=script) as server, session(server) as connected:
+        found: list[FetchData] = []
+        connected.list_all(INBOX, found.append, lambda _: None)
+        assert [data.uid for data in found] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"* STATUS INBOX (MESSAGES\r\n",
+        b"* STATUS\r\n",
+        b"* STATUS (INBOX) (MESSAGES 1)\r\n",
+        b'* STATUS "INBOX (MESSAGES 1)\r\n',
+        b"* STATUS x (MESSAGES 99999999999999999999)\r\n",
+        b"* QUOTA (\r\n",
+        b"* 1 FETCH (UID\r\n",
+        b"* VANISHED (EARLIER) 1:*\r\n",
+        b"* OK [UIDNEXT 99999999999999999999999999] x\r\n",
+    ],
+)
+def test_malformed_line_costs_what_it_is_about(ca: CertificateAuthority, line: bytes) -> None:
+    """At stake: one malformed STATUS line ended polling and relisting for ever."""
+    server = Scripted(ca, [plain(1)], capabilities=b"IMAP4rev1 AUTH=PLAIN QUOTA")
+
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        if command.startswith(b"GETQUOTAROOT"):
+            return [line, b'* QUOTA "" (STORAGE 1 5)\r\n', tag + b" OK done\r\n"]
+        return (
+            [line, *server.answer(tag, command)] if command.startswith((b"STATUS", b"LIST", b"EX")) else None
+        )
+
+    server.script = script
+    with server, session(server) as connected:
+        found: dict[bytes, dict[str, int]] = {}
+        assert len(connected.list_with_status([INBOX], found.__setitem__)) == 1
+        assert found[INBOX]["MESSAGES"] == 1
+        assert connected.status(INBOX)["MESSAGES"] == 1
+        assert connected.examine(INBOX).exists == 1
+        quota = connected.quota(INBOX)
+        assert quota is not None
+        assert quota.used == 1024
+        assert connected.alive
+
+
+def test_message_whose_size_is_missing_is_listed(ca: CertificateAuthority) -> None:
+    server = Scripted(ca, [plain(1), plain(2), plain(3)])
+
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        if not command.startswith(b"UID FETCH"):
+            return None
+        size = b" RFC822.SIZE %d" % len(plain(2))
+        one, two, three, *rest = server.answer(tag, command)
+        return [one, two.replace(size, b""), re.sub(rb"RFC822.SIZE \d+", b"RFC822.SIZE NIL", three), *rest]
+
+    server.script = script
+    with server, session(server) as connected:
+        found: list[FetchData] = []
+        connected.list_all(INBOX, found.append, lambda _: None, lambda _: pytest.fail("flags"))
+        assert [(data.uid, data.size) for data in found] == [(1, len(plain(1))), (2, None), (3, None)]
+
+
+def test_modseq_is_not_asked_of_a_server_that_does_not_announce_it(ca: CertificateAuthority) -> None:
+    """Yahoo: HIGHESTMODSEQ without CONDSTORE, and BAD to a FETCH of MODSEQ."""
+    server = Scripted(ca, [plain(1)])
+
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        if command.startswith(b"EXAMINE"):
+            return [b"* OK [HIGHESTMODSEQ 60] x\r\n", *server.answer(tag, command)]
+        return [tag + b" BAD unknown item\r\n"] if b"MODSEQ" in command else None
+
+    server.script = script
+    with server, session(server) as connected:
+        found: list[FetchData] = []
+        connected.list_all(INBOX, found.append, lambda _: None)
+        assert [data.uid for data in found] == [1]
+        assert connected.state.highestmodseq == 0
+        assert connected.sample(INBOX, 5) == {1: len(plain(1))}
+
+
 def test_full_disk_is_not_taken_for_a_lost_connection(ca: CertificateAuthority) -> None:
     def full(uid: int | None, size: int) -> None:
         raise CacheError.from_os_error(OSError(errno.ENOSPC, "full"), "cannot write")
@@ -299,8 +453,8 @@ def test_number_that_is_none_is_refused(digits: bytes) -> None:
     with pytest.raises(ProtocolError):
         parse_sequence_set(b"1:" + digits + b",2" if digits else b"x")
     if digits.isdigit():
-        with pytest.raises(ProtocolError):
-            parse_fetch([b"* 1 FETCH (UID " + digits + b")\r\n"])
+        data = parse_fetch([b"* 1 FETCH (UID " + digits + b" FLAGS (a))\r\n"])
+        assert data == FetchData(flags="a")
     assert number(b"9223372036854775807") == 2**63 - 1
 
 
