@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 from imapfs import mountinfo
 from imapfs.account import source as sources
@@ -18,6 +18,9 @@ from imapfs.model import DEFAULT_PORTS, Account, MountConfig
 
 Options = Mapping[str, Any]
 """Settings by key, checked and converted; paths are absolute."""
+
+_MAX_LINE: Final = 4096
+"""Characters in a line of the file. The library's time grows with the square of the parts of a dotted key."""
 
 SECRETS = ("password-command", "password-file", "token-command", "oauth")
 """The keys each of which says where the password or token comes from."""
@@ -59,14 +62,21 @@ def load_accounts(path: Path) -> dict[str, Options]:
     Relative paths in it start at its own directory. Raises UsageError that names file and key.
     """
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        for number, line in enumerate(text.split("\n"), 1):
+            if len(line) > _MAX_LINE:
+                raise UsageError(f"{path}:{number}: is longer than {_MAX_LINE} characters")
+        document = tomllib.loads(text)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path}: is not UTF-8, as TOML must be") from None
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise UsageError(f"{path}: is nested too deeply") from None
+    except ValueError as error:
+        # TOMLDecodeError, or a number of thousands of digits.
         _refuse_syntax(path, str(error))
     accounts = document.pop("accounts", {})
     if document:

@@ -355,5 +355,5 @@ def _imap_server(element: Element, address: EmailAddress, found: str) -> Iterato
         return
     with contextlib.suppress(ValueError):
         server = _checked(text("hostname"), int(port), security, user, found)
-        methods = {(method.text or "").strip() for method in element.iter("authentication")}
+        methods = {(method.text or "").strip() for method in element.findall("authentication")}
         yield replace(server, sign_in="oauth") if methods == {"OAuth2"} else server
