@@ -380,6 +380,20 @@ def test_login_that_opens_no_mailbox(ca: CertificateAuthority, look: Look) -> No
     assert "IMAP.AccessAsUser.All" in report.failed.remedy
 
 
+def test_check_asks_what_a_listing_asks(ca: CertificateAuthority, look: Look) -> None:
+    """At stake: check says that a mount would work, whose every directory is then refused."""
+    server = Scripted(ca, [plain(1)])
+
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        return [tag + b" BAD no such item\r\n"] if b"HEADER.FIELDS" in command else None
+
+    server.script = script
+    with server:
+        report = look(address(server))
+    assert report.failed.step == "throughput"
+    assert "INBOX cannot be listed: localhost refused UID FETCH: no such item" in report.failed.detail
+
+
 # ---- What the account can do
 
 

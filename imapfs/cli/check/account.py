@@ -8,7 +8,7 @@ from typing import Final, Self
 from imapfs.account.values import show_size
 from imapfs.cli.check.connection import milliseconds
 from imapfs.cli.check.finding import Result
-from imapfs.cli.check.sample import Sample
+from imapfs.cli.check.sample import NotListed, Sample
 from imapfs.errors import ImapfsError
 from imapfs.imap.connect import tls_context
 from imapfs.imap.grammar import ListEntry
@@ -165,7 +165,11 @@ class AccountSteps:
         yield Result("ok", f"{milliseconds(statistics.median(took))} per round trip")
 
     def throughput(self) -> Iterator[Result]:
-        self._sample.take(self._live(), self._entries, _MAX_SPEND_SECONDS)
+        try:
+            self._sample.take(self._live(), self._entries, _MAX_SPEND_SECONDS)
+        except NotListed as error:
+            yield Result("failed", str(error), "ask the administrator of the server")
+            return
         sample = self._sample
         if not sample.bytes:
             yield Result("ok", "no message to measure with")

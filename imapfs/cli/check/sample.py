@@ -3,15 +3,15 @@
 Nothing is changed on the server, and nothing is kept.
 """
 
-import contextlib
 import time
 from collections.abc import Sequence
 from typing import Final
 
-from imapfs.errors import ImapfsError
+from imapfs.errors import ImapfsError, MailboxGone, Refused
 from imapfs.imap.grammar import ListEntry
 from imapfs.imap.session import Session
 from imapfs.names import is_inbox
+from imapfs.sync.mailbox_list import display_name
 
 _MAX_BYTES: Final = 8 << 20
 _MAX_MESSAGES: Final = 100
@@ -21,6 +21,10 @@ _MAX_MAILBOXES: Final = 10
 
 class _Enough(Exception):
     """The sample has reached its limit of bytes or seconds."""
+
+
+class NotListed(ImapfsError):
+    """The server refuses what a listing asks, and no mailbox could be listed that has messages."""
 
 
 class Sample:
@@ -40,17 +44,25 @@ class Sample:
     def take(self, session: Session, entries: Sequence[ListEntry], seconds: float) -> None:
         """Fetch the newest messages of the first mailbox that has any, starting with INBOX.
 
-        Stops after ``seconds``, or at 8 MiB; the session may be closed then. Raises ConnectionLost, Refused.
+        Stops after ``seconds``, or at 8 MiB; the session may be closed then. Raises NotListed,
+        ConnectionLost, Refused.
         """
         names = sorted(
             (entry.name for entry in entries if entry.selectable), key=lambda name: not is_inbox(name)
         )
+        refused: NotListed | None = None
         for name in names[:_MAX_MAILBOXES]:
-            with contextlib.suppress(ImapfsError):
+            try:
                 self.announced = session.sample(name, _MAX_MESSAGES)
-            if self.announced or not session.alive:
+            except Refused as error:
+                refused = refused or NotListed(f"{display_name(name)} cannot be listed: {error}")
+            except MailboxGone:
+                continue
+            if self.announced:
                 break
         if not self.announced:
+            if refused is not None:
+                raise refused
             return
         begin = time.monotonic()
         self._end = begin + seconds
