@@ -7,6 +7,7 @@ TOOL_PACKAGES=(rsync attr libglib2.0-bin vim nano ed emacs-nox inotify-tools sys
 KEYRING_PACKAGES=(dbus-daemon gnome-keyring)
 PEER_PACKAGES=(isync)
 WINDOW_PACKAGES=(xvfb pcmanfm xdotool imagemagick)
+PICTURE_PACKAGES=(xterm adwaita-icon-theme fonts-dejavu-core fonts-noto-color-emoji fonts-wqy-microhei)
 
 # The programs of a server are not in the PATH of an ordinary user.
 PATH=$PATH:/usr/sbin:/sbin
@@ -25,7 +26,7 @@ have_package() {
     case $1 in
         python3-venv) python_is 'import ensurepip, venv' ;;
         python3-dev) python_is 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' ;;
-        gcc | pkg-config | rsync | vim | nano | ed | pcmanfm | xdotool) command -v "$1" >/dev/null ;;
+        gcc | pkg-config | rsync | vim | nano | ed | pcmanfm | xdotool | xterm) command -v "$1" >/dev/null ;;
         libfuse3-dev) pkg-config --exists fuse3 2>/dev/null ;;
         fuse3) command -v fusermount3 >/dev/null ;;
         dovecot-imapd) command -v dovecot >/dev/null && { [[ -x /usr/lib/dovecot/imap || -x /usr/libexec/dovecot/imap ]]; } ;;
@@ -39,6 +40,10 @@ have_package() {
         isync) command -v mbsync >/dev/null ;;
         inotify-tools) command -v inotifywait >/dev/null ;;
         xvfb) command -v Xvfb >/dev/null ;;
+        adwaita-icon-theme) [[ -e /usr/share/icons/Adwaita/index.theme ]] ;;
+        fonts-dejavu-core) [[ -e /usr/share/fonts/truetype/dejavu/DejaVuSansMono.ttf ]] ;;
+        fonts-noto-color-emoji) [[ -e /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf ]] ;;
+        fonts-wqy-microhei) [[ -e /usr/share/fonts/truetype/wqy/wqy-microhei.ttc ]] ;;
         imagemagick) command -v import >/dev/null ;;
     esac
 }

@@ -1,4 +1,4 @@
-"""Where the password or token comes from. `resolve` decides the order, which README explains.
+"""Where the password or token comes from. `resolve` decides the order, which docs/accounts.md explains.
 
 No exception contains the secret: a cause that could hold it is cut off with ``from None``.
 """

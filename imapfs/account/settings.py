@@ -1,8 +1,8 @@
 """Everything that can be set for a mount: the one table of settings.
 
 The options of commands, the keys of the configuration file, their checks and defaults, the manual pages and
-README's table all follow from it. A new setting is a new entry here. If a mount needs the value, it is also a
-field of that name in `model.MountConfig`, or in `model.Account` if it concerns the connection.
+docs/options.md all follow from it. A new setting is a new entry here. If a mount needs the value, it is
+also a field of that name in `model.MountConfig`, or in `model.Account` if it concerns the connection.
 
 The module imports little, because ``--help`` and completion need it.
 """

@@ -88,7 +88,7 @@ _BY_WORDS: Final = (
         "",
         r"basic auth\w* (?:is )?(?:disabled|blocked|not)",
         False,
-        "the server accepts no passwords: use OAuth ('imapfs login', see the README)",
+        "the server accepts no passwords: use OAuth ('imapfs login', see docs/accounts.md)",
     ),
     ("", r"\[EXPIRED\]|password (?:has |is )?expired", False, "set a new password at the provider"),
     (
@@ -120,7 +120,7 @@ _BY_HOST: Final = (
         "Google accepts no ordinary password: create an app password at"
         " https://myaccount.google.com/apppasswords (needs 2-step verification), or use OAuth",
     ),
-    (_MICROSOFT, "Microsoft accepts no password for IMAP: use OAuth ('imapfs login', see the README)"),
+    (_MICROSOFT, "Microsoft accepts no password for IMAP: use OAuth ('imapfs login', see docs/accounts.md)"),
     (
         _YAHOO,
         "Yahoo and AOL accept no ordinary password: create an app password in the account's security"

@@ -1,4 +1,4 @@
-"""How results are shown: a table on the terminal, JSON for programs, a chart for the README."""
+"""How results are shown: a table on the terminal, JSON for programs, a chart for the documentation."""
 
 import json
 import math

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,10 +38,10 @@ def rendered(page: Path) -> str:
     return done.stdout
 
 
-# ---- README and manual pages
+# ---- Documentation and manual pages
 
 
-def test_readme_has_each_option_of_mount_as_help_has_it() -> None:
+def test_documentation_has_each_option_of_mount_as_help_has_it() -> None:
     rows = []
     context = click.Context(all_commands()["mount"])
     for parameter in all_commands()["mount"].params:
@@ -48,9 +49,36 @@ def test_readme_has_each_option_of_mount_as_help_has_it() -> None:
             names, (meaning, _, default) = record[0], record[1].partition("  [default: ")
             shown = names.replace("[", "").replace("]", "").replace("|", r"\|")
             rows.append(f"| `{shown}` | {meaning} | {default.removesuffix(']')} |")
-    readme = (ROOT / "README.md").read_text().splitlines()
-    start = readme.index("| option | meaning | default |") + 2
-    assert readme[start : start + len(rows) + 1] == [*rows, ""], "\n".join(["README should have:", *rows])
+    page = (ROOT / "docs/options.md").read_text().splitlines()
+    start = page.index("| option | meaning | default |") + 2
+    assert page[start : start + len(rows) + 1] == [*rows, ""], "\n".join(
+        ["docs/options.md should have:", *rows]
+    )
+
+
+LINK = re.compile(r"\]\((?!https?://)([^)#]*)(?:#([^)]*))?\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as forges make them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md"))], ids=lambda page: page.name
+)
+def test_each_link_in_the_documentation_leads_somewhere(page: Path) -> None:
+    for target, anchor in LINK.findall(page.read_text()):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
+
+
+def test_readme_is_short_and_leads_to_every_page() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.split()) < 1200
+    assert {path.name for path in ROOT.glob("docs/*.md")} == set(re.findall(r"\(docs/(\w+\.md)", readme))
 
 
 def test_no_command_declares_an_option_that_the_table_of_settings_has() -> None:

@@ -73,6 +73,11 @@ def sample_account() -> list[Message]:
     return [*_inbox(), *_archive(), *_list(), *_projects(), *_own()]
 
 
+def arriving() -> tuple[bytes, int]:
+    """Return a message that arrives after those of the sample account, and its INTERNALDATE."""
+    return _text(_BOB, "Tickets for Saturday", 20, "Two are left. Shall I take them?"), _at(20)
+
+
 def wild() -> dict[str, bytes]:
     """Return messages that real mailboxes hold and that parsers fail on, by what is wrong with them."""
     body = b"Hello,\r\nhere is the text.\r\n"
@@ -349,7 +354,7 @@ def _png(side: int) -> bytes:
 
 
 def _at(day: int) -> int:
-    return 1_793_000_000 + 86_400 * day
+    return 1_793_000_000 + 86_400 * day + 7_919 * day % 36_000
 
 
 def _date(day: int) -> str:

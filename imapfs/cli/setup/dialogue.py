@@ -392,7 +392,7 @@ def _by_consent(provider: str, name: str, account: Account, person: _Person) -> 
     The client secret, if there is one, goes into the entry: it is not confidential in a program that runs on
     its users' machines (RFC 8252 section 8.5).
     """
-    person.say("imapfs has no client id of its own: register one with the provider (see the README)")
+    person.say("imapfs has no client id of its own: register one with the provider (see docs/accounts.md)")
     table = {"provider": provider, "client-id": person.ask("Client id", "--token-command", None)}
     secret = person.ask("Client secret (empty for none)", "--token-command", "")
     if secret:
