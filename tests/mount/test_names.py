@@ -48,11 +48,11 @@ def test_own_mail_is_named_after_its_recipient(user: Account, mount: Mounter) ->
         user.deliver(mailbox, [(content, date, letters)])
     root = mount(user).path
     assert sorted(os.listdir(root / "Sent")) == [
-        "2026-10-16_0733_Alice_Example_My_application.2.eml",
-        "2026-11-01_0733_Alice_Example_Re_Party_on_Friday.1.eml",
+        "2026-10-16_1533_Alice_Example_My_application.2.eml",
+        "2026-11-01_1045_Alice_Example_Re_Party_on_Friday.1.eml",
     ]
-    assert os.listdir(root / "Drafts") == ["2026-11-13_0733_Alice_Example_Not_finished.1.eml"]
-    assert "2026-10-27_0733_Bob_Builder_Re_Quarterly_report.2.eml" in os.listdir(root / "INBOX")
+    assert os.listdir(root / "Drafts") == ["2026-11-13_1709_Alice_Example_Not_finished.1.eml"]
+    assert "2026-10-27_0945_Bob_Builder_Re_Quarterly_report.2.eml" in os.listdir(root / "INBOX")
 
 
 def test_mailboxes_of_own_mail_can_be_named(user: Account, mount: Mounter) -> None:
