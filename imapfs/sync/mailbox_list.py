@@ -52,6 +52,8 @@ def plan_tree(entries: Iterable[ListEntry], prefix: bytes) -> list[Directory]:
         there = planned.get(path)
         if there is not None and there.server_name is None:
             unlisted -= 1
+        elif there is not None and is_inbox(there.server_name) and is_inbox(entry.name):
+            continue  # the server lists INBOX in two spellings
         elif there is not None and there.server_name != entry.name:
             digest = hashlib.sha256(entry.name).hexdigest()[:16].encode()
             path = (*path[:-1], path[-1][:_MAX_STEM].decode("utf-8", "ignore").encode() + b"%~" + digest)
