@@ -84,13 +84,18 @@ class Refused(ImapfsError):
 
 
 class Throttled(Refused):
-    """The server asks to come back later: scope is the account. Nothing was carried out."""
+    """The server asks to come back later: scope is the account, or perhaps one object. Nothing was carried
+    out."""
 
-    def __init__(self, problem: str, code: str, wait: float, *, remedy: str = "") -> None:
+    def __init__(
+        self, problem: str, code: str, wait: float, *, remedy: str = "", of_one: bool = False
+    ) -> None:
         super().__init__(problem, code, remedy=remedy)
         self.errno = errno.EBUSY
         self.wait = wait
         """Seconds that the server named, else 0."""
+        self.of_one = of_one
+        """Whether it may be about nothing but the mailbox or the message of this command."""
 
 
 class ConnectionLost(ImapfsError):

@@ -129,8 +129,12 @@ def _fsync(directory: Path) -> None:
 
 
 def retry(path: Path) -> int:
-    """Have the daemon retry the uploads that the server refused, and return their number."""
+    """Have the daemon retry the uploads that the server refused, and return their number.
+
+    A wait that the server has asked for ends as well.
+    """
     where = _imapfs_at(path).mountpoint
+    os.setxattr(where, "user.imap.state", b"sending")
     unsent = [one for one in read_status(where).get("waiting", []) if one.get("state") == "unsent"]
     for one in unsent:
         with contextlib.suppress(FileNotFoundError):

@@ -16,7 +16,7 @@ from imapfs.fs.tree import MailTree
 from imapfs.imap.grammar import format_iso
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
-from imapfs.model import Ino
+from imapfs.model import ROOT, Ino
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Details, Mailbox
 from imapfs.store.spool import Draft, Spool
@@ -140,7 +140,10 @@ class ExtendedAttributes:
         if name == _STATE:
             if value != b"sending":
                 raise Invalid("the only state that can be set is 'sending', which tries the upload again")
-            self._retry(ino)
+            if ino == ROOT:
+                self._pool.try_now()
+            else:
+                self._retry(ino)
             return
         await self._change(ino, _change(name, value))
 

@@ -214,7 +214,8 @@ class Backoff:
         self._retry_at = min(self._retry_at, max(now, self._earliest_retry))
 
     def network_changed(self, now: float) -> None:
-        """The network changed, or the machine was suspended: what failed before may work now."""
+        """The network changed, or a person wants another attempt: what failed before may work now."""
+        self._pause_until = min(self._pause_until, now)
         if not self._refusals and self._retry_at < math.inf:
             self._retries.reset()
             self._has_failed = False

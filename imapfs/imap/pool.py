@@ -27,7 +27,7 @@ import logging
 import math
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Final, NoReturn, Protocol, TypeVar
 
@@ -61,6 +61,10 @@ _COOLDOWN: Final = 2.0
 """Seconds without a waiting request after which a watcher may borrow a session again. It doubles each time
 that a watcher had its session for less than `_MAX_COOLDOWN`."""
 _MAX_COOLDOWN: Final = 16.0
+_SEVERAL: Final = 3
+"""Mailboxes and messages that have to be refused within `_SAME_TIME` for the whole account to slow down."""
+_SAME_TIME: Final = 60.0
+"""Seconds."""
 
 
 class Preemptible(Protocol):
@@ -113,6 +117,8 @@ class SessionPool:
         self._cooldown = _COOLDOWN
         self._watchers_wait_until = -math.inf
         """When watchers may borrow sessions again."""
+        self._refused: dict[Hashable, float] = {}
+        """What the server would not do now, although it did other things, and when it said so."""
         self._closed = False
         self._backoff = Backoff(limit)
         self._started = time.monotonic()
@@ -206,6 +212,10 @@ class SessionPool:
 
     # -- events of this machine ----------------------------------------------------------------------------
 
+    def try_now(self) -> None:
+        """A person wants no further wait: end a pause, and connect soon."""
+        self._retry_soon()
+
     def network_changed(self) -> None:
         """Addresses or routes of this machine have changed."""
         self._drop(lambda session: session.is_stranded(), "the network changed")
@@ -234,25 +244,36 @@ class SessionPool:
     # -- work ----------------------------------------------------------------------------------------------
 
     async def run(
-        self, work: Callable[[Session], T], mailbox: bytes | None = None, *, repeat: bool = True
+        self,
+        work: Callable[[Session], T],
+        mailbox: bytes | None = None,
+        *,
+        about: Hashable = None,
+        fresh: bool = False,
+        repeat: bool = True,
     ) -> T:
         """Run ``work`` in a thread with a session, if possible one that has ``mailbox`` selected.
 
+        ``fresh``: on a connection that is made for it. ``about`` is what a refusal to do it now may be about,
+        unless it is the whole mailbox: a message.
+
         With ``repeat``, ``work`` runs once more on a new connection if a kept one turns out to be dead, and
-        again whenever the server asks to wait. Without it the caller decides, because its command may have
-        been carried out. If the caller is cancelled, the connection ends, because it may hang.
+        again whenever the server asks the account to wait. Without it the caller decides, because its command
+        may have been carried out. If the caller is cancelled, the connection ends, because it may hang.
 
         Raises what ``work`` raises, and ConnectionLost (TlsError among them) or AuthenticationFailed.
         """
         may_repeat = repeat
         while True:
-            session, kept = await self._take(mailbox)
+            session, kept = await self._take(mailbox, fresh=fresh)
             try:
                 result = await self._in_thread(work, session)
                 self._succeeded()
                 return result
             except Throttled as error:
                 self._succeeded()
+                if self._is_of_one(error, about or mailbox):
+                    raise
                 self.throttle(error)
                 if not repeat:
                     raise
@@ -360,6 +381,15 @@ class SessionPool:
         self._backoff.lost(why, time.monotonic(), patience)
         self._connect_needed.set()
 
+    def _is_of_one(self, error: Throttled, about: Hashable) -> bool:
+        """Return whether a refusal concerns one object only. If several are refused, it is the account."""
+        if not error.of_one or about is None:
+            return False
+        now = time.monotonic()
+        self._refused = {one: at for one, at in self._refused.items() if now - at < _SAME_TIME}
+        self._refused[about] = now
+        return len(self._refused) < _SEVERAL
+
     def throttle(self, error: Throttled | ServerBusy) -> None:
         """Slow down as the server asks. `run` and `watch` call this for the errors of their work."""
         now, why = time.monotonic(), str(error)
@@ -422,14 +452,20 @@ class SessionPool:
 
     # -- sessions ------------------------------------------------------------------------------------------
 
-    async def _take(self, mailbox: bytes | None, *, for_watcher: bool = False) -> tuple[Session, bool]:
+    async def _take(
+        self, mailbox: bytes | None, *, for_watcher: bool = False, fresh: bool = False
+    ) -> tuple[Session, bool]:
         """Return a session, and whether it was kept open before, so that it may have ended meanwhile.
 
-        ``for_watcher``: one that no request needs.
+        ``for_watcher``: one that no request needs. ``fresh``: a new one, in place of an idle one if there can
+        be no more.
         """
         while True:
             async with self._turn:
-                session = await self._wait_for_session(mailbox, for_watcher)
+                if fresh and self._idle and not self._may_connect(time.monotonic()):
+                    self._idle[0].abort()
+                    self._drop_dead()
+                session = await self._wait_for_session(mailbox, for_watcher, fresh)
                 self._watchers += for_watcher
                 if session is not None:
                     self._idle.remove(session)
@@ -452,7 +488,9 @@ class SessionPool:
             finally:
                 self._watchers -= for_watcher and not connected
 
-    async def _wait_for_session(self, mailbox: bytes | None, for_watcher: bool) -> Session | None:
+    async def _wait_for_session(
+        self, mailbox: bytes | None, for_watcher: bool, fresh: bool
+    ) -> Session | None:
         """Wait for an idle session and return it, or None when it is time to connect."""
         while True:
             if self._closed:
@@ -469,7 +507,7 @@ class SessionPool:
                 # Selecting another mailbox takes one round trip, connecting takes about five. If several have
                 # the mailbox selected, the last used one: the server may close the others. Otherwise the one
                 # idle for longest, whose mailbox is least wanted.
-                if for_watcher and len(self._idle) == 1 and self._may_connect(now):
+                if (fresh or (for_watcher and len(self._idle) == 1)) and self._may_connect(now):
                     return None
                 same = [s for s in self._idle if s.selected == mailbox]
                 return same[-1] if same else self._idle[0]
@@ -512,6 +550,8 @@ class SessionPool:
         while True:
             with trio.move_on_after(self._due_in()):
                 await self._connect_needed.wait()
+                async with self._turn:
+                    self._turn.notify_all()  # a pause may have ended before its time
             if self._due_in():
                 continue
             self._open += 1

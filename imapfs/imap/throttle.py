@@ -25,14 +25,17 @@ _WORDS: Final = re.compile(
     r"|\bauthenticated but not connected\b",
     re.I,
 )
+_OF_ONE: Final = re.compile(r"\btry again (?:later|soon)\b", re.I)
+"""Words that a server may also use of one mailbox or message, as it may the code UNAVAILABLE."""
 _TIME: Final = re.compile(
     r"\b(?:time|in|after|for|wait)\W{0,3}(\d{1,9})\s*(milliseconds?|ms|seconds?|secs?|s|minutes?|mins?|m|"
     r"hours?|h)\b",
     re.I,
 )
 _UNITS: Final = {"ms": 0.001, "mi": 60.0, "m": 60.0, "s": 1.0, "h": 3600.0}
-_MAX_WAIT: Final = 86400.0
-"""A server's longer time is cut to this, in seconds."""
+_MAX_WAIT: Final = 600.0
+"""A server's longer time is cut to this, in seconds: what one response says shall not end a day's work, and a
+server that means more says it again."""
 
 
 def asked_wait(code: str, text: str) -> float | None:
@@ -52,3 +55,11 @@ def asked_wait(code: str, text: str) -> float | None:
         unit = "ms"
     factor = next(seconds for prefix, seconds in _UNITS.items() if unit.startswith(prefix))
     return min(_MAX_WAIT, int(named[1]) * factor)
+
+
+def may_be_of_one(code: str, text: str) -> bool:
+    """Return whether a response for which `asked_wait` has an answer may be about one object only.
+
+    Yahoo answers the FETCH of some messages with ``NO [UNAVAILABLE]``, for ever, and serves all others.
+    """
+    return code != "THROTTLED" and not _TIME.search(text) and not _WORDS.search(_OF_ONE.sub("", text))

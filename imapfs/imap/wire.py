@@ -42,7 +42,7 @@ from imapfs.imap.budget import MAX_CAPABILITIES, MAX_CHALLENGE, MAX_RESPONSE, MA
 from imapfs.imap.grammar import Completion, Response, number, parse_exists
 from imapfs.imap.sasl import Mechanism
 from imapfs.imap.stream import Buffer, SocketStream, StreamEnded
-from imapfs.imap.throttle import asked_wait
+from imapfs.imap.throttle import asked_wait, may_be_of_one
 from imapfs.imap.trace import Trace
 from imapfs.log import one_line
 from imapfs.model import Account
@@ -199,7 +199,7 @@ class Wire:
         code = greeting.code if greeting is not None else ""
         words = _shortened(line[6:] if greeting is not None else line)
         wait = asked_wait(code, words)
-        if wait is not None:
+        if wait is not None and self._is_private:
             raise ServerBusy(f"{where} accepts no connections now: {words}", wait)
         if greeting is None:
             raise self._not_imap(words or "its first line is empty")
@@ -213,6 +213,18 @@ class Wire:
     def encrypted(self) -> bool:
         """Whether the connection uses TLS."""
         return isinstance(self._stream.sock, ssl.SSLSocket)
+
+    @property
+    def _is_private(self) -> bool:
+        """Whether what is said here is the server's word. Before TLS, anybody on the way can say it."""
+        return self.encrypted or self._plaintext_allowed
+
+    @property
+    def _plaintext_allowed(self) -> bool:
+        account = self._account
+        return not account.names_certificates and (
+            account.insecure_plaintext or connect.is_this_machine(account, self._stream.sock)
+        )
 
     @property
     def sock(self) -> socket.socket:
@@ -230,10 +242,7 @@ class Wire:
 
     def _protect(self, context: ssl.SSLContext) -> None:
         account = self._account
-        plaintext_allowed = not account.names_certificates and (
-            account.insecure_plaintext or connect.is_this_machine(account, self._stream.sock)
-        )
-        if self.preauthenticated and not plaintext_allowed:
+        if self.preauthenticated and not self._plaintext_allowed:
             # STARTTLS is not allowed once logged in (RFC 9051 section 6.2.1).
             raise TlsError(
                 f"{account.host} logs us in before TLS (PREAUTH), which is an attack or a mistake:"
@@ -241,7 +250,7 @@ class Wire:
             )
         if "STARTTLS" in self.capabilities and not self.preauthenticated:
             self.start_tls(context)
-        elif not plaintext_allowed:
+        elif not self._plaintext_allowed:
             raise TlsError(
                 f"{account.host} does not offer STARTTLS, and without it the password would go in the clear",
                 remedy="write imaps:// if it has a port for TLS (usually 993)",
@@ -561,7 +570,8 @@ class Wire:
         remedy = refusals.explain_later(words)
         wait = asked_wait(completion.code, completion.text)
         if wait is not None:
-            raise Throttled(problem, completion.code, wait, remedy=remedy)
+            of_one = may_be_of_one(completion.code, completion.text)
+            raise Throttled(problem, completion.code, wait, remedy=remedy, of_one=of_one)
         raise Refused(problem, completion.code, remedy=remedy)
 
     def _raise_lost(self, error: OSError | EOFError) -> NoReturn:
@@ -574,7 +584,7 @@ class Wire:
             problem = f"{host} closed the connection: {self._bye}"
             bye = Completion.parse(b"BYE " + self._bye.encode())
             wait = asked_wait(bye.code, bye.text) if bye else None
-            if wait is not None:
+            if wait is not None and self._is_private:
                 raise ServerBusy(problem, wait) from None
             raise ConnectionLost(problem) from None
         if isinstance(error, ssl.SSLError) and error.reason:

@@ -14,11 +14,19 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import trio
 
-from imapfs.errors import CacheError, ConnectionLost, ImapfsError, MailboxGone, MessageGone, OtherMailbox
+from imapfs.errors import (
+    CacheError,
+    ConnectionLost,
+    ImapfsError,
+    MailboxGone,
+    MessageGone,
+    OtherMailbox,
+    Refused,
+)
 from imapfs.imap.grammar import FetchData, parse_date
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.responses import MailboxState
@@ -35,6 +43,9 @@ from imapfs.sync.synchroniser import Synchroniser
 from imapfs.waiting import Signal
 
 log = logging.getLogger(__name__)
+
+_MAX_CONTRADICTIONS: Final = 3
+"""Bodies of a wrong size after which the announced sizes of an account are not believed any more."""
 
 
 class Download:
@@ -114,6 +125,8 @@ class Downloader:
         self._sync = sync
         self._hub = hub
         self._downloads: dict[Ino, Download] = {}
+        self._contradictions = 0
+        """Bodies that had another size than the announced one, also when they were asked for again."""
         # One connection stays free for bodies that a reader waits for.
         self._prefetches = trio.CapacityLimiter(max(1, pool.limit - 1))
 
@@ -162,7 +175,11 @@ class Downloader:
             await self._run(directory, downloads)
 
     async def _run(self, directory: Ino, downloads: Sequence[Download]) -> None:
-        """Fetch messages of one mailbox."""
+        """Fetch messages of one mailbox.
+
+        If the server refuses several together, those that somebody waits for are asked for one by one: it may
+        be only one of them that it cannot deliver.
+        """
         error: ImapfsError | None = None
         try:
             mailbox = self._cache.mailbox(directory)
@@ -171,14 +188,24 @@ class Downloader:
                 raise MailboxGone("the mailbox is gone")
             with self._bodies.lend_pack() as pack:
                 batch = _Batch(self, self._bodies, pack, name, mailbox, downloads)
+                about = (name, downloads[0].node.uid) if len(downloads) == 1 else None
                 try:
-                    await self._pool.run(batch.run, name)
+                    await self._pool.run(batch.run, name, about=about)
+                    if batch.begin_again():
+                        await self._pool.run(batch.run, name, about=about, fresh=True)
                 finally:
                     batch.deliver()
+                    for uid, download in batch.empty.items():
+                        self._empty(uid, download)
                     for node in batch.others:
                         self._sync.disown(node)
             error = MessageGone("it was expunged on the server")
         except Exception as failure:
+            waited_for = [download for download in downloads if download.users and not download.done]
+            if isinstance(failure, Refused) and len(downloads) > 1:
+                for download in waited_for:
+                    self._nursery.start_soon(self._run, directory, [download])
+                downloads = [download for download in downloads if download not in waited_for]
             error = report(failure, f"{len(downloads)} messages of mailbox {directory} were not fetched")
             if isinstance(failure, MailboxGone):
                 self._sync.look_again(directory)
@@ -186,6 +213,11 @@ class Downloader:
             for download in downloads:
                 if not download.done:
                     self._finish(download, error or ConnectionLost("the mount is ending"))
+
+    @property
+    def sizes_prove(self) -> bool:
+        """Whether an announced size says that a body is not the whole message. Of some servers none does."""
+        return self._contradictions < _MAX_CONTRADICTIONS
 
     def on_changes(self, changes: Changes) -> None:
         """Give up the downloads of messages that may have other bytes now, and drop bodies of no use."""
@@ -214,6 +246,16 @@ class Downloader:
         self._check_size(node, incoming.size)
         download.wake()
 
+    def _empty(self, uid: int, download: Download) -> None:
+        """Fail to read a message of which the server delivers nothing."""
+        if not download.done:
+            error = Refused(
+                f"the server delivers no byte of message {uid}, which it announces with"
+                f" {download.node.announced} bytes: try again later, or look at it in another mail program"
+            )
+            log.warning("%s", error)
+            self._finish(download, error)
+
     def _check_size(self, node: Node, size: int) -> None:
         if size != node.size:
             log.info("message %s has %d bytes, not %d as announced", node.uid, size, node.size)
@@ -231,6 +273,8 @@ class Downloader:
             report(error, f"{len(kept)} messages were not cached")
             cached = False
         for download, incoming, body in arrived:
+            if download.node.announced not in {None, incoming.size} and not download.node.exact:
+                self._contradictions += 1
             if body is None or not cached:
                 # Not in the cache, but those who wait now can read it.
                 self.sized(download, incoming)
@@ -275,6 +319,14 @@ class _Batch:
         self.others: list[Node] = []
         """Messages that the server does not have: their UIDs belong to others now."""
         self._wanted = {int(d.node.uid): d for d in downloads if d.node.uid is not None}
+        self._doubted: dict[int, Download] = {}
+        """Messages of which a body came that is not as large as announced."""
+        self.empty: dict[int, Download] = {}
+        """Messages of which nothing came twice, although the server announces bytes."""
+        self._is_second = False
+        """Whether the doubted ones are asked for once more."""
+        self._is_dropped = False
+        """Whether the body that is arriving is not kept."""
         self._incoming: IncomingBody | None = None
         """The body that is arriving, unless readers can see it."""
         self._shown: IncomingBody | None = None
@@ -307,6 +359,24 @@ class _Batch:
             self._drop()
             self._shown = None
 
+    def begin_again(self) -> bool:
+        """Make the doubted messages the wanted ones. Return whether there are any: `run` fetches them again.
+
+        A server that has a hiccup gives an empty or cut body; over another connection, the right one.
+        """
+        if self._doubted:
+            self._wanted, self._doubted, self._is_second = self._doubted, {}, True
+        return self._is_second
+
+    def _is_doubtful(self, download: Download, size: int) -> bool:
+        """Return whether a body has another size than the server has announced, for the first time."""
+        node = download.node
+        if node.announced is None or size == node.announced:
+            return False
+        if size == 0 or self._is_second:
+            return size == 0
+        return self._downloader.sizes_prove and not (node.exact and size == node.size > node.announced)
+
     def _verify(self, state: MailboxState, found: dict[int, FetchData]) -> None:
         """Give up the messages whose UIDs belong to others now. Raises OtherMailbox."""
         if state.uidvalidity == self._uidvalidity and is_other_mailbox(
@@ -330,8 +400,11 @@ class _Batch:
     def _open(self, uid: int | None, size: int) -> Sink:
         if uid is None and len(self._wanted) == 1:
             (uid,) = self._wanted
-        incoming = IncomingBody(self._bodies, size)
         download = None if uid is None else self._wanted.get(uid)
+        if download is not None and self._is_doubtful(download, size):
+            self._is_dropped = True
+            return _Dropped()
+        incoming = IncomingBody(self._bodies, size)
         if download is None or size <= SMALL:
             self._incoming = incoming
             return incoming
@@ -345,11 +418,19 @@ class _Batch:
             self._drop()
             return
         incoming = self._shown or self._incoming
+        if self._is_dropped or self._is_doubtful(download, incoming.written if incoming else len(data)):
+            self._drop()
+            del self._wanted[uid]
+            (self.empty if self._is_second else self._doubted)[uid] = download
+            return
         if incoming is None:
             incoming = self._incoming = IncomingBody(self._bodies, len(data))
             incoming.write(data)
         try:
-            body = incoming.keep(download.node.ino, Uid(uid), self._pack)
+            # While nothing says that this server's sizes are wrong, what is too short is asked for again by
+            # the next reader.
+            is_cut = incoming.written < (download.node.announced or 0) and self._downloader.sizes_prove
+            body = None if is_cut else incoming.keep(download.node.ino, Uid(uid), self._pack)
         except CacheError as error:
             if incoming.small is None:
                 raise
@@ -363,9 +444,17 @@ class _Batch:
         self._token.run_sync_soon(self.deliver, idempotent=True)
 
     def _drop(self) -> None:
+        self._is_dropped = False
         if self._incoming is not None:
             self._incoming.discard()
             self._incoming = None
+
+
+class _Dropped:
+    """Takes the bytes of a body that is not the message's."""
+
+    def write(self, data: bytes) -> None:
+        pass
 
 
 class _Progress:

@@ -247,6 +247,22 @@ def test_no_plaintext_for_who_names_certificates(
         assert nothing_was_told(server)
 
 
+def test_what_is_said_before_tls_stops_nobody(ca: CertificateAuthority) -> None:
+    """Anybody on the way can say it, and go."""
+    greeting = b"* BYE [UNAVAILABLE] try again in 24 hours"
+    for plain in (True, False):
+        with Scripted(ca, plain=plain, greeting=greeting) as server:
+            error = refusal(by_starttls(server) if plain else address(server))
+            assert isinstance(error, ServerBusy) is not plain
+
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        return server.then_hang_up(greeting + b"\r\n") if command == b"STARTTLS" else None
+
+    capabilities = b"IMAP4rev1 STARTTLS"
+    with Scripted(ca, plain=True, capabilities=capabilities, script=script) as server:
+        assert type(refusal(by_starttls(server))) is ConnectionLost
+
+
 @pytest.mark.parametrize("insecure", [False, True])
 def test_offered_tls_is_used_whatever_is_allowed(both_ports: Dovecot, insecure: bool) -> None:
     where = by_starttls(both_ports, insecure_plaintext=insecure)

@@ -277,6 +277,85 @@ def untarred(path: Path, target: Path) -> bytes:
     return output("tar", "-xOf", target / "tar")
 
 
+@pytest.mark.parametrize(
+    "sent", [b'""', b"{0}\r\n", b"{60}\r\n" + plain(2, 5_000)[:60]], ids=["string", "0", "cut"]
+)
+def test_a_body_that_is_less_than_announced_is_asked_for_again(
+    ca: CertificateAuthority, mount: Mounter, sent: bytes
+) -> None:
+    """A hiccup of the server must not become the message."""
+    times = 1
+
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        nonlocal times
+        if not command.startswith(b"UID FETCH 2 ") or b"BODY.PEEK[]" not in command or not times:
+            return None
+        times -= 1
+        return [b"* 2 FETCH (UID 2 BODY[] " + sent + b")\r\n", tag + b" OK done\r\n"]
+
+    with Scripted(ca, [plain(1), plain(2, 5_000)], script=script) as server:
+        mounted = mount(server, "--fetch-ahead", "0")
+        _, path = [path for _, path in sorted(shown(mounted.path / "INBOX").items())]
+        assert path.read_bytes() == plain(2, 5_000)
+        mounted.unmount()
+        # And where it lasts, it is not kept.
+        times = 2
+        again = mount(
+            server, "--fetch-ahead", "0", expected_log=["no byte of message 2"] if len(sent) < 9 else []
+        )
+        path = again.path / path.relative_to(mounted.path)
+        if len(sent) < 9:
+            with pytest.raises(OSError) as raised:
+                path.read_bytes()
+            assert raised.value.errno == errno.EIO
+        else:
+            assert path.read_bytes() == plain(2, 5_000)[:60]
+        assert times == 0
+        again.unmount()
+        whole = mount(server, cache=again.cache)
+        assert (whole.path / path.relative_to(again.path)).read_bytes() == plain(2, 5_000)
+        whole.unmount()
+
+
+@pytest.mark.parametrize(
+    "said", [b"NO [UNAVAILABLE] Server error, try again later", b"NO Server error", b"BAD error"]
+)
+def test_a_message_that_the_server_refuses_costs_no_other(
+    ca: CertificateAuthority, mount: Mounter, said: bytes
+) -> None:
+    asked = 0
+
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        nonlocal asked
+        match = re.match(rb"UID FETCH (\S+) .*BODY.PEEK\[\]", command)
+        if match is None or 13 not in server.uids(match[1]):
+            return None
+        asked += 1
+        return [
+            *(server.fetch(uid, b"BODY.PEEK[]") for uid in server.uids(match[1]) if uid < 13),
+            tag + b" " + said + b"\r\n",
+        ]
+
+    messages = [plain(number) for number in range(30)]
+    with Scripted(ca, messages, script=script) as server:
+        mounted = mount(server)
+        files = [path for _, path in sorted(shown(mounted.path / "INBOX").items())]
+        found, errors = {}, set()
+        for number, path in enumerate(files):
+            try:
+                found[number] = path.read_bytes()
+            except OSError as error:
+                errors.add((number, error.errno))
+        assert found == {number: message for number, message in enumerate(messages) if number != 12}
+        assert errors == {(12, errno.EBUSY if b"UNAVAILABLE" in said else errno.EIO)}
+        assert mounted.status()["state"] == "online"
+        # Not again for nobody.
+        before = asked
+        assert files[5].read_bytes() == messages[5]
+        assert asked == before <= 3
+        mounted.unmount()
+
+
 def test_stat_of_an_open_file_is_exact(ca: CertificateAuthority, mount: Mounter) -> None:
     with Scripted(ca, [plain(1, 5_000)], claim=lambda _: 99) as server:
         mounted = mount(server)

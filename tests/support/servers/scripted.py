@@ -200,7 +200,7 @@ class Scripted:
             yield b"* STATUS INBOX (MESSAGES %d UIDNEXT %d UIDVALIDITY 7 UNSEEN 0)\r\n" % (count, count + 1)
         elif verb.startswith(b"UID FETCH"):
             _, _, uid_set, items = verb.split(b" ", 3)
-            for uid in self._uids(uid_set):
+            for uid in self.uids(uid_set):
                 yield self.fetch(uid, items)
         elif not verb.startswith((b"NOOP", b"LOGIN", b"LOGOUT", b"CLOSE", b"ENABLE", b"STARTTLS")):
             yield tag + b" BAD unknown\r\n"
@@ -232,7 +232,8 @@ class Scripted:
             parts.append(b"BODY[] {%d}\r\n%s" % (len(content), content))
         return b"* %d FETCH (%s)\r\n" % (uid, b" ".join(parts))
 
-    def _uids(self, uid_set: bytes) -> list[int]:
+    def uids(self, uid_set: bytes) -> list[int]:
+        """Return the UIDs of a set that there are."""
         last = len(self.messages)
         found: set[int] = set()
         for piece in uid_set.split(b","):

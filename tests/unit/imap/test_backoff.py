@@ -5,7 +5,7 @@ import math
 import pytest
 
 from imapfs.imap.backoff import Backoff, Connectivity
-from imapfs.imap.throttle import asked_wait
+from imapfs.imap.throttle import asked_wait, may_be_of_one
 
 
 def backoff(limit: int = 8) -> Backoff:
@@ -24,10 +24,11 @@ def backoff(limit: int = 8) -> Backoff:
         ("THROTTLED", "", 0.0),
         ("LIMIT", "Rate limit hit", 0.0),
         ("", "Please try again in 5 minutes", 300.0),
-        ("", "Please try again after 2 hours.", 7200.0),
+        ("", "Please try again after 2 minutes.", 120.0),
+        ("", "Please try again after 2 hours.", 600.0),
         ("UNAVAILABLE", "Try again in 90 s", 90.0),
         ("", "Too many commands, wait 30 seconds", 30.0),
-        ("UNAVAILABLE", "try again in 999999999 hours", 86400.0),
+        ("UNAVAILABLE", "try again in 999999999 hours", 600.0),
         ("OVERQUOTA", "Quota exceeded (mailbox for user is full)", None),
         ("AUTHENTICATIONFAILED", "Invalid credentials, try again later", None),
         ("NOPERM", "Permission denied", None),
@@ -39,6 +40,24 @@ def backoff(limit: int = 8) -> Backoff:
 )
 def test_what_servers_say_to_slow_a_client_down(code: str, text: str, wait: float | None) -> None:
     assert asked_wait(code, text) == (wait if wait is None else pytest.approx(wait))
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "expected"),
+    [
+        ("UNAVAILABLE", "FETCH Server error while fetching messages", True),
+        ("", "Please try again later", True),
+        ("UNAVAILABLE", "Maximum number of connections from user+IP exceeded (mail_max_userip=10)", False),
+        ("THROTTLED", "", False),
+        ("", "Request is throttled. Suggested Backoff Time: 89117 milliseconds", False),
+        ("UNAVAILABLE", "Try again in 90 s", False),
+    ],
+)
+def test_a_refusal_without_time_or_reason_may_be_about_one_message(
+    code: str, text: str, expected: bool
+) -> None:
+    assert asked_wait(code, text) is not None
+    assert may_be_of_one(code, text) is expected
 
 
 def test_a_lost_connection_is_replaced_at_once() -> None:
@@ -122,6 +141,13 @@ def test_the_named_wait_is_obeyed() -> None:
         1090.0,
     )
     assert it.state(1090.0) is Connectivity.ONLINE
+
+
+def test_a_network_change_ends_a_wait() -> None:
+    it = backoff()
+    it.throttled(600.0, "slow down", 4, 1000.0)
+    it.network_changed(1001.0)
+    assert it.state(1001.0) is Connectivity.ONLINE
 
 
 def test_unnamed_waits_grow_while_they_follow_each_other() -> None:
