@@ -35,7 +35,8 @@ DraftState = Literal["local", "open", "sending", "unsent"]
 """``local``: never uploaded. ``open``: being written. ``sending``: complete, to be uploaded. ``unsent``:
 refused by the server, or perhaps incomplete, so that a person has to decide."""
 
-
+MAX_TIME: Final = (1 << 63) - 1
+"""Nanoseconds since the epoch, in the year 2262: the latest time that the cache can store."""
 _RESCUED: Final = (
     "its description was damaged, so its name and mailbox are lost: look at it, then rename or delete it"
 )

@@ -14,14 +14,12 @@ draft is kept, and a person decides.
 A draft may be written to while it is being uploaded. Then the copy becomes a message, and the draft goes on
 as a new version of it. As long as a program has a draft open for writing, its bytes are not replaced here.
 
-The module is long because submitting, appending and adopting change the state of one upload together, and
-each step is safe only in its order with the others. What needs no such state is in `imapfs.sync.append`.
+What runs in threads is in `imapfs.sync.append`, the notes are in `imapfs.sync.upload_notes`, and what
+becomes of a draft that is on the server in `imapfs.sync.adopt`.
 """
 
 import contextlib
-import hashlib
 import logging
-import math
 import mmap
 import re
 import time
@@ -31,7 +29,6 @@ from typing import Final
 
 import trio
 
-from imapfs.atomic import replace_file
 from imapfs.errors import (
     AuthenticationFailed,
     CacheError,
@@ -45,7 +42,6 @@ from imapfs.errors import (
     Throttled,
     TooBig,
 )
-from imapfs.imap.grammar import FetchData
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Upload
 from imapfs.log import report
@@ -53,79 +49,28 @@ from imapfs.model import Ino, Uid
 from imapfs.store.bodies import BodyStore
 from imapfs.store.cache import Cache
 from imapfs.store.journal import Attempt, Journal
-from imapfs.store.rows import NewMessage, Node
-from imapfs.store.spool import Base, Draft, Spool
+from imapfs.store.rows import Node
+from imapfs.store.spool import MAX_TIME, Draft, Spool
+from imapfs.sync.adopt import Adopter
 from imapfs.sync.append import AppendBatch, Payload, UploadSearch, make_payload
-from imapfs.sync.changes import ChangeHub, Changes
+from imapfs.sync.changes import ChangeHub
 from imapfs.sync.download import Downloader
 from imapfs.sync.flags import FlagChanger
-from imapfs.sync.locate import Locator, ServerMailbox
-from imapfs.sync.mailbox import new_message
+from imapfs.sync.locate import Locator
+from imapfs.sync.pending_upload import FIRST_RETRY, GRACE, MAX_RETRY, PendingUpload
 from imapfs.sync.replaced import ReplacedMessages
 from imapfs.sync.synchroniser import Synchroniser
+from imapfs.sync.upload_notes import UploadNotes
 from imapfs.waiting import Delays
 
 log = logging.getLogger(__name__)
 
-_GRACE: Final = 0.25
-"""Seconds before an upload that nobody waits for: programs set a file's time just after closing it."""
 _MAX_BATCH: Final = 100
 """Drafts that are appended together."""
 _MAX_BATCH_BYTES: Final = 4 << 20
 """Size at which a batch is full; a single draft may be larger."""
-_FIRST_RETRY: Final = 0.5
-"""Seconds until a failed upload is tried again; doubled each time, up to"""
-_MAX_RETRY: Final = 60.0
 _CHUNK: Final = 1 << 20
-_MAX_TIME: Final = (1 << 63) - 1
-"""Nanoseconds since the epoch, in the year 2262: the latest time that the cache can store."""
 _HEADER_FIELD = re.compile(rb"[!-9;-~]{1,76}[ \t]*:")
-
-
-class PendingUpload:
-    """A draft that is to be uploaded, for those who wait for the outcome."""
-
-    def __init__(self, draft: Draft) -> None:
-        self.draft = draft
-        self.due = time.monotonic() + _GRACE
-        self.error: ImapfsError | None = None
-        """Why the upload was refused, or why the last attempt failed."""
-        self._settled = trio.Event()
-        self._attempted = trio.Event()
-        self._delays = Delays(_FIRST_RETRY, _MAX_RETRY)
-
-    def postpone(self, error: ImapfsError) -> None:
-        """Note that an attempt has failed because of this disk, and when the next one is due."""
-        self.fail(error)
-        self.due = time.monotonic() + self._delays.next()
-
-    def settle(self, error: ImapfsError | None) -> None:
-        """Note the outcome: the draft is on the server, or was refused because of ``error``."""
-        self.error = error
-        self._settled.set()
-        self._attempted.set()
-
-    def fail(self, error: ImapfsError) -> None:
-        """Note that an attempt has failed, and that there will be another one."""
-        self.error = error
-        self._attempted.set()
-
-    def hurry(self) -> None:
-        """Make it due now, and let `wait` be about the outcome of the next attempt."""
-        self.due = -math.inf
-        if self._attempted.is_set() and not self.settled:
-            self.error, self._attempted = None, trio.Event()
-
-    @property
-    def settled(self) -> bool:
-        """Whether no further attempt will be made."""
-        return self._settled.is_set()
-
-    async def wait(self) -> None:
-        """Wait until the draft is on the server. Raises why it is not, which may be ConnectionLost."""
-        await self._attempted.wait()
-        if self.error is not None:
-            raise self.error.with_traceback(None)
 
 
 @dataclass(slots=True)
@@ -163,21 +108,18 @@ class Uploader:
         self._cache = cache
         self._bodies = bodies
         self._spool = spool
-        self._journal = journal
         self._sync = sync
         self._locator = locator
         self._replaced = replaced
-        self._flags = flags
         self._nursery = nursery
         self._downloads = downloads
-        self._hub = hub
         self._pending: dict[Ino, PendingUpload] = {}
+        self._notes = UploadNotes(journal, spool)
+        self._adopter = Adopter(
+            cache, bodies, spool, replaced, flags, self._notes, nursery, hub, self._pending
+        )
         self._workers: dict[Ino, trio.Event] = {}
         """Mailbox -> the event that wakes its worker."""
-        self._ended: set[str] = set()
-        """Files in the spool whose notes in the journal are no longer needed."""
-        self._noting = trio.Lock()
-        """Held while notes are written, so that no new note is taken for one that is no longer needed."""
         self._claimed: dict[Ino, trio.Event] = {}
         """Draft that one task works on -> the event that is set when it has finished."""
 
@@ -255,12 +197,12 @@ class Uploader:
         for pending in complete:
             with contextlib.suppress(ImapfsError):
                 await pending.wait()
-        await self._drop_notes()
+        await self._notes.drop_ended()
 
     def hurry(self) -> None:
         """Try now to upload what waits for the server."""
         for pending in self._complete():
-            pending.due = min(pending.due, time.monotonic() + _GRACE)
+            pending.due = min(pending.due, time.monotonic() + GRACE)
             self._wake(pending.draft.parent)
 
     def _complete(self) -> list[PendingUpload]:
@@ -273,27 +215,7 @@ class Uploader:
 
     def resume(self) -> None:
         """Continue with the drafts of an earlier process. Raises nothing."""
-        noted = self._journal.uploads
-        by_file = {draft.file.name: draft for draft in self._spool}
-        earlier = {
-            name: _complete_attempt(draft, draft.attempt)
-            for name, draft in by_file.items()
-            if draft.attempt is not None and name not in noted
-        }
-        try:
-            if earlier:
-                # An earlier version has these in the descriptions, which are written again now.
-                self._journal.begin_uploads(earlier)
-        except CacheError as error:
-            report(error, "the journal does not have the uploads that an earlier version began")
-        for name, attempt in {**earlier, **noted}.items():
-            draft = by_file.get(name)
-            if draft is not None and draft.state != "local":
-                draft.attempt = attempt
-            else:
-                # It has become a message or was deleted; or its rename to a message was lost in a power cut,
-                # and who removes the file that is local again means no message.
-                self._ended.add(name)
+        self._notes.take_over()
         for draft in self._spool:
             if draft.state == "sending":
                 try:
@@ -305,12 +227,12 @@ class Uploader:
     # -- the worker of a mailbox ---------------------------------------------------------------------------
 
     async def _work(self, mailbox: Ino) -> None:
-        delays = Delays(_FIRST_RETRY, _MAX_RETRY)
+        delays = Delays(FIRST_RETRY, MAX_RETRY)
         try:
             while True:
                 waiting = self._waiting(mailbox)
                 if not waiting:
-                    await self._drop_notes()
+                    await self._notes.drop_ended()
                     if not self._waiting(mailbox):
                         return
                     continue
@@ -495,7 +417,7 @@ class Uploader:
                 error = CacheError.from_os_error(error, f"cannot read {draft.file}")
             pending.postpone(report(error, f"{draft.shown} is not uploaded yet"))
             return None
-        date, zone = min(draft.mtime, _MAX_TIME) // 1_000_000_000, 0
+        date, zone = min(draft.mtime, MAX_TIME) // 1_000_000_000, 0
         if draft.base is not None and not draft.timed:
             date, zone = draft.base.date, draft.base.zone
         return _Prepared(pending, payload, Upload(payload.data, draft.flags, date, zone))
@@ -520,16 +442,9 @@ class Uploader:
         if old.ino != draft.ino:
             self._bodies.rename(old.ino, draft.ino)
             self._cache.give_inode(old.ino, draft.ino, draft.name)
-        self._keep_attributes(draft, old.date or 0)
+        self._adopter.keep_attributes(draft, old.date or 0)
         self._spool.forget(draft)
-        self._finish(draft, altered=True)
-
-    def _keep_attributes(self, draft: Draft, date: int) -> None:
-        """Keep mtime and mode of a draft where they do not follow from the message and its INTERNALDATE."""
-        if draft.timed or draft.mtime // 1_000_000_000 != date:
-            self._cache.set_local(draft.ino, mtime=min(draft.mtime, _MAX_TIME))
-        if draft.mode != 0o600:
-            self._cache.set_local(draft.ino, mode=draft.mode)
+        self._adopter.finish(draft, altered=True)
 
     # -- APPEND --------------------------------------------------------------------------------------------
 
@@ -542,7 +457,7 @@ class Uploader:
         batch = AppendBatch(mailbox, [prepared.message for prepared in ready])
         await self._pool.run(batch.prepare, mailbox.name)
         mailbox = replace(mailbox, uidvalidity=batch.uidvalidity)
-        await self._note(mailbox, batch.uidnext, ready)
+        await self._notes.note(mailbox, batch.uidnext, [(p.draft, p.payload) for p in ready])
         await self._pool.run(batch.run, mailbox.name, repeat=False)
         unlisted: dict[Ino, tuple[_Prepared, int | None]] = {}
         throttled: Throttled | None = None
@@ -551,15 +466,15 @@ class Uploader:
             draft = prepared.draft
             if isinstance(outcome, Throttled):
                 throttled = outcome
-                self._drop_note(draft)
+                self._notes.drop(draft)
             elif isinstance(outcome, Refused) and outcome.code in {"TRYCREATE", "NONEXISTENT"}:
                 gone = MailboxGone(str(outcome))
-                self._drop_note(draft)
+                self._notes.drop(draft)
             elif isinstance(outcome, Refused):
-                self._drop_note(draft)
+                self._notes.drop(draft)
                 self._refuse(prepared.pending, outcome)
             elif outcome is not None and (data := batch.listed(outcome)) is not None:
-                self._adopt(mailbox, draft, data, prepared.payload, prepared.message.flags)
+                self._adopter.adopt(mailbox, draft, data, prepared.payload, prepared.message.flags)
             else:
                 # Even if a UID was named: Courier names a wrong one in a mailbox that was only examined.
                 unlisted[draft.ino] = prepared, outcome
@@ -574,7 +489,7 @@ class Uploader:
                 continue
             if uid is not None and uid >= batch.uidnext:
                 # Another client, or a filter, has moved it away at once.
-                self._was_removed(mailbox, prepared.draft, Uid(uid), prepared.payload)
+                self._adopter.was_removed(mailbox, prepared.draft, Uid(uid), prepared.payload)
             else:
                 error = Refused("the server took it but does not list it: look for it there")
                 self._refuse(prepared.pending, error)
@@ -600,7 +515,7 @@ class Uploader:
             await self._adopt_found(search)
 
     async def _search(self, uncertain: Sequence[Draft]) -> UploadSearch:
-        search = UploadSearch(uncertain, self._is_other)
+        search = UploadSearch(uncertain, self._adopter.is_other)
         if uncertain:
             await self._pool.run(search.run)
         return search
@@ -614,7 +529,9 @@ class Uploader:
         for draft, attempt, answer in search.answers:
             if draft.attempt != attempt or self._spool.get(draft.ino) is not draft:
                 continue  # its mailbox was renamed meanwhile: searched again
-            if answer.found is not None and self._is_other(draft, attempt, answer.found.uid or Uid(0)):
+            if answer.found is not None and self._adopter.is_other(
+                draft, attempt, answer.found.uid or Uid(0)
+            ):
                 continue  # another task has found that this is the upload of an equal file: searched again
             if answer.found is not None:
                 mailbox = self._locator.named(attempt.mailbox, attempt.uidvalidity)
@@ -622,14 +539,14 @@ class Uploader:
                 try:
                     same = payload.digest == attempt.digest
                     # Flags may have been set since: those of that time are not known, so none is removed.
-                    self._adopt(mailbox, draft, answer.found, payload if same else None, "")
+                    self._adopter.adopt(mailbox, draft, answer.found, payload if same else None, "")
                 finally:
                     payload.close()
                 settled.add(draft.ino)
             elif answer.perhaps is not None:
                 self._leave_to_person(draft, attempt, answer.perhaps)
                 settled.add(draft.ino)
-            self._drop_note(draft)
+            self._notes.drop(draft)
         return settled
 
     def _leave_to_person(self, draft: Draft, attempt: Attempt, uid: Uid) -> None:
@@ -646,169 +563,7 @@ class Uploader:
             draft.state, draft.error = "unsent", str(error)
             draft.save()
 
-    async def _note(self, mailbox: ServerMailbox, uidnext: int, ready: Sequence[_Prepared]) -> None:
-        """Note where drafts are about to be uploaded: durable on return, before anything is sent."""
-        attempts: dict[str, Attempt] = {}
-        for prepared in ready:
-            payload = prepared.payload
-            what = len(payload.data), payload.digest, payload.message_id
-            attempts[prepared.draft.file.name] = Attempt(mailbox.name, mailbox.uidvalidity, uidnext, *what)
-        await self._write_notes(attempts)
-        for prepared in ready:
-            prepared.draft.attempt = attempts[prepared.draft.file.name]
-
-    def _drop_note(self, draft: Draft) -> None:
-        """Note that the outcome of an attempt is known."""
-        if draft.attempt is not None:
-            self._ended.add(draft.file.name)
-            draft.attempt = None
-
-    async def _drop_notes(self) -> None:
-        """Remove notes that are no longer needed from the journal. Raises nothing."""
-        try:
-            await self._write_notes({})
-        except CacheError as error:
-            report(error, "notes of uploads that are done stay in the journal")
-
-    async def _write_notes(self, attempts: dict[str, Attempt]) -> None:
-        """Add notes to the journal, and remove those that are no longer needed. Raises CacheError."""
-        async with self._noting:
-            ended, self._ended = self._ended, set()
-            kept = [draft.ino for draft in self._spool if draft.file.name in ended]
-
-            def write() -> None:
-                # A draft without a note was not uploaded. So one that was is gone before its note is, or goes
-                # on as a new version of the message.
-                for ino in kept:
-                    self._spool.sync(ino)
-                if ended:
-                    self._spool.sync_removals()
-                self._journal.begin_uploads(attempts, ended)
-
-            if not attempts and not ended:
-                return
-            try:
-                await trio.to_thread.run_sync(write)
-            except CacheError:
-                self._ended |= ended
-                raise
-
-    def _is_other(self, draft: Draft, attempt: Attempt, uid: Uid) -> bool:
-        """Return whether a message is known to be another one than a draft may have become."""
-        if draft.base is not None and draft.base.ref == attempt.ref(uid):
-            return True
-        mailbox = self._cache.mailbox_named(attempt.mailbox)
-        if mailbox is None or not self._cache.is_named(mailbox.ino, uid):
-            return False
-        node = self._cache.message(mailbox.ino, uid)
-        return node is None or node.ino != draft.ino
-
-    def _was_removed(self, mailbox: ServerMailbox, draft: Draft, uid: Uid, payload: Payload) -> None:
-        """Forget a draft that was uploaded as ``uid`` and then removed by another client."""
-        self._drop_note(draft)
-        if payload.is_current(draft):
-            self._hub.publish(Changes(mailbox.ino, gone=[_as_node(draft, uid)]))
-            if draft.base is not None:
-                self._replaced.note(draft.base.ref)
-            self._spool.forget(draft)
-            self._finish(draft, altered=True)
-
-    def _adopt(
-        self, mailbox: ServerMailbox, draft: Draft, data: FetchData, payload: Payload | None, flags: str
-    ) -> None:
-        """Make a message of a draft that is on the server. ``flags`` are those that it was uploaded with.
-
-        If the draft was written to since, ``payload`` is None or not current, and the draft goes on as a new
-        version of the message.
-        """
-        current = payload is not None and payload.is_current(draft)
-        message = new_message(data)
-        old = self._cache.node(draft.ino)
-        if old is not None:
-            # The new version takes over the inode: the old one needs another until it is removed.
-            self._cache.displace(draft.ino)
-            self._bodies.drop([old])
-        gone = self._cache.adopt(draft.ino, mailbox.ino, draft.name, message)
-        names = [draft.name, *(g.name or b"" for g in gone)]
-        self._hub.publish(Changes(mailbox.ino, gone=gone, replaced=names))
-        if payload is None or not current:
-            self._continue(draft, mailbox, message)
-            return
-        if draft.base is not None:
-            # Before the draft goes: from here on only the journal knows that the old version has to go.
-            self._replaced.note(draft.base.ref)
-        same = payload.clean and message.size == len(payload.data)
-        if same:
-            if payload.converted:
-                replace_file(draft.file, payload.data, durable=False)
-            self._bodies.take(draft.file, draft.ino, message.uid)
-        self._keep_attributes(draft, message.date)
-        self._spool.forget(draft)
-        self._drop_note(draft)
-        self._finish(draft, altered=payload.converted or not same)
-        if draft.flags != flags:
-            self._nursery.start_soon(self._update_flags, draft, set(flags.split()))
-
-    async def _update_flags(self, draft: Draft, uploaded: set[str]) -> None:
-        """Set the flags that were changed while a draft was being uploaded."""
-        wanted = set(draft.flags.split())
-
-        def change(present: list[str]) -> tuple[set[str], set[str]]:
-            return wanted - {*present}, uploaded - wanted
-
-        try:
-            await self._flags.change(draft.ino, change)
-        except ImapfsError as error:
-            report(error, f"flags of {draft.shown} were not set")
-        newer = self._spool.get(draft.ino)
-        if newer is not None:
-            newer.change_flags(change)
-
-    def _continue(self, draft: Draft, mailbox: ServerMailbox, message: NewMessage) -> None:
-        """Let a draft that was written to go on as a new version of the message that it has become."""
-        if draft.base is not None:
-            self._replaced.note(draft.base.ref)
-        ref = replace(mailbox.ref(message.uid), date=message.date, size=message.size)
-        draft.base = Base(ref, message.date, message.zone)
-        draft.save()
-        self._drop_note(draft)
-        pending = self._pending.get(draft.ino)
-        if pending is not None and draft.state != "sending":
-            del self._pending[draft.ino]
-            pending.settle(None)
-
-    def _finish(self, draft: Draft, *, altered: bool) -> None:
-        """Announce that a draft is a message. ``altered``: its bytes may not be those that were shown."""
-        pending = self._pending.pop(draft.ino, None)
-        same, other = ([], [draft.ino]) if altered else ([draft.ino], [])
-        self._hub.publish(Changes(draft.parent, uploaded=[draft.ino], resized=same, rewritten=other))
-        self._cache.touch_directory(draft.parent)
-        if pending is not None:
-            pending.settle(None)
-
-
-def _complete_attempt(draft: Draft, attempt: Attempt) -> Attempt:
-    """Return an attempt that an earlier version has noted, with what it did not note.
-
-    Its digest is without the line ends at the end.
-    """
-    with contextlib.suppress(OSError):
-        payload = make_payload(draft)
-        try:
-            text = bytes(payload.data).rstrip(b"\r\n")
-            if hashlib.sha256(text).hexdigest() == attempt.digest:
-                return replace(attempt, digest=payload.digest, message_id=payload.message_id)
-        finally:
-            payload.close()
-    return attempt
-
 
 def _equal(content: bytes, data: mmap.mmap) -> bool:
     """In a thread: compare as many bytes as ``content`` has."""
     return all(content[at : at + _CHUNK] == data[at : at + _CHUNK] for at in range(0, len(content), _CHUNK))
-
-
-def _as_node(draft: Draft, uid: Uid) -> Node:
-    """Return a draft as the message that it was on the server for a moment."""
-    times = None, draft.mtime, draft.ctime, draft.mode
-    return Node(draft.ino, draft.parent, draft.name, uid, draft.size, 1, *times, None, None, 0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from imapfs.model import ROOT, Ino, UidValidity
 from imapfs.store.journal import Attempt
 from imapfs.store.spool import Draft, Spool
-from imapfs.sync import append, identify, upload
+from imapfs.sync import append, identify, upload, upload_notes
 
 
 @pytest.fixture
@@ -77,9 +77,9 @@ def test_what_an_earlier_version_noted_is_still_looked_for(draft: Draft, content
     whole = crlf(content + ends)
     draft.file.write_bytes(content + ends)
     noted = Attempt(b"INBOX", UidValidity(1), 5, 0, hashlib.sha256(whole.rstrip(b"\r\n")).hexdigest())
-    assert upload._complete_attempt(draft, noted).digest == hashlib.sha256(whole).hexdigest()
+    assert upload_notes._complete_attempt(draft, noted).digest == hashlib.sha256(whole).hexdigest()
     other = replace(noted, digest="0")
-    assert upload._complete_attempt(draft, other) == other
+    assert upload_notes._complete_attempt(draft, other) == other
 
 
 @pytest.mark.parametrize(
