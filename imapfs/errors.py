@@ -104,6 +104,8 @@ class ConnectionLost(ImapfsError):
     errno = errno.EHOSTUNREACH
     silent = False
     """Whether nothing was heard any more, so that other connections may have ended as well."""
+    by_server = False
+    """Whether the server itself has ended the connection, or has complained before it fell silent."""
 
 
 class NetworkLost(ConnectionLost):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from imapfs.errors import NotSupported, Refused, Throttled
+from imapfs.errors import MailboxGone, NotSupported, Refused, Throttled
 from imapfs.imap.grammar import (
     ListEntry,
     Response,
@@ -174,6 +174,8 @@ class Watch:
         except Throttled:
             raise
         except Refused as error:
+            if error.code == "NONEXISTENT":
+                raise MailboxGone(str(error)) from None
             raise NotSupported(str(error)) from None
         if self._everywhere:
             session.end_notify()

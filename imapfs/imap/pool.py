@@ -272,10 +272,7 @@ class SessionPool:
                 return result
             except Throttled as error:
                 self._succeeded()
-                if self._is_of_one(error, about or mailbox):
-                    raise
-                self.throttle(error)
-                if not repeat:
+                if not self.refused(error, about or mailbox) or not repeat:
                     raise
             except ConnectionLost as error:
                 expected = kept or session in self._doubtful or isinstance(error, ServerBusy)
@@ -381,14 +378,19 @@ class SessionPool:
         self._backoff.lost(why, time.monotonic(), patience)
         self._connect_needed.set()
 
-    def _is_of_one(self, error: Throttled, about: Hashable) -> bool:
-        """Return whether a refusal concerns one object only. If several are refused, it is the account."""
-        if not error.of_one or about is None:
-            return False
-        now = time.monotonic()
-        self._refused = {one: at for one, at in self._refused.items() if now - at < _SAME_TIME}
-        self._refused[about] = now
-        return len(self._refused) < _SEVERAL
+    def refused(self, error: Throttled, about: Hashable) -> bool:
+        """Slow down as the server asks, unless this concerns one object only; return whether it does not.
+
+        If several objects are refused, it concerns the account.
+        """
+        if error.of_one and about is not None:
+            now = time.monotonic()
+            self._refused = {one: at for one, at in self._refused.items() if now - at < _SAME_TIME}
+            self._refused[about] = now
+            if len(self._refused) < _SEVERAL:
+                return False
+        self.throttle(error)
+        return True
 
     def throttle(self, error: Throttled | ServerBusy) -> None:
         """Slow down as the server asks. `run` and `watch` call this for the errors of their work."""

@@ -65,6 +65,7 @@ _BLANK: Final = frozenset({b"\r\n", b"\n"})
 _TAGGED = re.compile(rb"f\d+ ")
 _STATUS_RESPONSE = re.compile(rb"\* (?:OK|NO|BAD|BYE|PREAUTH)\b", re.I)
 """Responses that end in text for people, which contains no literals (RFC 9051 section 7.1)."""
+_COMPLAINT = re.compile(rb"\* ((?:NO|BAD)\b[^\r\n]*)", re.I)
 _QUOTABLE = re.compile(rb"[\x01-\x09\x0b\x0c\x0e-\x7f]*+\Z")
 _VERSIONS: Final = frozenset({"IMAP4", "IMAP4REV1", "IMAP4REV2"})
 _NETWORK_ERRORS: Final = frozenset(
@@ -121,6 +122,8 @@ class Wire:
         self._tag = 0
         self._bye = ""
         """Text of the last BYE response."""
+        self._complaint = ""
+        """The last untagged NO or BAD response during the present command."""
         self._trace = Trace()
         self._challenge = b""
         """Text of the last continuation request."""
@@ -385,6 +388,7 @@ class Wire:
         middle of a response, and so ends it.
         """
         done: dict[bytes, Completion] = {}
+        self._complaint = ""
         with self._dead_after_error():
             self._held = Held() if held else None
             self._fetches = 2 * self._exists + _EXTRA_FETCHES if fetches else None
@@ -526,6 +530,8 @@ class Wire:
             self._note_exists(exists)
         elif line[:6].upper() == b"* BYE ":
             self._bye = line[6:][:MAX_TEXT].decode("utf-8", "replace").strip()
+        elif (complaint := _COMPLAINT.match(line)) is not None:
+            self._complaint = _shortened(complaint[1])
         try:
             on_response(response)
         except Malformed as error:
@@ -576,22 +582,30 @@ class Wire:
 
     def _raise_lost(self, error: OSError | EOFError) -> NoReturn:
         """Raise the error that says what ended the connection."""
+        lost = self._lost(error)
+        if self._complaint:
+            lost.args = (f"{lost}; it said {self._complaint}",)
+        ended_here = isinstance(error, EOFError | ssl.SSLEOFError | ssl.SSLZeroReturnError)
+        lost.by_server = bool(self._bye or self._complaint) or ended_here
+        raise lost from None
+
+    def _lost(self, error: OSError | EOFError) -> ConnectionLost:
         host = self._account.host
         # With an errno the kernel has given up on the connection, long before the deadline.
         if isinstance(error, TimeoutError) and error.errno is None:
-            raise TimedOut(f"{host} did not answer within {self._stream.timeout:g} s") from None
+            return TimedOut(f"{host} did not answer within {self._stream.timeout:g} s")
         if self._bye:
             problem = f"{host} closed the connection: {self._bye}"
             bye = Completion.parse(b"BYE " + self._bye.encode())
             wait = asked_wait(bye.code, bye.text) if bye else None
             if wait is not None and self._is_private:
-                raise ServerBusy(problem, wait) from None
-            raise ConnectionLost(problem) from None
+                return ServerBusy(problem, wait)
+            return ConnectionLost(problem)
         if isinstance(error, ssl.SSLError) and error.reason:
-            raise ConnectionLost(f"TLS to {host} broke: {connect.words(error.reason)}") from None
+            return ConnectionLost(f"TLS to {host} broke: {connect.words(error.reason)}")
         detail = getattr(error, "strerror", None) or "it closed the connection without a reason"
         lost = NetworkLost if getattr(error, "errno", None) in _NETWORK_ERRORS else ConnectionLost
-        raise lost(f"lost the connection to {host}: {detail}") from None
+        return lost(f"lost the connection to {host}: {detail}")
 
     def has_hung_up(self) -> bool:
         """Return whether the server has ended the connection, or it broke. Only between commands."""

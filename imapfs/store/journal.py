@@ -68,6 +68,8 @@ class Attempt:
     digest: str
     """SHA-256 of all these bytes."""
     message_id: str = ""
+    accepted: bool = False
+    """Whether the server has said OK without naming the message: it is never uploaded again."""
 
     def ref(self, uid: Uid) -> MessageRef:
         """Return the identity of the message in the same mailbox that has ``uid``."""

@@ -170,6 +170,11 @@ class Spool:
                 draft.name = self.free_name(draft.parent, draft.name)
                 self._add(draft)
 
+    @property
+    def kept(self) -> Path:
+        """The directory of what was uploaded and cannot be found on the server; outside of the spool."""
+        return self.directory.with_name("kept")
+
     def hand_over_removals(self, journal: Journal) -> None:
         """Pass on what an earlier version has noted in the spool: removals belong to the journal now."""
         try:
@@ -319,6 +324,23 @@ class Spool:
             self.save(draft)
         except CacheError as error:
             report(error, f"where {draft.shown} belongs now is not saved")
+
+    def keep_aside(self, draft: Draft) -> Path:
+        """In a thread: keep the bytes of a draft in `kept` as well, and return where. Raises CacheError."""
+        try:
+            self.kept.mkdir(mode=0o700, exist_ok=True)
+            path = self.kept / f"{draft.ino}-{as_text(draft.name)}"[: MAX_NAME // 2]
+            path.unlink(missing_ok=True)
+            path.hardlink_to(draft.file)
+            for one in (path, self.kept, self.kept.parent):
+                fd = os.open(one, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+        except OSError as error:
+            raise CacheError.from_os_error(error, f"cannot write to {self.kept}") from None
+        return path
 
     def forget(self, draft: Draft) -> None:
         """Remove a draft, with its bytes if they are still here. Raises nothing."""

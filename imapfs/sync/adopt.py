@@ -75,6 +75,15 @@ class Adopter:
             self._spool.forget(draft)
             self.finish(draft, altered=True)
 
+    def let_go(self, draft: Draft) -> None:
+        """Forget a draft that the server has accepted, but shows as a message that nobody can recognise."""
+        self._notes.drop(draft)
+        self._hub.publish(Changes(draft.parent, gone=[_as_node(draft, Uid(0))]))
+        if draft.base is not None:
+            self._replaced.note(draft.base.ref)
+        self._spool.forget(draft)
+        self.finish(draft, altered=True)
+
     def adopt(
         self, mailbox: ServerMailbox, draft: Draft, data: FetchData, payload: Payload | None, flags: str
     ) -> None:

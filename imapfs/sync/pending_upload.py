@@ -25,6 +25,8 @@ class PendingUpload:
         self.due = time.monotonic() + GRACE
         self.error: ImapfsError | None = None
         """Why the upload was refused, or why the last attempt failed."""
+        self.ended_by_server = 0
+        """Attempts, with this draft alone, that the server itself has ended without an answer."""
         self._settled = trio.Event()
         self._attempted = trio.Event()
         self._delays = Delays(FIRST_RETRY, MAX_RETRY)

@@ -69,6 +69,8 @@ _MAX_BATCH: Final = 100
 """Drafts that are appended together."""
 _MAX_BATCH_BYTES: Final = 4 << 20
 """Size at which a batch is full; a single draft may be larger."""
+_MAX_ENDED: Final = 3
+"""Attempts that the server ends without an answer, although other commands work, before that is a refusal."""
 _CHUNK: Final = 1 << 20
 _HEADER_FIELD = re.compile(rb"[!-9;-~]{1,76}[ \t]*:")
 
@@ -248,7 +250,11 @@ class Uploader:
                         batch = uncertain
                         await self._settle_batch(mailbox, batch)
                     else:
-                        batch = batch[:_MAX_BATCH]
+                        # What the server did not answer may be what it cannot take: alone it delays none.
+                        suspects = [pending for pending in batch if pending.ended_by_server]
+                        batch = batch[:_MAX_BATCH] if len(suspects) < len(batch) else suspects[:1]
+                        if len(batch) > 1:
+                            batch = [pending for pending in batch if pending not in suspects]
                         await self._upload(mailbox, batch)
                     delays.reset()
                 except (ConnectionLost, AuthenticationFailed, Throttled) as error:
@@ -296,6 +302,10 @@ class Uploader:
                 for pending in batch:
                     if ready and size > _MAX_BATCH_BYTES:
                         break
+                    if pending.ended_by_server >= _MAX_ENDED:
+                        why = str(pending.error or "the server ends the connection")
+                        self._refuse(pending, Refused(f"the server does not take it: {why}"))
+                        continue
                     prepared = await self._prepare(pending)
                     if prepared is not None:
                         ready.append(prepared)
@@ -458,7 +468,15 @@ class Uploader:
         await self._pool.run(batch.prepare, mailbox.name)
         mailbox = replace(mailbox, uidvalidity=batch.uidvalidity)
         await self._notes.note(mailbox, batch.uidnext, [(p.draft, p.payload) for p in ready])
-        await self._pool.run(batch.run, mailbox.name, repeat=False)
+        try:
+            await self._pool.run(batch.run, mailbox.name, repeat=False)
+        except ConnectionLost as error:
+            if error.by_server:
+                for prepared in ready:
+                    # Of several it may be any: from now on they are sent one by one.
+                    ended = prepared.pending.ended_by_server
+                    prepared.pending.ended_by_server = ended + 1 if len(ready) == 1 else max(1, ended)
+            raise
         unlisted: dict[Ino, tuple[_Prepared, int | None]] = {}
         throttled: Throttled | None = None
         gone: MailboxGone | None = None
@@ -482,19 +500,17 @@ class Uploader:
                     # The server was restored from a backup, and UIDNEXT is not the one that was known.
                     draft.attempt = replace(draft.attempt, uidnext=outcome)
                     self._sync.look_again(directory)
+        await self._notes.accept(
+            [p.draft for p, uid in unlisted.values() if uid is None or uid < batch.uidnext]
+        )
         search = await self._search([prepared.draft for prepared, _ in unlisted.values()])
         settled = await self._adopt_found(search)
         for prepared, uid in unlisted.values():
-            if prepared.draft.ino in settled:
-                continue
-            if uid is not None and uid >= batch.uidnext:
+            if prepared.draft.ino not in settled:
                 # Another client, or a filter, has moved it away at once.
-                self._adopter.was_removed(mailbox, prepared.draft, Uid(uid), prepared.payload)
-            else:
-                error = Refused("the server took it but does not list it: look for it there")
-                self._refuse(prepared.pending, error)
+                self._adopter.was_removed(mailbox, prepared.draft, Uid(uid or 0), prepared.payload)
         if throttled is not None:
-            self._pool.throttle(throttled)
+            self._pool.refused(throttled, mailbox.name)
             raise throttled
         if gone is not None:
             raise gone
@@ -543,11 +559,31 @@ class Uploader:
                 finally:
                     payload.close()
                 settled.add(draft.ino)
+            elif attempt.accepted:
+                await self._keep_aside(draft, attempt)
+                settled.add(draft.ino)
             elif answer.perhaps is not None:
                 self._leave_to_person(draft, attempt, answer.perhaps)
                 settled.add(draft.ino)
             self._notes.drop(draft)
         return settled
+
+    async def _keep_aside(self, draft: Draft, attempt: Attempt) -> None:
+        """Let go of a draft that is on the server, as its OK proves, in a form that cannot be recognised.
+
+        To upload it again would double it.
+        """
+        if draft.state != "sending" or draft.is_written:
+            return  # a program has written to it since: that is another message
+        path = await trio.to_thread.run_sync(self._spool.keep_aside, draft)
+        where = attempt.mailbox.decode("utf-8", "replace")
+        log.warning(
+            "%s is on the server, which has changed it: it is one of the new messages in %s. What was sent is"
+            " kept in %s: compare, then delete it",
+            draft.shown, where, path,
+        )  # fmt: skip
+        self._adopter.let_go(draft)
+        self._sync.look_again(draft.parent)
 
     def _leave_to_person(self, draft: Draft, attempt: Attempt, uid: Uid) -> None:
         """Keep a draft of which nobody knows whether it is on the server: nothing is removed or repeated."""

@@ -62,6 +62,13 @@ class UploadNotes:
         for draft, _ in ready:
             draft.attempt = attempts[draft.file.name]
 
+    async def accept(self, drafts: Sequence[Draft]) -> None:
+        """Note that the server has taken these drafts, so that none is uploaded again. Raises CacheError."""
+        accepted = {d.file.name: replace(d.attempt, accepted=True) for d in drafts if d.attempt is not None}
+        for draft in drafts:
+            draft.attempt = accepted.get(draft.file.name)
+        await self._write(accepted)
+
     def drop(self, draft: Draft) -> None:
         """Note that the outcome of an attempt is known."""
         if draft.attempt is not None:

@@ -81,8 +81,9 @@ class Watching:
         self._root = ROOT
         self._method: WatchMethod = "poll"
         self._chosen = trio.Event()
-        self._unsupported: set[str] = set()
-        """Capabilities that the server offers, but does not support."""
+        self._refusals: dict[str, tuple[float, float]] = {}
+        """Capability that the server offers, but has refused -> when it is tried again, and how long that was
+        after the refusal."""
         self._used: dict[Ino, float] = {}
         self._opened: Counter[Ino] = Counter()
         self._watchers: dict[Ino, _MailboxWatch] = {}
@@ -210,9 +211,18 @@ class Watching:
                 report(error, "watching failed")
                 await pause.after(0)
 
+    def _refused(self, capability: str) -> None:
+        """Do without a capability for a while: a refusal may be about that moment, or for good."""
+        _, before = self._refusals.get(capability, (0.0, _FIRST_REFUSAL / 2))
+        pause = min(_MAX_REFUSAL, before * 2)
+        self._refusals[capability] = time.monotonic() + pause, pause
+
+    def _is_refused(self, capability: str) -> bool:
+        return time.monotonic() < self._refusals.get(capability, (0.0, 0.0))[0]
+
     def _choose(self, session: Session) -> WatchMethod:
         def can(capability: str) -> bool:
-            return session.has(capability) and capability not in self._unsupported
+            return session.has(capability) and not self._is_refused(capability)
 
         if not can("IDLE"):
             return "poll"
@@ -227,7 +237,7 @@ class Watching:
                 return
         except NotSupported as error:
             log.info("the server cannot watch all mailboxes: %s", error)
-            self._unsupported.add("NOTIFY")
+            self._refused("NOTIFY")
             return
         await pause.after(time.monotonic() - started)
 
@@ -239,7 +249,7 @@ class Watching:
 
     async def _watch_one_after_another(self) -> None:
         pause = _Pause()
-        while "IDLE" not in self._unsupported:
+        while not self._is_refused("IDLE"):
             started = time.monotonic()
             try:
                 ino = next((ino for ino in self._wanted() if ino not in self._watchers), None)
@@ -250,8 +260,8 @@ class Watching:
                 if await self._watch(box.ino, box):
                     continue
             except NotSupported as error:
-                log.info("the server cannot watch mailboxes: %s", error)
-                self._unsupported.add("IDLE")
+                log.info("the server does not watch mailboxes now: %s", error)
+                self._refused("IDLE")
                 for watcher in self._watchers.values():
                     watcher.stop()
                 self._wanted_changed.send()

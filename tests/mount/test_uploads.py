@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,8 @@ from tests.support.mailboxes import Held, everything, file_of, settle, waiting
 from tests.support.mounting import Mount, Mounter, wait_until
 from tests.support.servers.dovecot import Account
 from tests.support.servers.proxy import Proxy
+from tests.support.servers.scripted import Scripted
+from tests.support.servers.tls import CertificateAuthority
 
 DATE = 1_700_000_000
 LATER = 1_750_000_000
@@ -141,3 +144,59 @@ def test_files_that_are_closed_before_the_unmount_are_uploaded(user: Account, mo
     mounted.unmount()
     assert len(everything(user)["INBOX"]) == 48
     assert not list(spool_of(mounted).glob("[0-9]*"))
+
+
+# -- a server that does not answer, or does not tell
+
+
+def test_an_upload_that_the_server_never_answers_is_refused_with_its_words(
+    ca: CertificateAuthority, mount: Mounter, tmp_path: Path
+) -> None:
+    """It was sent again every 30 s, for ever, and whoever unmounted waited in silence."""
+    attempts = 0
+
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        nonlocal attempts
+        if not command.startswith(b"APPEND") or b"too large" not in command:
+            return None
+        attempts += 1
+        return [b"* BAD command line limit exceeded\r\n"]
+
+    with Scripted(ca, [plain(1)], script=script) as server:
+        mounted = mount(server, "--timeout", "2", expected_log=["command line limit exceeded"])
+        inbox = mounted.path / "INBOX"
+        os.listdir(inbox)
+        large = b"Subject: too large\r\n\r\nx\r\n"
+        for number, content in enumerate([plain(2), large, plain(3)]):
+            (inbox / f"{number}.eml").write_bytes(content)
+        wait_until(lambda: waiting(mounted) == [("INBOX/1.eml", "unsent")], "it is refused")
+        assert attempts <= 4
+        assert b"command line limit exceeded" in os.getxattr(inbox / "1.eml", "user.imap.error")
+        assert (inbox / "1.eml").read_bytes() == large
+        assert server.messages == [plain(1), plain(2), plain(3)]
+        mounted.unmount()
+
+
+def test_what_the_server_took_and_changed_is_never_sent_again(
+    ca: CertificateAuthority, mount: Mounter, tmp_path: Path
+) -> None:
+    """Without APPENDUID. Each retry added a copy, and an edit was doubled."""
+
+    def store(content: bytes) -> bytes:
+        return content.replace(b"version", b"VERSION").replace(b"Subject", b"X-Scanned: yes\r\nSubject")
+
+    with Scripted(ca, [plain(1)], store=store) as server:
+        mounted = mount(server, expected_log=["which has changed it"])
+        inbox = mounted.path / "INBOX"
+        os.listdir(inbox)
+        new = b"From: a@example.org\r\nSubject: new\r\n\r\nfirst version\r\n"
+        (inbox / "new.eml").write_bytes(new)
+        wait_until(lambda: len(server.messages) == 2 and not waiting(mounted), "it is uploaded")
+        wait_until(
+            lambda: sorted(p.read_bytes() for p in inbox.iterdir()) == sorted(server.messages), "shown"
+        )
+        assert server.messages[1:] == [store(new)]
+        (kept,) = mounted.cache.glob("*/kept/*")
+        assert kept.read_bytes() == new
+        mounted.unmount()
+        assert server.messages[1:] == [store(new)]

@@ -19,6 +19,7 @@ Script = Callable[[bytes, bytes], Iterable[bytes] | None]
 """Given tag and command line: what to send instead of the usual answer, piece by piece; None for that."""
 
 DEADLINE = 60.0
+_LITERAL = re.compile(rb"\{(\d+)(\+?)\}\Z")
 
 
 class HangUp(Exception):
@@ -33,7 +34,8 @@ class Scripted:
     ``capabilities`` is what CAPABILITY says. ``greeting`` is the first line, without its end; None for one
     that announces the same. ``before_tls`` is called with each connection and its number, from 1, and may
     close it. ``plain`` starts in cleartext, until a client says STARTTLS and is not answered with NO or BAD.
-    ``prepare`` may change the server's settings of TLS.
+    ``prepare`` may change the server's settings of TLS. ``store`` makes the message of what is appended. A
+    script sees the literal of a command after its line.
     """
 
     host = "localhost"
@@ -50,6 +52,7 @@ class Scripted:
         before_tls: Callable[[socket.socket, int], object] = lambda connection, number: None,
         plain: bool = False,
         prepare: Callable[[ssl.SSLContext], object] = lambda context: None,
+        store: Callable[[bytes], bytes] = lambda content: content,
     ) -> None:
         self.authority = authority
         self.dependents = Dependents()
@@ -61,6 +64,7 @@ class Scripted:
         self.before_tls = before_tls
         self.plain = plain
         self._prepare = prepare
+        self.store = store
         self.accepted = 0
         """Connections so far."""
         self.commands: list[bytes] = []
@@ -168,6 +172,11 @@ class Scripted:
             for line in lines:
                 tag, _, command = line.rstrip(b"\r\n").partition(b" ")
                 self.commands.append(command)
+                if (literal := _LITERAL.search(command)) is not None:
+                    if not literal[2]:
+                        connection.sendall(b"+ go ahead\r\n")
+                    command += b"\r\n" + lines.read(int(literal[1]))
+                    lines.readline()
                 answer = self.script(tag, command)
                 usual = answer is None
                 piece = b""
@@ -202,6 +211,8 @@ class Scripted:
             _, _, uid_set, items = verb.split(b" ", 3)
             for uid in self.uids(uid_set):
                 yield self.fetch(uid, items)
+        elif verb.startswith(b"APPEND"):
+            self.messages.append(self.store(command.split(b"\r\n", 1)[1]))
         elif not verb.startswith((b"NOOP", b"LOGIN", b"LOGOUT", b"CLOSE", b"ENABLE", b"STARTTLS")):
             yield tag + b" BAD unknown\r\n"
             return
