@@ -43,6 +43,8 @@ _MAX_PACK: Final = 64 << 20
 _MAX_OPEN_PACKS: Final = 64
 _MAX_ROOM: Final = 64 << 20
 """Maximum bytes that are evicted at once beyond what is needed."""
+_MAX_RESERVE: Final = 64 << 20
+"""Bytes of the disk that bodies leave free, for the spool and for other programs; of a small disk, a part."""
 _PUNCH_HOLE: Final = 0x03
 """FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE of linux/falloc.h."""
 
@@ -224,12 +226,13 @@ class BodyStore:
             raise CacheError.from_os_error(error, f"cannot write to the cache {self.directory}") from None
 
     def check_space(self, size: int) -> None:
-        """Raise CacheError if ``size`` more bytes do not fit on the disk."""
+        """Raise CacheError if ``size`` more bytes do not fit on the disk, with a reserve left."""
         try:
             stat = os.statvfs(self.directory)
         except OSError as error:
             raise CacheError.from_os_error(error, f"cannot use the cache {self.directory}") from None
-        if stat.f_bavail * stat.f_frsize < size:
+        reserve = min(_MAX_RESERVE, stat.f_blocks * stat.f_frsize // 20)
+        if stat.f_bavail * stat.f_frsize < size + reserve:
             raise CacheError.from_os_error(
                 OSError(28, "No space left on device"),
                 f"a message of {size} bytes does not fit in {self.directory}",

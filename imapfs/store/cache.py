@@ -532,6 +532,14 @@ class Cache:
             if row:
                 self._changed(db, {Ino(row[0])})
 
+    def count_if_hidden(self, directory: Ino) -> int:
+        """Return the number of messages in a directory; 0 if any of them is shown."""
+        with self._database.read() as db:
+            count, shown = db.execute(
+                "SELECT count(*), count(name) FROM node WHERE parent = ? AND uid IS NOT NULL", (directory,)
+            ).fetchone()
+        return 0 if shown else int(count)
+
     def hidden(self) -> list[tuple[Ino, MessageRef, str]]:
         """Return inode number, identity and flags of the messages that are hidden."""
         with self._database.read() as db:

@@ -401,6 +401,9 @@ class _Batch:
         if uid is None and len(self._wanted) == 1:
             (uid,) = self._wanted
         download = None if uid is None else self._wanted.get(uid)
+        self._drop()
+        if uid is not None and download is None:
+            return _Dropped()  # nobody has asked for it, or it comes for the second time
         if download is not None and self._is_doubtful(download, size):
             self._is_dropped = True
             return _Dropped()

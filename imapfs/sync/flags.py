@@ -85,8 +85,11 @@ class _Store:
         state = self._mailbox.select(session, self._ref)
         kept = state.permanent_flags
         if kept is not None:
+            # Some servers say only that new keywords can be made, and keep the system flags all the same.
+            says_little = kept == {"\\*"}
             for flag in self._add | self._remove:
-                if flag.lower() not in kept and ("\\*" not in kept or flag.startswith("\\")):
+                is_new = "\\*" in kept and (says_little or not flag.startswith("\\"))
+                if flag.lower() not in kept and not is_new:
                     raise NotSupported(f"the server does not keep the flag {flag} in this mailbox")
         uid = self._details.uid
         modseq = self._details.modseq if session.has("CONDSTORE") else 0

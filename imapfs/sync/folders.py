@@ -42,7 +42,37 @@ class Folders:
                 lambda session: session.delete_mailbox(name), lambda listed: name not in listed
             )
         await self._relist()
-        return deleted is not False
+        return deleted is not False or await self._discard(ino, name)
+
+    async def _discard(self, ino: Ino, name: bytes) -> bool:
+        """Move a mailbox below Trash that holds nothing but messages which were deleted here.
+
+        Without UIDPLUS the server keeps those, marked as deleted, and DELETE would be for good. Return False,
+        and change nothing, if there is anything else in it, or no Trash that it is outside of.
+        """
+        deleted = self._cache.count_if_hidden(ino)
+        trash = self._cache.special_use("\\Trash")
+        target = None if trash is None else self._cache.mailbox(trash)
+        mailbox = self._cache.mailbox(ino)
+        if not deleted or trash is None or target is None or target.server_name is None or mailbox is None:
+            return False
+        path, top = self._cache.path(ino), self._cache.path(trash)
+        if not target.delimiter or path[: len(top)] == top:
+            return False
+
+        def holds_only_those(session: Session) -> bool:
+            state = session.examine(name)
+            return (state.exists, state.uidvalidity) == (deleted, mailbox.uidvalidity)
+
+        if not await self._pool.run(holds_only_those, name):
+            return False
+        shown, component = path[-1], name.split(mailbox.delimiter)[-1] if mailbox.delimiter else name
+        number = 1
+        while self._cache.child(trash, shown) is not None:
+            number += 1
+            shown, component = path[-1] + b"~%d" % number, component + b"~%d" % number
+        await self.rename(ino, name, target.server_name + target.delimiter + component, trash, shown)
+        return True
 
     async def rename(self, ino: Ino, old: bytes, new: bytes, parent: Ino, name: bytes) -> None:
         """Rename a mailbox and all below it; messages keep their inode numbers and cached bodies.

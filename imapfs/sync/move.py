@@ -39,6 +39,11 @@ from imapfs.waiting import Delays, Flag
 
 log = logging.getLogger(__name__)
 
+_FINAL: Final = frozenset(
+    {"INUSE", "LIMIT", "NONEXISTENT", "NOPERM", "OVERQUOTA", "SERVERBUG", "TOOBIG", "TRYCREATE"}
+)
+"""Codes of a refused MOVE that COPY would be refused with as well."""
+
 _FIRST_RETRY: Final = 1.0
 """Seconds until an interrupted move is tried again; doubled each time, up to"""
 _MAX_RETRY: Final = 60.0
@@ -251,6 +256,8 @@ class _Transfer:
         self._journal = journal
         self._known = known
         self._sent = False
+        self._by_copy = False
+        """Whether the server has refused MOVE, although it offers it."""
         self._uidnext = target.uidnext
         self._wanted = Fingerprint(details.announced or 0, details.date, details.message_id)
         self.entry: PendingMove | None = None
@@ -269,15 +276,25 @@ class _Transfer:
         if not self._uidnext:
             self._uidnext = session.status(self._target.name).get("UIDNEXT", 1)
         self._source.select(session, self._original)
-        if not session.has("MOVE"):
+        if self._by_copy or not session.has("MOVE"):
             self._copy(session, uid)
             return
         self._sent = True
-        if not self._named(session.move(uid, self._target.name)) and not self._settle(session, uid):
-            # The connection had not seen the message yet, or the server moved nothing.
-            self._source.select(session, self._original, afresh=True)
+        try:
             if not self._named(session.move(uid, self._target.name)) and not self._settle(session, uid):
-                raise Refused("the server did not move the message")
+                # The connection had not seen the message yet, or the server moved nothing.
+                self._source.select(session, self._original, afresh=True)
+                if not self._named(session.move(uid, self._target.name)) and not self._settle(session, uid):
+                    raise Refused("the server did not move the message")
+        except Throttled:
+            raise
+        except Refused as error:
+            if error.code in _FINAL:
+                raise
+            log.info("the server refuses MOVE, trying COPY: %s", error)
+            self._by_copy = True
+            if not self._settle(session, uid):
+                self._copy(session, uid)
 
     def _named(self, copy: MessageRef | None) -> bool:
         """Note what the server has named as the message in the target; return whether it has."""
@@ -357,7 +374,7 @@ class _Transfer:
             if self.uid is None:
                 raise
             return True
-        if session.has("MOVE"):
+        if session.has("MOVE") and not self._by_copy:
             return False
         self.uid = find_same(
             session, self._original, self._target.name, self._uidnext, self._wanted, self._is_known

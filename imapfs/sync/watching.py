@@ -55,6 +55,9 @@ _SETTLE: Final = 2.0
 _FIRST_RETRY: Final = 1.0
 """Seconds until a watch that failed is tried again; doubled each time, up to"""
 _MAX_RETRY: Final = 60.0
+_FIRST_REFUSAL: Final = 60.0
+"""Seconds for which a refused IDLE or NOTIFY is not tried again; doubled each time, up to"""
+_MAX_REFUSAL: Final = 3600.0
 _STABLE: Final = 30.0
 """Seconds after which a watch counts as a success when it ends."""
 _POLL_IN_USE: Final = 5.0

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 
-from imapfs.errors import ConnectionLost, ImapfsError, NotSupported, Throttled, TimedOut
+from imapfs.errors import ConnectionLost, ImapfsError, MailboxGone, NotSupported, Throttled, TimedOut
 from imapfs.imap import idle
 from imapfs.imap.idle import (
     AllMailboxes,
@@ -164,6 +164,15 @@ def test_refused_idle_is_told_from_a_mailbox_that_is_gone(ca: CertificateAuthori
     with Scripted(ca, script=script) as server, Watching(server) as watching:
         watching.wait()
     assert isinstance(watching.error, NotSupported)
+
+
+def test_idle_in_a_mailbox_that_is_gone(ca: CertificateAuthority) -> None:
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        return [tag + b" NO [NONEXISTENT] deleted\r\n"] if command == b"IDLE" else None
+
+    with Scripted(ca, script=script) as server, Watching(server) as watching:
+        watching.wait()
+    assert isinstance(watching.error, MailboxGone)
 
 
 def test_idle_that_is_put_off_is_supported(ca: CertificateAuthority) -> None:

@@ -116,3 +116,30 @@ def _count(directory: Path) -> int:
         return len(os.listdir(directory))
     except OSError:
         return 0
+
+
+def test_bodies_that_nobody_asked_for_cost_neither_disk_nor_descriptors(
+    ca: CertificateAuthority, tmp_path: Path
+) -> None:
+    """At stake: the disk, and every other file that the daemon opens."""
+    large = bytes(300_000)
+
+    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
+        if b"BODY.PEEK[]" not in command:
+            return None
+        others = (b"* %d FETCH (UID %d BODY[] {%d}\r\n%s" % (n, n, len(large), large) for n in range(2, 400))
+        twice = b" BODY[] {%d}\r\n%s)\r\n" % (len(large), large)
+        return itertools.chain(
+            *((other, twice) for other in others), [server.fetch(1, b"BODY.PEEK[]"), tag + b" OK done\r\n"]
+        )
+
+    with (
+        Scripted(ca, [plain(1), plain(2)], script=script) as server,
+        RobustMount(server, tmp_path, "--fetch-ahead", "0") as mounted,
+    ):
+        first = next(path for path in (mounted.path / "INBOX").iterdir() if path.name.endswith(".1.eml"))
+        before = len(os.listdir(f"/proc/{mounted.pid}/fd"))
+        assert first.read_bytes() == plain(1)
+        assert len(os.listdir(f"/proc/{mounted.pid}/fd")) <= before + 5
+        assert not list(mounted.cache.glob("*/bodies/tmp/*"))
+        mounted.unmount()

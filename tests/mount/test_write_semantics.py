@@ -188,6 +188,29 @@ def test_flags_that_the_server_does_not_keep_are_refused(filled: Account, mount:
 # ---- mailboxes
 
 
+def test_a_mailbox_of_deleted_messages_goes_to_trash_where_they_cannot_be_expunged(
+    user: Account, mount: Mounter
+) -> None:
+    """``rm -r`` must end, and must not delete for good what the server only marks."""
+    user.deliver("Old", [(plain(n), DATE + n, "") for n in range(3)])
+    user.deliver("Trash", [(plain(9), DATE, "")])
+    with Proxy(user.server, hide=["UIDPLUS", "MOVE"]) as proxy:
+        mounted = mount(proxy.account(user))
+        os.listdir(mounted.path / "Trash")
+        subprocess.run(["rm", "-r", mounted.path / "Old"], check=True, timeout=DEADLINE)
+        assert "Old" not in os.listdir(mounted.path)
+        assert os.listdir(mounted.path / "Trash" / "Old") == []
+        # With a message that came meanwhile it stays.
+        os.mkdir(mounted.path / "Old")
+        user.append("Old", plain(5), DATE)
+        wait_until(lambda: len(os.listdir(mounted.path / "Old")) == 1, "it is shown")
+        fails_with(errno.ENOTEMPTY, os.rmdir, mounted.path / "Old")
+        mounted.unmount()
+    found = everything(user)
+    assert len(found["Trash/Old"]) == 3
+    assert len(found["Old"]) == 1
+
+
 def test_a_directory_is_not_renamed_into_itself(filled: Account, mount: Mounter) -> None:
     mounted = mount(filled)
     fails_with(errno.EINVAL, os.rename, mounted.path / "Work", mounted.path / "Work" / "Sub")

@@ -151,3 +151,16 @@ async def test_flag_that_the_mailbox_does_not_keep(filled: Account, tmp_path: Pa
             await changer(here).change(ino, set_to())
             assert here.flags() == {1: set()}
     assert on_server(filled) == set()
+
+
+@pytest.mark.trio
+async def test_flags_of_a_mailbox_that_only_says_that_keywords_can_be_made(
+    filled: Account, tmp_path: Path
+) -> None:
+    def limited(line: bytes) -> bytes:
+        return b"* OK [PERMANENTFLAGS (\\*)] Flags\r\n" if b"PERMANENTFLAGS" in line else line
+
+    with Proxy(filled.server, edits=[limited]) as proxy:
+        async with mirror(proxy.account(filled), tmp_path) as here:
+            await changer(here).change(await the_message(here), add("\\Flagged", "$Work"))
+    assert {"\\Flagged", "$Work"} <= on_server(filled)

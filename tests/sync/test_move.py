@@ -218,3 +218,25 @@ async def test_remove_follows_the_policy(
     assert everything(filled) == {
         name: in_order(*(message(n) for n in numbers)) for name, numbers in after.items()
     }
+
+
+@pytest.mark.trio
+async def test_move_that_is_offered_and_refused_becomes_a_copy(
+    filled: Account, whole: Proxy, tmp_path: Path
+) -> None:
+    async with mirror(whole.account(filled), tmp_path) as here:
+        await here.refresh("Work")
+        whole.fault(b"UID MOVE", b"NO Unknown command", at="command", times=None)
+        await mover(here).move(await inode(here, 1), here.ino("Work"), b"x.eml")
+    assert everything(filled) == {"INBOX": [message(2)], "Work": in_order(message(1), message(3))}
+
+
+@pytest.mark.trio
+async def test_move_over_quota_is_not_tried_as_a_copy(filled: Account, whole: Proxy, tmp_path: Path) -> None:
+    async with mirror(whole.account(filled), tmp_path) as here:
+        await here.refresh("Work")
+        whole.fault(b"UID MOVE", b"NO [OVERQUOTA] Full", at="command", times=None)
+        with pytest.raises(Refused, match="Full"):
+            await mover(here).move(await inode(here, 1), here.ino("Work"), b"x.eml")
+        assert not [command for command in whole.commands() if b"UID COPY" in command]
+    assert everything(filled) == {"INBOX": in_order(message(1), message(2)), "Work": [message(3)]}
