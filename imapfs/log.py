@@ -23,6 +23,14 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+def printable(text: str, maximum: int = 500) -> str:
+    """Return a text from outside for a person: one line, cut, without what would steer a terminal or turn the
+    direction of writing. Characters that join others, as in emoji, stay."""
+    kept = "".join(c if c.isprintable() or c in "\u200c\u200d" else " " for c in text[: 4 * maximum])
+    line = " ".join(kept.split())
+    return line if len(line) <= maximum else line[: maximum - 1] + "…"
+
+
 def shown(words: str, secrets: Iterable[str], instead: str) -> str:
     """``words`` on one short line; ``instead`` if they repeat one of ``secrets``, or a part of it."""
     # Response codes are in upper case by now.

@@ -18,19 +18,25 @@ class Mount(NamedTuple):
 
 
 def parse(data: bytes) -> list[Mount]:
-    """Return the mounts in the text of ``/proc/PID/mountinfo`` (proc_pid_mountinfo(5)), in its order."""
-    mounts = []
-    for line in data.splitlines():
-        before, _, after = line.partition(b" - ")
-        mountpoint = before.split(b" ")[4]
-        fstype, source = after.split(b" ")[:2]
-        mounts.append(Mount(Path(_unescape(mountpoint)), _unescape(fstype), _unescape(source)))
-    return mounts
+    """Return the mounts in the text of ``/proc/PID/mountinfo`` (proc_pid_mountinfo(5)), in its order.
+
+    Every user of the machine can have a part in it: a line that is not understood is passed over.
+    """
+    # Only a newline ends a line: the kernel escapes it within a field, but neither \r nor \f.
+    return [mount for line in data.split(b"\n") if (mount := _parse_line(line)) is not None]
+
+
+def _parse_line(line: bytes) -> Mount | None:
+    before, _, after = line.partition(b" - ")
+    left, right = before.split(b" ", 5), after.split(b" ", 2)
+    if len(left) < 5 or len(right) < 2:
+        return None
+    return Mount(Path(_unescape(left[4])), _unescape(right[0]), _unescape(right[1]))
 
 
 def _unescape(field: bytes) -> str:
     """Undo the kernel's escapes: space, tab, newline, backslash and # are written as three octal digits."""
-    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field))
+    return os.fsdecode(re.sub(rb"\\([0-3][0-7]{2})", lambda match: bytes([int(match[1], 8)]), field))
 
 
 def all_mounts() -> list[Mount]:

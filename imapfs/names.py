@@ -29,8 +29,11 @@ MAX_NAME = 255
 _MARKER = b"%~"
 _HASH_DIGITS = 16
 
-# C1 control characters are escaped like C0 ones: terminals obey U+009B as they do ESC [.
-_IN_TEXT = re.compile(rb"[/\x00-\x1f\x7f]|\xc2[\x80-\x9f]|%(?=~|[0-9A-Fa-f]{2})")
+# C1 control characters are escaped like C0 ones: terminals obey U+009B as they do ESC [. So are line
+# separators and what turns the direction of writing (U+2028 to U+202E, U+2066 to U+2069).
+_IN_TEXT = re.compile(
+    rb"[/\x00-\x1f\x7f]|\xc2[\x80-\x9f]|\xe2\x80[\xa8-\xae]|\xe2\x81[\xa6-\xa9]|%(?=~|[0-9A-Fa-f]{2})"
+)
 _IN_MALFORMED = re.compile(rb"[/&\x00-\x1f\x7f-\xff]|%(?=~|[0-9A-Fa-f]{2})")
 _ESCAPE = re.compile(rb"%([0-9A-F]{2})")
 

@@ -24,6 +24,9 @@ from imapfs.errors import UsageError
 
 _EXIT_CODES: Final = {0: 0, 1: 32, 2: 1, 3: 32, 130: 8}
 """mount(8): 1 is wrong usage, 8 an interruption by the user, 32 a failed mount."""
+_KEPT: Final = frozenset({"LANG", "TERM", "TZ"})
+"""Variables that a mount for another user keeps."""
+_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 _KEYS: Final = {setting.key: setting for setting in SETTINGS if setting.flag.startswith("--")}
 
 
@@ -84,9 +87,15 @@ def become(name: str) -> None:
         os.setuid(user.pw_uid)
     except PermissionError:
         raise UsageError(f"mount option setuid={name}: only root may mount for somebody else") from None
-    for variable in [key for key in os.environ if key.startswith(("XDG_", "DBUS_"))]:
-        del os.environ[variable]
-    os.environ |= {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name, "SHELL": user.pw_shell}
+    # Nothing of root's: neither variables, of which some decide what a program loads, nor the directory.
+    kept = {key: value for key, value in os.environ.items() if key in _KEPT or key.startswith("LC_")}
+    os.environ.clear()
+    os.environ |= kept | {
+        "HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name, "SHELL": user.pw_shell,
+        "PATH": _PATH,
+    }  # fmt: skip
+    os.umask(0o077)
+    os.chdir("/")
     # The keyring is reached through the bus of that user's session, if there is a session.
     runtime = Path(f"/run/user/{user.pw_uid}")
     if runtime.is_dir():

@@ -5,6 +5,7 @@ why not. If the pipe ends without a report, the child has died.
 """
 
 import contextlib
+import ctypes
 import hashlib
 import logging
 import os
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Callable
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from imapfs import mountinfo
 from imapfs.daemon import control, desktop, systemd
@@ -32,6 +33,9 @@ _REFUSED = b"!"
 """The login was refused."""
 
 _log = logging.getLogger(__name__)
+
+_PR_SET_DUMPABLE: Final = 4
+"""Of prctl(2), in linux/prctl.h."""
 
 
 def run(
@@ -197,6 +201,7 @@ def _serve(
         # Each open file needs a file descriptor in the daemon as well.
         _, maximum = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
+        _keep_memory_private()
         serve(config, credentials, observer)
     except ImapfsError:
         raise
@@ -210,6 +215,11 @@ def _serve(
         _log.exception("internal error")
         where = f"see {log_file}" if log_file else "see above"
         raise ImapfsError(f"internal error: {type(error).__name__}: {error}; {where}") from None
+
+
+def _keep_memory_private() -> None:
+    """Let no debugger of the same user, and no core file, have the memory: the password is in it."""
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def _be_child(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from imapfs import mountinfo
+from imapfs.daemon import status_port
 from imapfs.errors import ImapfsError, UsageError
 
 STATUS_XATTR = "user.imapfs.status"
@@ -71,13 +72,15 @@ def read_status(path: Path, timeout: float = 5.0) -> dict[str, Any]:
         raise ImapfsError(f"{where}: the status cannot be read: {os.strerror(probe.returncode)}")
     try:
         status = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         status = None
     if not isinstance(status, dict):
         raise ImapfsError(
             f"{where}: the status is not a JSON object: the daemon has another version, so mount again"
         )
-    return status
+    socket = status.pop("socket", None)
+    whole = status_port.read(socket, timeout) if isinstance(socket, str) else None
+    return status if whole is None or whole.get("pid") != status.get("pid") else whole
 
 
 def sync(path: Path, on_progress: Callable[[int], None]) -> list[dict[str, Any]]:

@@ -7,9 +7,7 @@ too slow loses events, and learns how many. Neither the mount nor other readers 
 import contextlib
 import json
 import logging
-import os
 import socket
-import struct
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, Final
 
 import trio
 
+from imapfs.daemon.status_port import belongs_to_us
 from imapfs.fs.events import SOCKET, Event, address
 from imapfs.waiting import Flag
 
@@ -26,8 +25,6 @@ _MAX_WAITING: Final = 10_000
 """Events that wait for one reader."""
 _NEW_SOCKET: Final = SOCKET + ".new"
 """Name of the socket until it accepts connections."""
-_CREDENTIALS: Final = struct.Struct("iII")
-"""struct ucred (unix(7)): process, user, group."""
 
 
 class _Reader:
@@ -81,7 +78,7 @@ class Feed:
 
     async def _send(self, stream: trio.SocketStream) -> None:
         """Send events until the other end closes the connection."""
-        if not _is_ours(stream.socket):
+        if not belongs_to_us(stream.socket):
             await stream.aclose()
             return
         reader = _Reader()
@@ -123,12 +120,6 @@ async def _listener(directory: Path) -> AsyncIterator[trio.socket.SocketType]:
         finally:
             new.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
-
-
-def _is_ours(connection: trio.socket.SocketType) -> bool:
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, user, _ = _CREDENTIALS.unpack(credentials)
-    return bool(user == os.getuid())
 
 
 def _line(**record: Any) -> bytes:

@@ -15,6 +15,7 @@ import trio
 
 from imapfs.daemon import network
 from imapfs.daemon.feed import Feed
+from imapfs.daemon.status_port import StatusPort
 from imapfs.errors import CacheError, ConnectionLost, ImapfsError, Throttled, TlsError, UsageError
 from imapfs.fs.drafts import Drafts
 from imapfs.fs.event_source import EventSource
@@ -215,6 +216,8 @@ async def _run(model: Model, background: trio.Nursery, observer: Observer) -> No
         timeout=config.timeout, read_only=config.read_only,
     )  # fmt: skip
     feed = Feed(cache.directory)
+    port = StatusPort(status.in_full)
+    status.socket = port.name
     try:
         await start(model, background)
         # Not earlier: what the first listing finds is not new.
@@ -226,6 +229,7 @@ async def _run(model: Model, background: trio.Nursery, observer: Observer) -> No
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(announcer.run)
                 nursery.start_soon(feed.serve)
+                nursery.start_soon(port.serve)
                 observer.live()
                 await adapter.serve()
                 nursery.cancel_scope.cancel()

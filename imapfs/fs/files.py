@@ -309,7 +309,7 @@ class Files:
         return node
 
     async def flush(self, ino: Ino) -> None:
-        """Make what was written to a message survive a power cut. The result is that of close().
+        """Make what was written to a file survive a power cut. The result is that of close().
 
         Each close() of a descriptor makes a flush. If all writers have made one since the last write, the
         file is complete: what the kernel says later (RELEASE) may be lost with the mount or the machine.
@@ -317,7 +317,7 @@ class Files:
         file = self._open[ino]
         file.flushed = min(file.writers, file.flushed + 1)
         draft = self._spool.get(ino)
-        if draft is None or not draft.dirty or draft.state == "local":
+        if draft is None or not draft.dirty:
             return
         if draft.state == "open" and file.flushed == file.writers and draft.size and not draft.closed:
             draft.closed = True

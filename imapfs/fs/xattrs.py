@@ -16,6 +16,7 @@ from imapfs.fs.tree import MailTree
 from imapfs.imap.grammar import format_iso
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
+from imapfs.log import printable
 from imapfs.model import ROOT, Ino
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Details, Mailbox
@@ -219,7 +220,7 @@ def _all(wanted: list[str], concerned: Callable[[str], bool], has: list[str]) ->
 
 
 def _mailbox(mailbox: Mailbox) -> dict[bytes, bytes]:
-    found = {b"user.imap.mailbox": display_name(mailbox.server_name or b"").encode()}
+    found = {b"user.imap.mailbox": printable(display_name(mailbox.server_name or b""), 4096).encode()}
     if mailbox.special_use:
         found[b"user.imap.special_use"] = mailbox.special_use.encode()
     return found
@@ -231,7 +232,7 @@ def _flag_attributes(text: str) -> dict[bytes, bytes]:
     found = {_FLAGS: text.encode()}
     for name, flag in _SYSTEM_FLAGS.items():
         found[name] = b"1" if flag.lower() in lower else b"0"
-    found[_TAGS] = ",".join(flag for flag in flags if not flag.startswith("\\")).encode()
+    found[_TAGS] = printable(",".join(flag for flag in flags if not flag.startswith("\\")), 32768).encode()
     return found
 
 
@@ -239,7 +240,7 @@ def _draft(draft: Draft) -> dict[bytes, bytes]:
     state = "sending" if draft.state == "open" else draft.state
     found = {_STATE: state.encode(), **_flag_attributes(draft.flags)}
     if draft.error:
-        found[b"user.imap.error"] = draft.error.encode()
+        found[b"user.imap.error"] = printable(draft.error).encode("utf-8", "replace")
     return found
 
 
@@ -255,6 +256,6 @@ def _message(details: Details, mailbox: Mailbox | None) -> dict[bytes, bytes]:
     origin = (("subject", details.subject), ("from", details.from_), ("message-id", details.message_id))
     for key, value in origin:
         if value:
-            found[f"user.xdg.origin.email.{key}"] = value
+            found[f"user.xdg.origin.email.{key}"] = printable(value, 2000)
     encoded = {key.encode(): value.encode("utf-8", "replace") for key, value in found.items()}
     return _flag_attributes(details.flags) | encoded

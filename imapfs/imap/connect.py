@@ -50,6 +50,8 @@ def tls_context(account: Account) -> ssl.SSLContext:
         reason = getattr(error, "strerror", None) or "it holds no certificate in PEM form"
         raise TlsError(f"cannot use the CA file {account.ca_file}: {reason}") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # A name in the subject counts for nothing (RFC 9525 section 6.3).
+    context.hostname_checks_common_name = False
     if account.tls_fingerprint is not None:
         # `secure` compares the certificate itself; its issuer, names and dates do not matter.
         context.check_hostname = False

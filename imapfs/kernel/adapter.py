@@ -500,7 +500,7 @@ class Adapter(pyfuse3.Operations):
     @handler
     async def getxattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> bytes:
         if inode == ROOT and name == STATUS:
-            return self._status.as_json()
+            return self._status.attribute()
         return await self._xattrs.get(Ino(inode), name)
 
     @handler

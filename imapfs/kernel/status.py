@@ -1,8 +1,10 @@
-"""The status of a mount: the JSON in the extended attribute ``user.imapfs.status`` of the mountpoint."""
+"""The status of a mount, as JSON: in full, and in short as an extended attribute of the mountpoint."""
 
+import contextlib
 import json
 import math
 import os
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -10,12 +12,15 @@ from imapfs import __version__
 from imapfs.fs.tree import MailTree
 from imapfs.imap.pool import SessionPool
 from imapfs.kernel.invalidation import KernelCache
+from imapfs.log import printable
 from imapfs.model import MountConfig
 from imapfs.store.cache import Cache
 from imapfs.store.spool import Spool
 from imapfs.sync.watching import Watching
 
 ATTRIBUTE: Final = b"user.imapfs.status"
+MAX_ATTRIBUTE: Final = 4096
+"""Bytes of the attribute: file systems and tools do not expect more."""
 
 
 class MountStatus:
@@ -38,20 +43,30 @@ class MountStatus:
         self._watching = watching
         self._tree = tree
         self._kernel = kernel
+        self.socket = ""
+        """Name of the abstract socket that gives the status in full."""
 
-    def as_json(self) -> bytes:
-        """Return the value of the attribute."""
-        return json.dumps(self._status()).encode()
+    def attribute(self) -> bytes:
+        """Return the value of the attribute: at most `MAX_ATTRIBUTE` bytes."""
+        status = self._status()
+        while True:
+            value = json.dumps({**status, "socket": self.socket}).encode()
+            if len(value) <= MAX_ATTRIBUTE:
+                return value
+            # Paths can have 4,096 bytes each.
+            longest = max(status, key=lambda key: len(json.dumps(status[key])))
+            del status[longest]
 
-    def _status(self) -> dict[str, object]:
-        config, pool, cache = self._config, self._pool, self._cache
-        pool.check_idle()
-        messages, bodies, size = cache.totals()
+    def in_full(self) -> bytes:
+        """Return the status with all files that are not on the server, as JSON."""
+        return json.dumps({**self._status(), **self._files()}).encode()
+
+    def _files(self) -> dict[str, object]:
         waiting = [
             {
                 "path": self._tree.path_of(draft),
                 "state": draft.state,
-                "error": draft.error,
+                "error": printable(draft.error),
                 "size": draft.size,
             }
             for draft in self._spool
@@ -62,13 +77,25 @@ class MountStatus:
             for draft in self._spool
             if self._tree.is_scratch(draft.parent)
         ]
+        return {"waiting": waiting, "scratch": scratch, "kept": self._kept()}
+
+    def _kept(self) -> list[str]:
+        with contextlib.suppress(OSError):
+            return sorted(str(path) for path in self._spool.kept.iterdir())
+        return []
+
+    def _status(self) -> dict[str, object]:
+        config, pool, cache = self._config, self._pool, self._cache
+        pool.check_idle()
+        messages, bodies, size = cache.totals()
+        states = Counter(draft.state for draft in self._spool)
         return {
             "version": __version__,
             "pid": os.getpid(),
             "source": config.account.url,
             "mountpoint": str(config.mountpoint),
             "state": pool.state.value,
-            "reason": pool.reason,
+            "reason": None if pool.reason is None else printable(pool.reason),
             "since": pool.since.isoformat(timespec="seconds"),
             **self._next_try(),
             "timeout": config.timeout,
@@ -85,8 +112,7 @@ class MountStatus:
             },
             "spool": str(self._spool.directory),
             "inodes": len(self._kernel),
-            "waiting": waiting,
-            "scratch": scratch,
+            "files": {"sending": states["sending"], "unsent": states["unsent"]},
         }
 
     def _next_try(self) -> dict[str, object]:

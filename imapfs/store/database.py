@@ -19,6 +19,7 @@ from typing import Final
 
 from imapfs.errors import CacheError
 from imapfs.model import ROOT
+from imapfs.store.private import make_private
 
 log = logging.getLogger(__name__)
 
@@ -109,9 +110,8 @@ class Database:
 
         Raises CacheError if another mount uses it, or the disk cannot be used.
         """
+        make_private(directory, "cache")
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            directory.chmod(0o700)
             lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise CacheError.from_os_error(error, f"cannot use the cache directory {directory}") from None

@@ -15,6 +15,7 @@ from typing import Final
 
 from imapfs.atomic import TEMPORARY, replace_file, sync_directory
 from imapfs.errors import CacheError
+from imapfs.store.private import make_private
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,8 @@ def claim(directory: Path, cache: Path) -> Iterator[Path]:
     if directory == cache:
         yield directory  # locked with the cache
         return
+    make_private(directory, "spool")
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise CacheError.from_os_error(error, f"cannot use the spool directory {directory}") from None

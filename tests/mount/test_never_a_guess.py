@@ -337,7 +337,6 @@ def test_a_power_cut_after_an_upload_doubles_nothing(
     assert everything(user) == before
 
 
-@pytest.mark.xfail(strict=True, reason="point 10: also what is not for the server")
 def test_a_local_file_that_was_closed_survives_a_power_cut(
     user: Account, mount: Mounts, tmp_path: Path
 ) -> None:

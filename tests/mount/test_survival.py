@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from imapfs.model import ROOT, Ino
+from imapfs.store.spool import Spool
 from tests.support.compare import contents, served, shown
 from tests.support.mail import plain
 from tests.support.mounting import DEADLINE, Mount, Mounter, wait_until
@@ -302,3 +304,33 @@ def test_a_flood_of_requests_holds_up_nothing_else(user: Account, mount: Mounter
         os.kill(mounted.pid, signal.SIGTERM)
         mounted.wait_ended()
     assert sorted(served(user).values()) == sorted(plain(n) for n in (0, 1, 2, 10, 11))
+
+
+def test_status_lists_ten_thousand_files_that_were_refused(user: Account, mount: Mounter) -> None:
+    """350 were too many for one extended attribute: status, sync and retry failed when it mattered."""
+    first = mount(user)
+    first.unmount()
+    (place,) = first.cache.glob("*/spool")
+    spool = Spool(place)
+    for number in range(10_000):
+        name = b"file-%05d.eml" % number
+        draft = spool.create(Ino(1 << 40 | number), ROOT, name, (b"INBOX",), 0o600)
+        draft.file.write_bytes(b"Subject: x\r\n\r\n")
+        draft.state, draft.error = "unsent", "the server refuses it: " + "x" * 100
+        draft.save()
+    again = mount(user, cache=first.cache)
+    assert len(os.getxattr(again.path, "user.imapfs.status")) <= 4096
+    assert again.status()["files"] == {"sending": 0, "unsent": 10_000}
+    assert len(again.status()["waiting"]) == 10_000
+
+    def run(command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "imapfs", command, again.path],
+            env=again.environment, capture_output=True, text=True, timeout=DEADLINE,
+        )  # fmt: skip
+
+    done = run("sync")
+    assert (done.returncode, done.stdout.count("INBOX/file-")) == (1, 10_000)
+    done = run("status")
+    assert (done.returncode, done.stderr) == (0, "")
+    again.unmount()

@@ -86,6 +86,8 @@ def test_decoding_gives_the_only_text_of_a_name_or_nothing(raw: bytes) -> None:
 @pytest.mark.parametrize(
     ("component", "entry"),
     [
+        (encode_utf7("a\u202egpj.exe"), "a%E2%80%AEgpj.exe"),
+        (encode_utf7("a\u2066b\u2029c"), "a%E2%81%A6b%E2%80%A9c"),
         (b"INBOX", "INBOX"),
         (b"Entw&APw-rfe", "Entwürfe"),
         (b"R&-D", "R&D"),
