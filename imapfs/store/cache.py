@@ -272,6 +272,14 @@ class Cache:
             ).fetchone()
         return int(uid or 0)
 
+    def uidnext(self, mailbox: Mailbox) -> int:
+        """Return a UIDNEXT that a mailbox has had; 0 if none is known.
+
+        It is that of the last synchronisation, or follows from a message that this mount has put there since.
+        A server that announces a lower one was restored from a backup.
+        """
+        return max(mailbox.uidnext, self.last_uid(mailbox.ino) + 1) if mailbox.uidnext else 0
+
     def counts(self, mailbox: Ino) -> tuple[int, int]:
         """Return the number of messages known, and of those without ``\\Seen``."""
         with self._database.read() as db:

@@ -22,7 +22,7 @@ class ServerMailbox:
     uidvalidity: UidValidity
     """0 until the mailbox was synchronised."""
     uidnext: int
-    """As of the last synchronisation; 0 until then."""
+    """As of the last synchronisation, or of the last message that this mount has put there; 0 until then."""
     modseq: ModSeq
     """HIGHESTMODSEQ as of the last synchronisation; 0 if there is none."""
 
@@ -53,14 +53,15 @@ class Locator:
         name = mailbox and mailbox.selectable_name
         if mailbox is None or name is None:
             raise MailboxGone("this directory is no mailbox")
-        return ServerMailbox(ino, name, mailbox.uidvalidity, mailbox.uidnext, mailbox.modseq)
+        return ServerMailbox(ino, name, mailbox.uidvalidity, self._cache.uidnext(mailbox), mailbox.modseq)
 
     def named(self, name: bytes, uidvalidity: int) -> ServerMailbox:
         """Return the mailbox of that name on the server, with the given UIDVALIDITY. Raises MailboxGone."""
         mailbox = self._cache.mailbox_named(name)
         if mailbox is None:
             raise MailboxGone("the mailbox is gone")
-        return ServerMailbox(mailbox.ino, name, UidValidity(uidvalidity), mailbox.uidnext, mailbox.modseq)
+        uidnext = self._cache.uidnext(mailbox)
+        return ServerMailbox(mailbox.ino, name, UidValidity(uidvalidity), uidnext, mailbox.modseq)
 
     def message(self, ino: Ino, mailbox: Ino | None = None) -> Node:
         """Return the message with that inode number, which must still be in ``mailbox`` if that is given.

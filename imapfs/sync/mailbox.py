@@ -147,6 +147,8 @@ class MailboxRun:
             # Messages with UIDNEXT or a higher UID are known only because this mount has put them there:
             # there may be others before them.
             last = min(last, box.uidnext - 1)
+            # But each proves, as the last synchronisation does, that UIDNEXT was higher.
+            box = box._replace(uidnext=self._on_trio(self._cache.uidnext, box))
         tracked = box.complete and box.modseq and not self._attempts
         try:
             if tracked and session.has("QRESYNC"):

@@ -366,7 +366,7 @@ class Watching:
 
     def _differs(self, box: Mailbox, numbers: Mapping[str, int]) -> bool:
         messages, unseen = self._cache.counts(box.ino)
-        known = {"UIDVALIDITY": box.uidvalidity, "UIDNEXT": box.uidnext, "MESSAGES": messages}
+        known = {"UIDVALIDITY": box.uidvalidity, "UIDNEXT": self._cache.uidnext(box), "MESSAGES": messages}
         if numbers.get("HIGHESTMODSEQ") and box.modseq:
             known["HIGHESTMODSEQ"] = box.modseq
         else:

@@ -216,7 +216,6 @@ def test_a_restored_server_gets_a_message_once(own: Account, mount: Mounts, tmp_
         mounted.unmount()
 
 
-@pytest.mark.xfail(strict=True, reason="point 5: UIDs beyond UIDNEXT say that it went back")
 def test_a_server_that_is_restored_to_what_was_last_listed_shows_what_it_has(
     own: Account, mount: Mounts, tmp_path: Path
 ) -> None:
