@@ -21,11 +21,13 @@ A hierarchy component of a mailbox name is shown in one of these forms, where ``
 
 import hashlib
 import re
+from typing import Final
 
 from imapfs.encoding import decode_utf7, encode_utf7
 
 MAX_NAME = 255
 """Bytes of a directory entry, as statfs says."""
+MESSAGE_SUFFIX: Final = b".eml"
 _MARKER = b"%~"
 _HASH_DIGITS = 16
 
@@ -75,6 +77,11 @@ def entry_name(component: bytes) -> bytes:
 def is_inbox(server_name: bytes | None) -> bool:
     """Whether a mailbox name means INBOX, in any case (RFC 9051 section 5.1)."""
     return server_name is not None and server_name.upper() == b"INBOX"
+
+
+def is_message_name(name: bytes) -> bool:
+    """Return whether a new file with this name becomes a message. Other files stay local."""
+    return name.lower().endswith(MESSAGE_SUFFIX) and not name.startswith(b".")
 
 
 def is_file_name(name: bytes) -> bool:

@@ -40,12 +40,12 @@ from imapfs.fs.refresh import DirectoryRefresher
 from imapfs.fs.replace import Replacement, Replacer
 from imapfs.fs.scratch import ScratchDirectories
 from imapfs.fs.space import Space, SpaceReporter
-from imapfs.fs.tree import MESSAGE_SUFFIX, Entry, MailTree, is_message_name
+from imapfs.fs.tree import Entry, MailTree
 from imapfs.imap.backoff import Connectivity
 from imapfs.imap.pool import SessionPool
 from imapfs.log import report
 from imapfs.model import ROOT, Ino
-from imapfs.names import MAX_NAME, is_inbox, server_component
+from imapfs.names import MAX_NAME, MESSAGE_SUFFIX, is_inbox, is_message_name, server_component
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Mailbox, Node
 from imapfs.store.spool import Base, Draft, DraftState, Spool

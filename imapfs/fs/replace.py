@@ -13,8 +13,9 @@ import time
 from typing import Final
 
 from imapfs.fs.files import Files
-from imapfs.fs.tree import MailTree, is_message_name
+from imapfs.fs.tree import MailTree
 from imapfs.model import Ino
+from imapfs.names import is_message_name
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Node
 from imapfs.store.spool import Base, Draft, Spool

@@ -24,14 +24,8 @@ from imapfs.store.cache import Cache
 from imapfs.store.rows import Node
 from imapfs.store.spool import Base, Draft, Spool
 
-MESSAGE_SUFFIX: Final = b".eml"
 _MAX_PAGE: Final = 500
 """Nodes in one page of a directory."""
-
-
-def is_message_name(name: bytes) -> bool:
-    """Return whether a new file with this name becomes a message. Other files stay local."""
-    return name.lower().endswith(MESSAGE_SUFFIX) and not name.startswith(b".")
 
 
 class Entry(NamedTuple):

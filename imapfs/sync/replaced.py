@@ -12,6 +12,7 @@ import trio
 from imapfs.errors import MailboxGone, MessageGone, OtherMailbox, OtherMessage
 from imapfs.log import report
 from imapfs.model import MessageRef
+from imapfs.names import is_message_name
 from imapfs.store.cache import Cache
 from imapfs.store.journal import Journal
 from imapfs.store.rows import Node
@@ -89,7 +90,9 @@ class ReplacedMessages:
     async def _remove(self, ref: MessageRef) -> None:
         try:
             old = await self._locator.find_listed(ref)
-            if old is not None and old.name is not None and self._cache.is_named(old.parent, ref.uid):
+            # Only an editor renames the message that it replaces, and to no message's name. Any other name
+            # that is still there comes from a cache that is older than the edit.
+            if old is not None and old.name is not None and not is_message_name(old.name):
                 await self.keep_backup(old, old.name)
             if old is not None:
                 await self._mover.remove(old.ino)

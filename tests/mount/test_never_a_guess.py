@@ -412,7 +412,6 @@ def test_files_follow_a_mailbox_that_another_client_has_renamed(
     assert on_server(user, mail("new")) == ["Business"]
 
 
-@pytest.mark.xfail(strict=True, reason="a name that the cache had is taken for that of an editor's backup")
 def test_an_old_version_is_removed_also_when_the_cache_is_an_older_one(
     user: Account, proxy: Proxy, mount: Mounts
 ) -> None:

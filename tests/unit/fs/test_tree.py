@@ -7,8 +7,9 @@ import pytest
 from imapfs.errors import MessageGone, NotADirectory
 from imapfs.fs import tree as module
 from imapfs.fs.events import Place
-from imapfs.fs.tree import Entry, is_message_name
+from imapfs.fs.tree import Entry
 from imapfs.model import ROOT, Ino, Uid
+from imapfs.names import is_message_name
 from tests.support.model import Model
 
 SMALL_PAGE = 3
