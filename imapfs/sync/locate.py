@@ -7,7 +7,7 @@ from imapfs.imap.responses import MailboxState
 from imapfs.imap.session import Session
 from imapfs.model import Ino, MessageRef, ModSeq, Uid, UidValidity
 from imapfs.store.cache import Cache
-from imapfs.store.rows import Node
+from imapfs.store.rows import Mailbox, Node
 from imapfs.sync.identify import is_other, select_known
 from imapfs.sync.synchroniser import Synchroniser
 
@@ -22,9 +22,11 @@ class ServerMailbox:
     uidvalidity: UidValidity
     """0 until the mailbox was synchronised."""
     uidnext: int
-    """As of the last synchronisation, or of the last message that this mount has put there; 0 until then."""
+    """As of the last synchronisation; 0 until then. A search for what has come since begins here."""
     modseq: ModSeq
     """HIGHESTMODSEQ as of the last synchronisation; 0 if there is none."""
+    reached: int
+    """The highest UIDNEXT that is known: a lower one is that of a restored mailbox."""
 
     def ref(self, uid: Uid) -> MessageRef:
         """Return the identity of the message in this mailbox that has ``uid``."""
@@ -37,7 +39,7 @@ class ServerMailbox:
 
     def select(self, session: Session, ref: MessageRef, *, afresh: bool = False) -> MailboxState:
         """In a thread: see `imapfs.sync.identify.select_known`."""
-        return select_known(session, ref, self.uidnext, self.modseq, afresh=afresh)
+        return select_known(session, ref, self.reached, self.modseq, afresh=afresh)
 
 
 class Locator:
@@ -53,15 +55,18 @@ class Locator:
         name = mailbox and mailbox.selectable_name
         if mailbox is None or name is None:
             raise MailboxGone("this directory is no mailbox")
-        return ServerMailbox(ino, name, mailbox.uidvalidity, self._cache.uidnext(mailbox), mailbox.modseq)
+        return self._as_known(mailbox, name, mailbox.uidvalidity)
 
     def named(self, name: bytes, uidvalidity: int) -> ServerMailbox:
         """Return the mailbox of that name on the server, with the given UIDVALIDITY. Raises MailboxGone."""
         mailbox = self._cache.mailbox_named(name)
         if mailbox is None:
             raise MailboxGone("the mailbox is gone")
-        uidnext = self._cache.uidnext(mailbox)
-        return ServerMailbox(mailbox.ino, name, UidValidity(uidvalidity), uidnext, mailbox.modseq)
+        return self._as_known(mailbox, name, UidValidity(uidvalidity))
+
+    def _as_known(self, mailbox: Mailbox, name: bytes, uidvalidity: UidValidity) -> ServerMailbox:
+        reached = self._cache.uidnext(mailbox)
+        return ServerMailbox(mailbox.ino, name, uidvalidity, mailbox.uidnext, mailbox.modseq, reached)
 
     def message(self, ino: Ino, mailbox: Ino | None = None) -> Node:
         """Return the message with that inode number, which must still be in ``mailbox`` if that is given.
