@@ -139,6 +139,8 @@ class MountConfig:
     """A template of `message_names.NameTemplate`, or a short form of one."""
     own_mail: frozenset[str]
     """Paths of the mailboxes that the configuration calls Sent or Drafts."""
+    list_attributes: bool
+    """Whether extended attributes are listed that cannot be set."""
     delete: DeletePolicy
     connections: int
     """Maximum number of IMAP connections, at least 1."""

@@ -277,6 +277,12 @@ SETTINGS: Final = (
         converter=values.size_or_zero,
     ),
     Setting(
+        "list-attributes",
+        "List all extended attributes, not only those that can be set and copied.",
+        "flag",
+        default=False,
+    ),
+    Setting(
         "delete",
         "What rm does outside Trash: move to Trash, or delete permanently.",
         "choice",

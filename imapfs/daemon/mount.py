@@ -135,7 +135,7 @@ def build_model(
         tree, refresher, files, drafts, scratch, replacer, reporter, cache, spool, pool, sync, locator, mover,
         folders, uploader, replaced, config.timeout,
     )  # fmt: skip
-    xattrs = ExtendedAttributes(tree, refresher, cache, spool, pool, flags, uploader)
+    xattrs = ExtendedAttributes(tree, refresher, cache, spool, pool, flags, uploader, config.list_attributes)
     return Model(
         config, pool, cache, bodies, spool, hub, sync, downloads, mover, uploader, replaced, watching, tree,
         files, drafts, fs, xattrs,

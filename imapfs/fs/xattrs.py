@@ -5,6 +5,7 @@
 ``user.mime_type`` follow the freedesktop.org conventions.
 """
 
+import contextlib
 import re
 from collections.abc import Callable
 from functools import partial
@@ -34,6 +35,7 @@ _SYSTEM_FLAGS: Final = {
 }
 _FLAGS: Final = b"user.imap.flags"
 _TAGS: Final = b"user.xdg.tags"
+_WRITABLE: Final = frozenset({_FLAGS, _TAGS, *_SYSTEM_FLAGS})
 _STATE: Final = b"user.imap.state"
 _MAILBOX_NUMBERS: Final = (
     b"user.imap.uidvalidity",
@@ -60,6 +62,7 @@ class ExtendedAttributes:
         pool: SessionPool,
         flags: FlagChanger,
         uploader: Uploader,
+        list_all: bool,
     ) -> None:
         self._tree = tree
         self._refresher = refresher
@@ -68,6 +71,7 @@ class ExtendedAttributes:
         self._pool = pool
         self._flags = flags
         self._uploader = uploader
+        self.lists_all = list_all
 
     # -- reading -------------------------------------------------------------------------------------------
 
@@ -86,10 +90,16 @@ class ExtendedAttributes:
             raise NoAttribute("no such attribute") from None
 
     def names(self, ino: Ino) -> list[bytes]:
-        """Return the names of the attributes, without asking the server."""
+        """Return the names of the attributes, without asking the server.
+
+        Programs that copy attributes set all that are listed, and fail if one cannot be set. So the others
+        are listed only if the user wants that; they can be read in any case.
+        """
         found = self._file(ino)
         if found is not None:
-            return list(found)
+            return [name for name in found if self.lists_all or name in _WRITABLE]
+        if not self.lists_all:
+            return []
         names: list[bytes] = []
         mailbox = self._cache.mailbox(self._tree.node(ino).ino)
         if mailbox is not None and mailbox.server_name is not None:
@@ -146,7 +156,14 @@ class ExtendedAttributes:
             else:
                 self._retry(ino)
             return
-        await self._change(ino, _change(name, value))
+        try:
+            change = _change(name, value)
+        except NotSupported:
+            with contextlib.suppress(NoAttribute):
+                if await self.get(ino, name) == value:
+                    return  # a program copies it to where it is already
+            raise
+        await self._change(ino, change)
 
     async def remove(self, ino: Ino, name: bytes) -> None:
         """Remove an attribute, which removes the flags that it stands for."""

@@ -490,10 +490,16 @@ class Adapter(pyfuse3.Operations):
         raise FUSEError(errno.EPERM)
 
     @handler
-    def mknod(
+    async def mknod(
         self, parent_inode: InodeT, name: bytes, mode: int, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
-        raise FUSEError(errno.EPERM)
+        if not stat.S_ISREG(mode):
+            raise FUSEError(errno.EPERM)
+        # As `tar --xattrs` makes files.
+        with self._events.request((parent_inode, name)):
+            attributes = await self._fs.create(Ino(parent_inode), name, stat.S_IMODE(mode) & ~ctx.umask)
+        self._fs.release(attributes.ino, writing=True)
+        return self._known(attributes)
 
     # -- extended attributes -------------------------------------------------------------------------------
 
@@ -506,7 +512,7 @@ class Adapter(pyfuse3.Operations):
     @handler
     def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[bytes]:
         names = self._xattrs.names(Ino(inode))
-        return [STATUS, *names] if inode == ROOT else names
+        return [STATUS, *names] if inode == ROOT and self._xattrs.lists_all else names
 
     @handler
     async def setxattr(self, inode: InodeT, name: bytes, value: bytes, ctx: RequestContext) -> None:

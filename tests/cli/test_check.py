@@ -85,6 +85,7 @@ def look(tmp_path: Path) -> Callable[..., Report]:
             fetch_ahead=0,
             names="subject",
             own_mail=frozenset(),
+            list_attributes=False,
             delete="trash",
             connections=2,
             timeout=timeout,

@@ -226,7 +226,7 @@ def test_extended_attributes_of_a_message(user: Account, mount: Mounter) -> None
         b"Message-ID: <1@example.com>\r\n\r\nbody\r\n"
     )
     uid = user.append("INBOX", message, DATE, "\\Seen \\Answered $Work later")
-    mounted = mount(user)
+    mounted = mount(user, "--list-attributes")
     (path,) = (mounted.path / "INBOX").iterdir()
     found = {name: os.getxattr(path, name).decode() for name in os.listxattr(path)}
     assert set(found.pop("user.imap.flags").split()) == {"\\Seen", "\\Answered", "$Work", "later"}
@@ -250,9 +250,26 @@ def test_extended_attributes_of_a_message(user: Account, mount: Mounter) -> None
     assert 'user.imap.seen="1"' in run("getfattr", "--absolute-names", "-d", path)
 
 
+def test_only_attributes_that_can_be_copied_are_listed(user: Account, mount: Mounter) -> None:
+    """Else rsync -X and tar --xattrs fail at what nobody can set."""
+    user.append("INBOX", plain(1), DATE, "\\Seen $Work")
+    mounted = mount(user)
+    (path,) = (mounted.path / "INBOX").iterdir()
+    flags = [f"user.imap.{name}" for name in ("seen", "answered", "flagged", "deleted", "draft", "flags")]
+    assert sorted(os.listxattr(path)) == sorted([*flags, "user.xdg.tags"])
+    assert os.listxattr(mounted.path / "INBOX") == os.listxattr(mounted.path) == []
+    for name in os.listxattr(path):
+        os.setxattr(path, name, os.getxattr(path, name))
+    uid = os.getxattr(path, "user.imap.uid")
+    os.setxattr(path, "user.imap.uid", uid)
+    with pytest.raises(OSError) as raised:
+        os.setxattr(path, "user.imap.uid", b"7")
+    assert raised.value.errno == errno.EOPNOTSUPP
+
+
 @pytest.mark.parametrize("listed", [False, True])
 def test_extended_attributes_of_a_directory(sample: Account, mount: Mounter, listed: bool) -> None:
-    mounted = mount(sample)
+    mounted = mount(sample, "--list-attributes")
     directory = mounted.path / "Projects" / "Zürich"
     if listed:
         assert len(list(directory.iterdir())) == 3
@@ -269,7 +286,7 @@ def test_extended_attributes_of_a_directory(sample: Account, mount: Mounter, lis
 
 
 def test_special_use_and_status_are_extended_attributes(user: Account, mount: Mounter) -> None:
-    mounted = mount(user)
+    mounted = mount(user, "--list-attributes")
     for name in SPECIAL_USE:
         assert os.getxattr(mounted.path / name, "user.imap.special_use").decode() == f"\\{name}"
     status = json.loads(os.getxattr(mounted.path, "user.imapfs.status"))

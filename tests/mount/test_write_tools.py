@@ -657,3 +657,21 @@ def test_an_editor_that_makes_a_new_message(user: Account, mounted: Mount) -> No
     run("vim", "-u", "NONE", "-i", "NONE", "-N", "--not-a-term", "-c", "normal iA: b", "-c", "wq", target)
     mounted.unmount()
     assert sorted(m.content for m in everything(user)["Work"]) == sorted([plain(4), b"A: b\r\n"])
+
+
+def test_attributes_go_with_copies_by_rsync_and_tar(user: Account, mounted: Mount, tmp_path: Path) -> None:
+    shell("mkdir $1/A $1/B; ls $1/INBOX; setfattr -n user.xdg.tags -v work $1/INBOX/*.1.eml", mounted.path)
+    shell(
+        "rsync -aX $1/INBOX/ $1/A/ && rsync -aX $1/INBOX/ $2/ && rsync -aX $1/INBOX/ $1/A/",
+        mounted.path,
+        tmp_path,
+    )
+    shell(
+        "tar -C $1/INBOX --xattrs -cf $2/x.tar . && tar -C $1/B --xattrs -xf $2/x.tar", mounted.path, tmp_path
+    )
+    run(sys.executable, "-m", "imapfs", "sync", mounted.path)
+    found = everything(user)
+    expected = sorted((message.content, frozenset(message.flags)) for message in found["INBOX"])
+    assert len(expected) == 3
+    for copy in ("A", "B"):
+        assert sorted((one.content, frozenset(one.flags)) for one in found[copy]) == expected

@@ -300,6 +300,7 @@ class ModelTree(FileTree):
             fetch_ahead=0,
             names="subject",
             own_mail=frozenset(),
+            list_attributes=False,
             delete=delete,
             connections=4,
             timeout=DEADLINE,
