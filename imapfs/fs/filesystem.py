@@ -395,6 +395,8 @@ class Filesystem:
             draft.state, draft.base = "local", None
         elif draft.state == "local" or (draft.state == "unsent" and (draft.rescued or draft.parent != there)):
             draft.state, draft.dirty = "open", True
+            # So that a kill before it is submitted leaves a complete file.
+            draft.closed = draft.size > 0 and not self._files.is_written(draft.ino)
         self._spool.rename(draft, there, new_name, self._cache.path(there))
         self._cache.touch_directory(before.parent)
         self._cache.touch_directory(there)
@@ -416,6 +418,7 @@ class Filesystem:
         except ImapfsError:
             # The draft goes back to where it was: a rename either succeeds or changes nothing.
             draft.state = "unsent" if before.state == "sending" else before.state
+            draft.closed = False
             draft.base = before.base
             self._spool.rename(draft, before.parent, before.name, before.path)
             if is_version:
