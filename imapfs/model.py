@@ -142,6 +142,8 @@ class MountConfig:
     list_attributes: bool
     """Whether extended attributes are listed that cannot be set."""
     delete: DeletePolicy
+    trash: str | None
+    """Path of the mailbox that rm moves to; None for the one that the server marks, or that is called so."""
     connections: int
     """Maximum number of IMAP connections, at least 1."""
     timeout: float

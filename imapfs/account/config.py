@@ -245,6 +245,7 @@ def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config
         "mountpoint": mountinfo.real_path(mountpoint),
         "read_only": read_only,
         "fuse_options": fuse_options,
+        "trash": located.options.get("trash"),
         "own_mail": frozenset(filter(None, map(located.options.get, ("sent", "drafts")))),
         "spool_dir": None if is_elsewhere else platformdirs.user_data_path("imapfs"),
     }

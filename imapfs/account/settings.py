@@ -290,6 +290,14 @@ SETTINGS: Final = (
         choices=get_args(DeletePolicy),
     ),
     Setting(
+        "trash",
+        "The mailbox that rm moves to.",
+        "text",
+        "PATH",
+        default_shown="the one that the server marks, or that is called Trash",
+        converter=values.mailbox,
+    ),
+    Setting(
         "names",
         "How files are named: subject (2026-11-20_1432_Alice_Report.1234.eml), uid (1234.eml), or a template "
         "of {date} {time} {from} {to} {subject} {uid}.",

@@ -49,6 +49,7 @@ from imapfs.sync.move import Mover
 from imapfs.sync.prefetch import Prefetcher
 from imapfs.sync.replaced import ReplacedMessages
 from imapfs.sync.synchroniser import Synchroniser
+from imapfs.sync.trash import TrashFinder
 from imapfs.sync.upload import Uploader
 from imapfs.sync.watching import Watching
 
@@ -116,9 +117,10 @@ def build_model(
     downloads = Downloader(pool, cache, bodies, sync, background, hub)
     prefetcher = Prefetcher(cache, downloads.prefetch, config.fetch_ahead)
     locator = Locator(cache, sync)
-    mover = Mover(pool, cache, sync, locator, journal, config.delete, hub)
+    trash = TrashFinder(cache, config.trash)
+    folders = Folders(pool, cache, sync, locator, trash)
+    mover = Mover(pool, cache, sync, locator, journal, config.delete, trash, folders, hub)
     flags = FlagChanger(pool, cache, sync, locator, hub)
-    folders = Folders(pool, cache, sync, locator)
     replaced = ReplacedMessages(cache, spool, journal, locator, mover, downloads, background, hub)
     uploader = Uploader(
         pool, cache, bodies, spool, journal, sync, locator, replaced, flags, downloads, background, hub

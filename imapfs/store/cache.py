@@ -170,6 +170,18 @@ class Cache:
             ).fetchone()
         return Ino(row[0]) if row else None
 
+    @property
+    def made_trash(self) -> bytes | None:
+        """The server's name of the Trash that was made here; None if there is none."""
+        with self._database.read() as db:
+            row = db.execute("SELECT value FROM meta WHERE key = 'made_trash'").fetchone()
+        return bytes(row[0]) if row else None
+
+    def note_made_trash(self, server_name: bytes) -> None:
+        """Note that this mount has made the Trash."""
+        with self._database.write() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('made_trash', ?)", (server_name,))
+
     def path(self, ino: Ino) -> tuple[bytes, ...]:
         """Return the names from the root down to a directory; () for the root."""
         names: list[bytes] = []

@@ -11,6 +11,7 @@ from imapfs.model import Ino
 from imapfs.store.cache import Cache
 from imapfs.sync.locate import Locator
 from imapfs.sync.synchroniser import Synchroniser
+from imapfs.sync.trash import TrashFinder
 
 log = logging.getLogger(__name__)
 
@@ -20,11 +21,14 @@ T = TypeVar("T")
 class Folders:
     """Creates, deletes and renames mailboxes. Raises ImapfsError."""
 
-    def __init__(self, pool: SessionPool, cache: Cache, sync: Synchroniser, locator: Locator) -> None:
+    def __init__(
+        self, pool: SessionPool, cache: Cache, sync: Synchroniser, locator: Locator, trash: TrashFinder
+    ) -> None:
         self._pool = pool
         self._cache = cache
         self._sync = sync
         self._locator = locator
+        self._trash = trash
 
     async def create(self, server_name: bytes) -> None:
         """Create a mailbox; its directory is there when this returns."""
@@ -51,7 +55,8 @@ class Folders:
         and change nothing, if there is anything else in it, or no Trash that it is outside of.
         """
         deleted = self._cache.count_if_hidden(ino)
-        trash = self._cache.special_use("\\Trash")
+        found = self._trash.find()
+        trash = found and found.ino
         target = None if trash is None else self._cache.mailbox(trash)
         mailbox = self._cache.mailbox(ino)
         if not deleted or trash is None or target is None or target.server_name is None or mailbox is None:

@@ -19,6 +19,7 @@ from imapfs.errors import (
     ImapfsError,
     MailboxGone,
     MessageGone,
+    NotPermitted,
     OtherMessage,
     Refused,
     Throttled,
@@ -32,9 +33,11 @@ from imapfs.store.cache import Cache
 from imapfs.store.journal import Journal, PendingMove
 from imapfs.store.rows import Details, Node
 from imapfs.sync.changes import ChangeHub, Changes
+from imapfs.sync.folders import Folders
 from imapfs.sync.identify import Fingerprint, find_copy, find_same, select_known
 from imapfs.sync.locate import Locator, ServerMailbox
 from imapfs.sync.synchroniser import Synchroniser
+from imapfs.sync.trash import NAME, Trash, TrashFinder
 from imapfs.waiting import Delays, Flag
 
 log = logging.getLogger(__name__)
@@ -60,6 +63,8 @@ class Mover:
         locator: Locator,
         journal: Journal,
         policy: DeletePolicy,
+        trash: TrashFinder,
+        folders: Folders,
         hub: ChangeHub,
     ) -> None:
         self._pool = pool
@@ -68,6 +73,8 @@ class Mover:
         self._locator = locator
         self._journal = journal
         self._policy = policy
+        self._trash = trash
+        self._folders = folders
         self._hub = hub
         self._interrupted = Flag()
         if journal.interrupted:
@@ -101,11 +108,19 @@ class Mover:
     async def remove(self, ino: Ino) -> None:
         """Delete a message as the account's policy says: move it to Trash, or expunge it.
 
-        Raises ImapfsError.
+        If there is no Trash, one is made. Raises NotPermitted if that cannot be, or if the message is in what
+        is only called like a Trash; ImapfsError.
         """
         node = self._locator.message(ino)
-        trash = self._cache.special_use("\\Trash")
-        if self._policy == "trash" and trash is not None and not self._is_within(node.parent, trash):
+        found = await self._find_trash() if self._policy == "trash" else None
+        trash = found and found.ino
+        if found is not None and not found.is_sure and self._is_within(node.parent, found.ino):
+            path = b"/".join(self._cache.path(found.ino)).decode("utf-8", "replace")
+            raise NotPermitted(
+                f"{path} is taken for the Trash because of its name: to delete in it for good, set trash = "
+                f'"{path}" in the configuration file'
+            )
+        if trash is not None and not self._is_within(node.parent, trash):
             async with self._sync.changing(node.parent, trash):
                 node = self._locator.message(ino, node.parent)
                 moved = await self._transfer(node, trash)
@@ -128,6 +143,25 @@ class Mover:
             except MessageGone:
                 expunged = True
             self._remove(node, stays=not expunged)
+
+    async def _find_trash(self) -> Trash:
+        """Return the Trash; make one if there is none. Raises NotPermitted, ConnectionLost."""
+        found = self._trash.find()
+        if found is None and self._trash.may_make:
+            name = self._sync.prefix + NAME
+            try:
+                await self._folders.create(name)
+            except (ConnectionLost, Throttled):
+                raise
+            except ImapfsError as error:
+                raise NotPermitted(f"there is no Trash, and none can be made: {error}") from None
+            self._cache.note_made_trash(name)
+            found = self._trash.find()
+        if found is None:
+            raise NotPermitted(
+                "there is no Trash: set trash in the configuration file to a mailbox that is there"
+            )
+        return found
 
     def _is_within(self, ino: Ino, ancestor: Ino) -> bool:
         path, top = self._cache.path(ino), self._cache.path(ancestor)

@@ -87,6 +87,7 @@ def look(tmp_path: Path) -> Callable[..., Report]:
             own_mail=frozenset(),
             list_attributes=False,
             delete="trash",
+            trash=None,
             connections=2,
             timeout=timeout,
             poll=60.0,
@@ -410,7 +411,7 @@ def test_each_absent_extension_has_its_cost(user: Account, look: Look) -> None:
     assert all(finding.detail.split(": ")[1] for finding in report.of("capabilities")[1:])
     warned = [warning.detail for warning in report.warnings]
     assert any(detail.startswith("no UIDPLUS") for detail in warned)
-    assert any("rm deletes messages permanently" in detail for detail in warned)
+    assert any("rm moves to Trash, because of its name" in detail for detail in warned)
     assert all(finding.status != "failed" for finding in report.findings)
 
 

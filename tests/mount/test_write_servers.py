@@ -1,5 +1,6 @@
 """Writing to servers that lack what makes it easy: extensions refused by a proxy, and Courier as it is."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -43,8 +44,8 @@ class Kind:
     moves: bool
     expunges: bool
     """Whether it can expunge one message alone."""
-    has_trash: bool
-    """Whether it says which mailbox is Trash."""
+    marks_trash: bool
+    """Whether it says which mailbox is Trash. If not, one is known by its name, or made."""
 
     def deleted(self, message: Held) -> list[Held]:
         """What is left of a message that was deleted for good."""
@@ -53,10 +54,6 @@ class Kind:
     def moved(self, message: Held) -> list[Held]:
         """What is left of a message that was moved away."""
         return [] if self.moves else self.deleted(message)
-
-    def trashed(self, message: Held) -> list[Held]:
-        """What is left of a message that was deleted by the policy."""
-        return self.moved(message) if self.has_trash else self.deleted(message)
 
 
 @pytest.fixture(scope="module")
@@ -153,14 +150,13 @@ def test_mv_to_another_directory(kind: Kind, start: Callable[..., Mount]) -> Non
     assert os.listdir(again.path / "Work") == ["moved.eml"]
 
 
-def test_rm_moves_to_trash_or_deletes(kind: Kind, start: Callable[..., Mount]) -> None:
+def test_rm_moves_to_trash(kind: Kind, start: Callable[..., Mount]) -> None:
     mounted = start()
     the_file(mounted.path / "INBOX", ONE).unlink()
     assert visible(mounted, "INBOX") == [TWO.content]
-    trash = [ONE] if kind.has_trash else []
-    assert visible(mounted, "Trash") == [m.content for m in trash]
+    assert visible(mounted, "Trash") == [ONE.content]
     mounted.unmount()
-    assert everything(kind.account) == contents(kind, INBOX=[TWO, *kind.trashed(ONE)], Trash=trash)
+    assert everything(kind.account) == contents(kind, INBOX=[TWO, *kind.moved(ONE)], Trash=[ONE])
 
 
 def test_rm_for_good_leaves_what_others_marked_as_deleted(kind: Kind, start: Callable[..., Mount]) -> None:
@@ -213,9 +209,8 @@ def test_saving_over_a_message_replaces_it(kind: Kind, start: Callable[..., Moun
     drain(mounted)
     assert visible(mounted, "INBOX") == sorted([plain(4), TWO.content])
     mounted.unmount()
-    trash = [ONE] if kind.has_trash else []
     saved = ONE._replace(content=plain(4))
-    assert everything(kind.account) == contents(kind, INBOX=[saved, TWO, *kind.trashed(ONE)], Trash=trash)
+    assert everything(kind.account) == contents(kind, INBOX=[saved, TWO, *kind.moved(ONE)], Trash=[ONE])
 
 
 def test_flags(kind: Kind, start: Callable[..., Mount]) -> None:
@@ -252,3 +247,44 @@ def test_directories(kind: Kind, start: Callable[..., Mount]) -> None:
     assert everything(kind.account) == contents(
         kind, INBOX=[ONE, TWO], **{"Old/Sub & Söhne": [message(5, LATER)]}
     )
+
+
+# ---- which mailbox is the Trash
+
+
+def test_a_trash_that_is_known_by_its_name_only_takes_mail_in(user: Account, mount: Mounter) -> None:
+    user.deliver("INBOX", [(plain(1), LATER, ""), (plain(2), LATER, "")])
+    with Proxy(user.server, hide=["SPECIAL-USE"]) as proxy:
+        mounted = mount(proxy.account(user))
+        for path in sorted((mounted.path / "INBOX").iterdir()):
+            path.unlink()
+        first, second = sorted((mounted.path / "Trash").iterdir())
+        with pytest.raises(OSError) as raised:
+            first.unlink()
+        assert raised.value.errno == errno.EPERM
+        mounted.unmount()
+        named = mount(proxy.account(user), "--trash", "Trash", cache=mounted.cache)
+        (named.path / "Trash" / first.name).unlink()
+        assert os.listdir(named.path / "Trash") == [second.name]
+        named.unmount()
+        other = mount(proxy.account(user), "--trash", "Nowhere", cache=mounted.cache)
+        with pytest.raises(OSError) as raised:
+            (other.path / "Trash" / second.name).unlink()
+        assert raised.value.errno == errno.EPERM
+        other.unmount()
+
+
+def test_a_trash_is_made_where_there_is_none(courier: Courier, mount: Mounter) -> None:
+    user = courier.account("maker")
+    user.deliver("INBOX", [(plain(1), LATER, ""), (plain(2), LATER, "")])
+    with user.client() as client:
+        assert client.delete(user.server_name("Trash"))[0] == "OK"
+    mounted = mount(user)
+    assert "Trash" not in os.listdir(mounted.path)
+    first, _ = sorted((mounted.path / "INBOX").iterdir())
+    first.unlink()
+    (trashed,) = (mounted.path / "Trash").iterdir()
+    assert trashed.read_bytes() == plain(1)
+    trashed.unlink()
+    assert os.listdir(mounted.path / "Trash") == []
+    mounted.unmount()

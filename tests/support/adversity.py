@@ -305,6 +305,10 @@ class AdverseWorld(World):
     def _check_locals(self) -> None:
         for (place, name), content in list(self._locals.items()):
             path = self.root / place / name
+            if not path.exists() and (self.root / name).exists():
+                # Another client has renamed the mailbox, and nothing proves it: it was moved to the top.
+                path = self.root / name
+                self._uncertain.add((place, name))
             there = path.read_bytes() if path.exists() else None
             if (place, name) in self._uncertain and (there is None or content.startswith(there)):
                 if there is not None:

@@ -302,6 +302,7 @@ class ModelTree(FileTree):
             own_mail=frozenset(),
             list_attributes=False,
             delete=delete,
+            trash=None,
             connections=4,
             timeout=DEADLINE,
             poll=300,

@@ -9,6 +9,7 @@ from imapfs.errors import Refused
 from imapfs.model import ROOT
 from imapfs.sync.folders import Folders
 from imapfs.sync.locate import Locator
+from imapfs.sync.trash import TrashFinder
 from tests.support.mail import plain
 from tests.support.mailboxes import everything, mailboxes
 from tests.support.mirror import Mirror, mirror
@@ -29,7 +30,8 @@ def proxy(user: Account) -> Iterator[Proxy]:
 
 
 def folders(here: Mirror) -> Folders:
-    return Folders(here.pool, here.cache, here.sync, Locator(here.cache, here.sync))
+    locator = Locator(here.cache, here.sync)
+    return Folders(here.pool, here.cache, here.sync, locator, TrashFinder(here.cache, None))
 
 
 def cut(proxy: Proxy, command: bytes, point: Point | None) -> None:

@@ -8,8 +8,10 @@ import pytest
 from imapfs.errors import ConnectionLost, MessageGone, Refused
 from imapfs.model import DeletePolicy, Ino
 from imapfs.store.journal import Journal
+from imapfs.sync.folders import Folders
 from imapfs.sync.locate import Locator
 from imapfs.sync.move import Mover
+from imapfs.sync.trash import TrashFinder
 from tests.support.mail import plain
 from tests.support.mailboxes import Held, everything, in_order
 from tests.support.mirror import Mirror, mirror
@@ -58,7 +60,9 @@ def without_move(filled: Account) -> Iterator[Proxy]:
 def mover(here: Mirror, policy: DeletePolicy = "trash") -> Mover:
     locator = Locator(here.cache, here.sync)
     journal = Journal(here.cache.directory / "journal.json")
-    return Mover(here.pool, here.cache, here.sync, locator, journal, policy, here.hub)
+    trash = TrashFinder(here.cache, None)
+    folders = Folders(here.pool, here.cache, here.sync, locator, trash)
+    return Mover(here.pool, here.cache, here.sync, locator, journal, policy, trash, folders, here.hub)
 
 
 def journalled(here: Mirror) -> int:

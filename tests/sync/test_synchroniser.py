@@ -21,10 +21,12 @@ from imapfs.store.journal import Journal
 from imapfs.store.rows import Body, Directory, NewMessage, Node
 from imapfs.sync.changes import ChangeHub
 from imapfs.sync.flags import FlagChanger
+from imapfs.sync.folders import Folders
 from imapfs.sync.identify import find_moved
 from imapfs.sync.locate import Locator
 from imapfs.sync.mailbox_list import plan_tree
 from imapfs.sync.move import Mover
+from imapfs.sync.trash import TrashFinder
 from tests.conftest import ExpectedLog
 from tests.support import compare
 from tests.support.accounts import hide, pool, until
@@ -357,7 +359,11 @@ async def test_message_that_another_client_moves_meanwhile_is_not_changed(
         ino, _, _ = here.messages()[1]
         journal = Journal(tmp_path / "journal.json")
         locator = Locator(here.cache, here.sync)
-        mover = Mover(connections, here.cache, here.sync, locator, journal, "expunge", ChangeHub())
+        trash = TrashFinder(here.cache, None)
+        folders = Folders(connections, here.cache, here.sync, locator, trash)
+        mover = Mover(
+            connections, here.cache, here.sync, locator, journal, "expunge", trash, folders, ChangeHub()
+        )
         flags = FlagChanger(connections, here.cache, here.sync, locator, ChangeHub())
         outcomes = []
 

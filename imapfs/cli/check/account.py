@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Self
 
 from imapfs.account.values import show_size
@@ -14,7 +14,9 @@ from imapfs.imap.connect import tls_context
 from imapfs.imap.grammar import ListEntry
 from imapfs.imap.session import Session
 from imapfs.model import CredentialProvider, MountConfig
+from imapfs.store.rows import Directory
 from imapfs.sync.mailbox_list import display_name, plan_tree
+from imapfs.sync.trash import is_called_trash
 
 _MAX_SPEND_SECONDS: Final = 15.0
 """Maximum time for opening connections, and for fetching the sample."""
@@ -118,12 +120,27 @@ class AccountSteps:
         yield Result(
             "ok", ", ".join(f"{use} is {uses[use]}" for use in sorted(uses)) or "no special-use mailboxes"
         )
-        if "\\Trash" not in uses and self._config.delete == "trash" and not self._config.read_only:
-            yield Result(
-                "warning",
-                "no mailbox is marked as \\Trash: rm deletes messages permanently",
-                "have the server mark one, if it can; or use --read-only",
-            )
+        if self._config.delete == "trash" and not self._config.read_only:
+            yield self._trash(tree, marked="\\Trash" in uses)
+
+    def _trash(self, tree: Sequence[Directory], *, marked: bool) -> Result:
+        """Say where rm moves messages to, and why."""
+        named = self._config.trash
+        if named is not None:
+            if any(directory.path == _path(named) for directory in tree):
+                return Result("ok", f"rm moves to {named}, as configured")
+            return Result("warning", f"there is no mailbox {named}: rm is refused", "correct trash")
+        if marked:
+            return Result("ok", "rm moves to the mailbox that the server marks as \\Trash")
+        for directory in tree:
+            if directory.selectable and is_called_trash(directory.path):
+                path = b"/".join(directory.path).decode("utf-8", "replace")
+                return Result(
+                    "warning",
+                    f"no mailbox is marked as \\Trash: rm moves to {path}, because of its name",
+                    f'to delete in it as well, set trash = "{path}"',
+                )
+        return Result("ok", "the server has no Trash: the first rm makes one")
 
     def quota(self) -> Iterator[Result]:
         found = self._live().quota(b"INBOX")
