@@ -274,17 +274,27 @@ def test_a_trash_that_is_known_by_its_name_only_takes_mail_in(user: Account, mou
         other.unmount()
 
 
-def test_a_trash_is_made_where_there_is_none(courier: Courier, mount: Mounter) -> None:
-    user = courier.account("maker")
+def test_a_trash_is_made_where_there_is_none(user: Account, mount: Mounter) -> None:
+    """Dovecot has one, which is not shown before it is made."""
+
+    def without(line: bytes) -> bytes:
+        is_made = any(command.startswith(b"CREATE") for command in proxy.commands())
+        return b"" if line.startswith(b"* LIST") and b"Trash" in line and not is_made else line
+
     user.deliver("INBOX", [(plain(1), LATER, ""), (plain(2), LATER, "")])
-    with user.client() as client:
-        assert client.delete(user.server_name("Trash"))[0] == "OK"
-    mounted = mount(user)
-    assert "Trash" not in os.listdir(mounted.path)
-    first, _ = sorted((mounted.path / "INBOX").iterdir())
-    first.unlink()
-    (trashed,) = (mounted.path / "Trash").iterdir()
-    assert trashed.read_bytes() == plain(1)
-    trashed.unlink()
-    assert os.listdir(mounted.path / "Trash") == []
-    mounted.unmount()
+    with Proxy(user.server, hide=["SPECIAL-USE"], edits=[without]) as proxy:
+        mounted = mount(proxy.account(user))
+        assert "Trash" not in os.listdir(mounted.path)
+        proxy.fault(b"CREATE", b"NO Not allowed", at="command")
+        first, second = sorted((mounted.path / "INBOX").iterdir())
+        with pytest.raises(OSError) as raised:
+            second.unlink()
+        assert raised.value.errno == errno.EPERM
+        proxy.fault(b"CREATE", b"OK Made", at="command")
+        first.unlink()
+        (trashed,) = (mounted.path / "Trash").iterdir()
+        assert trashed.read_bytes() == plain(1)
+        # It is no guess that this is the Trash.
+        trashed.unlink()
+        assert os.listdir(mounted.path / "Trash") == []
+        mounted.unmount()
