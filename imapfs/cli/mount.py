@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -84,8 +85,11 @@ def umount(mountpoint: Path | None, directory: Path | None) -> None:
     from imapfs.daemon import control
 
     progress = UploadProgress("Ctrl-C unmounts now; the next mount uploads them")
+    waiting: list[dict[str, Any]] = []
     try:
-        control.sync(mountpoint, progress.show)
+        waiting = control.sync(mountpoint, progress.show)
+        for one in waiting:
+            click.echo(one_line(f"{one['path']}: {one['state']}: {one['error'] or 'not uploaded yet'}"))
         for path in control.scratch(mountpoint):
             click.echo(one_line(f"{path}: in a scratch directory, and so on this computer only"))
     except KeyboardInterrupt:
@@ -93,6 +97,12 @@ def umount(mountpoint: Path | None, directory: Path | None) -> None:
     except ImapfsError:
         pass  # The daemon is dead or stuck; unmount() says so.
     control.unmount(mountpoint)
+    if waiting:
+        number = "1 file is" if len(waiting) == 1 else f"{len(waiting)} files are"
+        raise ImapfsError(
+            f"unmounted, but {number} not on the server",
+            remedy="safe on this computer; the next mount shows and uploads what is missing",
+        )
 
 
 # ---- All accounts at once

@@ -3,8 +3,9 @@
 import json
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -13,6 +14,8 @@ from imapfs.cli.parameters import LIVE_MOUNT
 from imapfs.cli.progress import UploadProgress
 from imapfs.errors import ImapfsError
 from imapfs.log import one_line
+
+_MAX_MAILBOXES: Final = 10
 
 
 @click.command()
@@ -54,7 +57,8 @@ def sync(mountpoint: Path) -> None:
         click.echo(one_line(f"{one['path']}: {one['state']}: {one['error'] or 'not uploaded yet'}"))
     if waiting:
         raise ImapfsError(
-            f"{len(waiting)} files are not on the server: 'imapfs retry {mountpoint}' retries refused uploads"
+            f"not on the server: {_count(len(waiting), 'file')}",
+            remedy=f"'imapfs retry {mountpoint}' tries refused uploads again",
         )
 
 
@@ -64,7 +68,8 @@ def retry(mountpoint: Path) -> None:
     """Upload again what the server refused."""
     from imapfs.daemon import control
 
-    click.echo(f"{control.retry(mountpoint)} files are being uploaded again")
+    number = control.retry(mountpoint)
+    click.echo(f"uploaded again: {_count(number, 'file')}" if number else "there is no refused upload")
 
 
 def _status_or_reason(mount: mountinfo.Mount) -> dict[str, Any]:
@@ -78,33 +83,85 @@ def _status_or_reason(mount: mountinfo.Mount) -> dict[str, Any]:
         return {**known, "state": "unavailable", "reason": str(error)}
 
 
-def _rows(status: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield a name and a value for each field, including fields that only a newer daemon has."""
-    for key, value in status.items():
-        if isinstance(value, dict):
-            yield from _rows(value, f"{prefix}{key} ")
-            continue
-        # A "limit" beside a number of bytes is one as well.
-        in_bytes = key == "bytes" or (key == "limit" and "bytes" in status)
-        yield f"{prefix}{key}".replace("_", " "), one_line(_readable(value, in_bytes))
+def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield a label and a text for each line. A daemon of another version may know less."""
+    yield "account", str(status.get("source", "unknown"))
+    mounted = f"{status.get('mountpoint', '')} (process {status.get('pid', 'unknown')}"
+    yield "mounted on", mounted + (", read-only)" if status.get("read_only") else ")")
+    yield "server", _server(status)
+    yield "new mail", _push(status.get("push") or {})
+    connections = status.get("connections") or {}
+    yield "connections", f"{connections.get('open', 0)} of {connections.get('limit', 0)}"
+    for box in status.get("mailboxes", [])[:_MAX_MAILBOXES]:
+        yield f"  {box['path']}", f"{box['unseen']} unread of {box['messages']}"
+    yield "cache", _cache(status.get("cache") or {})
+    files = status.get("files") or {}
+    waiting = status.get("waiting", [])
+    number = max(len(waiting), sum(files.values()))
+    yield "not sent", _count(number, "file") if number else "nothing"
+    for one in waiting:
+        yield f"  {one['path']}", f"{one['state']}: {one['error'] or 'not uploaded yet'}"
+    for one in status.get("scratch", []):
+        yield f"  {one['path']}", "in a scratch directory, and so on this computer only"
+    for path in status.get("kept", []):
+        yield f"  {path}", "is on the server, which has changed it: compare, then delete this copy"
+    yield "spool", str(status.get("spool", ""))
 
 
-def _readable(value: object, in_bytes: bool) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if in_bytes and isinstance(value, int):
-        from imapfs.account.values import show_size
+def _server(status: dict[str, Any]) -> str:
+    state = str(status.get("state", "unknown"))
+    text = state + _since(status.get("since"))
+    if status.get("reason"):
+        text += f": {status['reason']}"
+    wait = status.get("retry_in")
+    return text if wait is None else f"{text}; next attempt in {_duration(float(wait))}"
 
-        return show_size(value)
-    return value if isinstance(value, str) else json.dumps(value)
+
+def _since(time: object) -> str:
+    try:
+        began = datetime.fromisoformat(str(time))
+    except ValueError:
+        return ""
+    if began.tzinfo is None:
+        return ""
+    return f" for {_duration((datetime.now(UTC) - began).total_seconds())}"
+
+
+def _duration(seconds: float) -> str:
+    for length, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= 2 * length:
+            return _count(int(seconds // length), unit)
+    return _count(max(0, round(seconds)), "second")
+
+
+def _push(push: dict[str, Any]) -> str:
+    if not push:
+        return "unknown"
+    every = f"asked for every {_duration(float(push.get('poll') or 0))}"
+    if push.get("by") == "notify":
+        return "announced by the server, in all mailboxes"
+    if push.get("by") == "idle":
+        return f"announced by the server in {', '.join(push.get('idle', []))}; elsewhere {every}"
+    return every
+
+
+def _cache(cache: dict[str, Any]) -> str:
+    from imapfs.account.values import show_size
+
+    size = f"{show_size(int(cache.get('bytes', 0)))} of {show_size(int(cache.get('limit', 0)))}"
+    messages = f"{_count(int(cache.get('messages', 0)), 'message')}, of which {cache.get('bodies', 0)} read"
+    gone = " (deleted: unmount, and mount again)" if cache.get("deleted") else ""
+    return f"{size}; {messages}; in {cache.get('path', '')}{gone}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _show(rows: list[tuple[str, str]]) -> None:
     if not sys.stdout.isatty():
         for name, value in rows:
-            click.echo(f"{name}: {value}")
+            click.echo(one_line(f"{name}: {value}"))
         return
     from rich.console import Console
     from rich.table import Table
@@ -113,5 +170,6 @@ def _show(rows: list[tuple[str, str]]) -> None:
     table = Table(show_header=False, box=None)
     for name, value in rows:
         # A plain string would have "[...]" interpreted as markup.
-        table.add_row(Text(name, style="bold"), Text(value))
+        style = {"online": "green", "offline": "red", "throttled": "yellow"}.get(value.split(" ")[0], "")
+        table.add_row(Text(one_line(name), style="bold"), Text(one_line(value), style=style))
     Console().print(table)

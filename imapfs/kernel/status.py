@@ -77,7 +77,23 @@ class MountStatus:
             for draft in self._spool
             if self._tree.is_scratch(draft.parent)
         ]
-        return {"waiting": waiting, "scratch": scratch, "kept": self._kept()}
+        return {
+            "waiting": waiting,
+            "scratch": scratch,
+            "kept": self._kept(),
+            "mailboxes": self._mailboxes(),
+        }
+
+    def _mailboxes(self) -> list[dict[str, object]]:
+        """Return the mailboxes that were listed, those with the most unread messages first."""
+        found: list[dict[str, object]] = []
+        for box in self._cache.mailboxes():
+            path = self._tree.path(box.ino) if box.complete else None
+            if path:
+                messages, unseen = self._cache.counts(box.ino)
+                shown = printable(b"/".join(path).decode("utf-8", "replace"))
+                found.append({"path": shown, "messages": messages, "unseen": unseen})
+        return sorted(found, key=lambda one: (-int(str(one["unseen"])), str(one["path"])))
 
     def _kept(self) -> list[str]:
         with contextlib.suppress(OSError):

@@ -279,6 +279,8 @@ def test_mount_has_exactly_these_options() -> None:
             "--names",
             "--sent",
             "--drafts",
+            "--list-attributes",
+            "--trash",
             "--delete",
             "--fetch-ahead",
             "--connections",
@@ -574,13 +576,13 @@ def test_status_as_json(cli: Cli) -> None:
 def test_status_for_people(cli: Cli) -> None:
     cli.mount()
     lines = cli.run("status", cli.mountpoint).stdout.splitlines()
-    assert "state: online" in lines
-    assert "reason: -" in lines
-    assert "read only: no" in lines
-    assert "connections limit: 4" in lines
-    assert "cache path: [cache]" in lines
-    assert "cache bytes: 1.5 KiB" in lines
-    assert "cache limit: 10 GiB" in lines
+    assert f"account: {SOURCE}" in lines
+    assert f"mounted on: {cli.mountpoint} (process {cli.pid()})" in lines
+    assert "server: online" in lines
+    assert "connections: 1 of 4" in lines
+    assert any(line.startswith("cache: 1.5 KiB of 10 GiB; ") for line in lines)
+    assert "not sent: nothing" in lines
+    assert not any(line.endswith((": -", ": []")) for line in lines)
     assert f"{cli.mountpoint}  {SOURCE}  online" in cli.run("status").stdout.splitlines()
 
 
