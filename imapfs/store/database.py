@@ -10,6 +10,7 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import sqlite3
 import threading
 import time
@@ -90,6 +91,9 @@ UPDATE node SET announced = size WHERE uid IS NOT NULL AND NOT exact;
 """,
 }
 """By format: the statements that make the next one of it, so that nothing has to be listed again."""
+
+_MIN_FREE: Final = 1 << 20
+"""Bytes of free space from which on a cache that cannot be opened has another reason than a full disk."""
 
 
 class Database:
@@ -204,11 +208,34 @@ def _open_or_rebuild(directory: Path) -> Connection:
             try:
                 return _connect(path, alone=True)
             except (sqlite3.DatabaseError, _Unusable):
-                raise CacheError(f"cannot open the cache {path}: {error}") from None
+                if shutil.disk_usage(directory).free > _MIN_FREE:
+                    raise CacheError(f"cannot open the cache {path}: {error}") from None
+            log.warning("there is no room for the cache %s: this mount keeps it in memory", path)
+            return _in_memory()
         log.warning("the cache %s is not usable (%s): it is rebuilt from the server", path, error)
     for name in ("cache.db", "cache.db-wal", "cache.db-shm"):
         (directory / name).unlink(missing_ok=True)
     return _connect(path)
+
+
+def _in_memory() -> Connection:
+    """Return a new database that is gone with the process: a full disk prevents no mount."""
+    db = sqlite3.connect(":memory:", isolation_level=None)
+    _create(db)
+    return db
+
+
+def _create(db: Connection) -> None:
+    # About a million per second since the epoch: a database that is rebuilt in the same second continues
+    # above the numbers of the old one.
+    first_ino = (time.time_ns() << 20) // 10**9
+    db.executescript(
+        f"BEGIN; {_SCHEMA}"
+        f"INSERT INTO meta VALUES ('names', 'subject'), ('next_ino', {first_ino});"
+        f"INSERT INTO node (ino, parent, name, alias, size, exact, mtime, ctime)"
+        f" VALUES ({ROOT}, 0, '', 0, 0, 1, {time.time_ns()}, {time.time_ns()});"
+        f"PRAGMA user_version = {_VERSION}; COMMIT;"
+    )
 
 
 class _Unusable(Exception):
@@ -246,16 +273,7 @@ def _connect(path: Path, *, alone: bool = False) -> Connection:
         db.execute(f"PRAGMA wal_autocheckpoint = {_MAX_LOG_PAGES if alone else 0}")
         db.execute("PRAGMA cache_size = -8192")
         if version == 0 and tables == 0:
-            # About a million per second since the epoch: a database that is rebuilt in the same second
-            # continues above the numbers of the old one.
-            first_ino = (time.time_ns() << 20) // 10**9
-            db.executescript(
-                f"BEGIN; {_SCHEMA}"
-                f"INSERT INTO meta VALUES ('names', 'subject'), ('next_ino', {first_ino});"
-                f"INSERT INTO node (ino, parent, name, alias, size, exact, mtime, ctime)"
-                f" VALUES ({ROOT}, 0, '', 0, 0, 1, {time.time_ns()}, {time.time_ns()});"
-                f"PRAGMA user_version = {_VERSION}; COMMIT;"
-            )
+            _create(db)
             return db
         if version != _VERSION and version not in _UPGRADES:
             raise _Unusable(f"it has format {version}, this imapfs reads format {_VERSION}")

@@ -352,7 +352,7 @@ def test_nobody_else_can_announce(user: Account, mount: Mounter) -> None:
             pretender.call("unlink", "INBOX", directory, message.name)
         assert refused.value.errno == errno.EXDEV
         with pytest.raises(PermissionError):
-            os.mknod(message.parent / "new.eml")
+            os.mkfifo(message.parent / "new.eml")
         assert inotify.lines == []
     assert contents(message.parent) == {1: plain(0)}
 

@@ -7,6 +7,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import trio
@@ -166,6 +167,24 @@ def test_messages_named_by_an_older_version_are_renamed_once(tmp_path: Path) -> 
 
     cache = Cache.open(tmp_path / "cache", "subject")
     assert {node.uid: node for node in cache.children(ROOT, 0, 10) + cache.children(box, 0, 10)} == after
+    cache.close()
+
+
+def test_a_cache_for_which_a_full_disk_has_no_room_is_kept_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected_log: ExpectedLog
+) -> None:
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise sqlite3.OperationalError("unable to open database file")
+
+    expected_log("is the disk full|keeps it in memory")
+    monkeypatch.setattr(database, "_connect", refuse)
+    with pytest.raises(CacheError, match="cannot open the cache"):
+        Cache.open(tmp_path / "cache", "subject", ())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    cache = Cache.open(tmp_path / "cache", "subject", ())
+    assert cache.new_ino() > 1 << 50
+    assert cache.children(ROOT, 0, 1) == []
     cache.close()
 
 
