@@ -272,7 +272,7 @@ PARSERS: Final = {
     ),
     "mountinfo": Parser(
         mountinfo.parse,
-        (IndexError, ValueError),
+        (),
         (
             b"1 2 3:4 / /m rw - fuse.imapfs src rw\n",
             b"\\040",
