@@ -29,7 +29,7 @@ pathbar_mode_buttons=1
 """
 COMMANDS = {
     "check": ("imapfs check demo", 28),
-    "status": ("imapfs status ~/mail", 28),
+    "status": ("imapfs status ~/mail", 12),
     "fetch": ("imapfs fetch ~/mail", 4),
 }
 """What is shown in a terminal, and the lines that it takes."""
