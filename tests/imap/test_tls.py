@@ -247,6 +247,13 @@ def test_no_plaintext_for_who_names_certificates(
         assert nothing_was_told(server)
 
 
+def test_a_name_in_the_subject_of_a_certificate_counts_for_nothing() -> None:
+    """RFC 9525 section 6.3: only subjectAltName names a server."""
+    context = tls_context(Account("localhost", "alice"))
+    assert context.check_hostname
+    assert not context.hostname_checks_common_name
+
+
 def test_what_is_said_before_tls_stops_nobody(ca: CertificateAuthority) -> None:
     """Anybody on the way can say it, and go."""
     greeting = b"* BYE [UNAVAILABLE] try again in 24 hours"

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from tests.mount.test_write_faults import arm, drain, kill_within, put, spool_of
 from tests.support.mail import plain
 from tests.support.mailboxes import Held, everything, file_of, settle, waiting
-from tests.support.mounting import Mount, Mounter, wait_until
+from tests.support.mounting import DEADLINE, Mount, Mounter, wait_until
 from tests.support.servers.dovecot import Account
 from tests.support.servers.proxy import Proxy
 from tests.support.servers.scripted import Scripted
@@ -200,3 +202,23 @@ def test_what_the_server_took_and_changed_is_never_sent_again(
         assert kept.read_bytes() == new
         mounted.unmount()
         assert server.messages[1:] == [store(new)]
+
+
+def test_umount_names_what_is_not_on_the_server(user: Account, mount: Mounter, proxy: Proxy) -> None:
+    """It ended with 0, and said nothing without a terminal."""
+    mounted = mount(proxy.account(user), expected_log=["is not uploaded: .*full"])
+    proxy.fault(b"APPEND", b"NO [OVERQUOTA] full", at="command", times=None)
+    path = mounted.path / "INBOX" / "new.eml"
+    put(path, NEW)
+    wait_until(lambda: waiting(mounted) == [("INBOX/new.eml", "unsent")], "it is refused")
+    done = subprocess.run(
+        [sys.executable, "-m", "imapfs", "umount", mounted.path],
+        env=mounted.environment, capture_output=True, text=True, timeout=DEADLINE,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout.startswith("INBOX/new.eml: unsent: ")
+    assert done.stderr.count("\n") == 1
+    assert "unmounted, but 1 file is not on the server" in done.stderr
+    again = mount(proxy.account(user), cache=mounted.cache)
+    assert (again.path / "INBOX" / "new.eml").read_bytes() == NEW.content
+    again.unmount()
