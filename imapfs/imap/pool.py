@@ -599,12 +599,22 @@ class SessionPool:
     async def _connect_in_thread(self) -> Session:
         """Connect. Can be cancelled at once, although a name lookup or a handshake may block its thread."""
         abandoned = False
+        made: list[Session] = []
 
         def connect() -> Session:
             session = Session.connect(self._account, self._credentials, self._context, self._timeout)
+            made.append(session)
             if abandoned:
                 session.close()
             return session
+
+        def abandon() -> None:
+            # It may be made already, with nobody to take it.
+            nonlocal abandoned
+            abandoned = True
+            for session in made:
+                session.abort()
+                session.close()
 
         try:
             with trio.fail_after(self._timeout + _CONNECT_MARGIN):
@@ -612,11 +622,11 @@ class SessionPool:
                     connect, limiter=self._connecting_threads, abandon_on_cancel=True
                 )
         except trio.TooSlowError:
-            abandoned = True
+            abandon()
             where = f"{self._account.host}:{self._account.port}"
             raise TimedOut(f"{where} did not complete the login within {self._timeout:g} s") from None
         except trio.Cancelled:
-            abandoned = True
+            abandon()
             raise
 
     def _connect_failed(self, error: AuthenticationFailed | ConnectionLost) -> None:

@@ -98,10 +98,12 @@ class ReplacedMessages:
                 await self._mover.remove(old.ino)
             elif self._locator.is_taken(ref):
                 raise OtherMessage("another message has its place on the server")
-        except (OtherMessage, OtherMailbox) as error:
-            log.warning("the version of a message that was edited here is not removed, both stay: %s", error)
-        except (MessageGone, MailboxGone):
-            pass
+        except (MessageGone, MailboxGone) as error:
+            # It may have been listed again as another one since it was found.
+            if isinstance(error, OtherMessage | OtherMailbox) or self._locator.is_taken(ref):
+                log.warning(
+                    "the version of a message that was edited here is not removed, both stay: %s", error
+                )
         except Exception as error:
             report(error, "the old version of a message is not removed yet")
             return
