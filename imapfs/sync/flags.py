@@ -1,6 +1,7 @@
 """Flags: STORE on the server, then the cache."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from imapfs.errors import MessageGone, NotSupported, OtherMessage, Refused
@@ -47,7 +48,8 @@ class FlagChanger:
                     return
                 mailbox = self._locator.mailbox(details.parent)
                 node = self._locator.message(ino, node.parent)
-                store = _Store(mailbox, mailbox.known(node), details, add, remove)
+                ref = mailbox.known(node)
+                store = _Store(mailbox, ref, details, add, remove)
                 try:
                     data = await self._pool.run(store.run, mailbox.name)
                 except OtherMessage:
@@ -61,6 +63,8 @@ class FlagChanger:
                 if not store.conflict:
                     missing = {flag for flag in add if flag.lower() not in flags.lower().split()}
                     if missing:
+                        # A server also ignores flags of a message that is being expunged.
+                        await self._pool.run(partial(mailbox.select, ref=ref, afresh=True), mailbox.name)
                         raise NotSupported(f"the server does not keep {' '.join(sorted(missing))}")
                     return
         raise Refused("another client keeps changing this message", "INUSE")
