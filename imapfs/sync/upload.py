@@ -251,10 +251,8 @@ class Uploader:
                         await self._settle_batch(mailbox, batch)
                     else:
                         # What the server did not answer may be what it cannot take: alone it delays none.
-                        suspects = [pending for pending in batch if pending.ended_by_server]
-                        batch = batch[:_MAX_BATCH] if len(suspects) < len(batch) else suspects[:1]
-                        if len(batch) > 1:
-                            batch = [pending for pending in batch if pending not in suspects]
+                        others = [pending for pending in batch if not pending.ended_by_server]
+                        batch = others[:_MAX_BATCH] or batch[:1]
                         await self._upload(mailbox, batch)
                     delays.reset()
                 except (ConnectionLost, AuthenticationFailed, Throttled) as error:
@@ -506,9 +504,10 @@ class Uploader:
         search = await self._search([prepared.draft for prepared, _ in unlisted.values()])
         settled = await self._adopt_found(search)
         for prepared, uid in unlisted.values():
-            if prepared.draft.ino not in settled:
-                # Another client, or a filter, has moved it away at once.
-                self._adopter.was_removed(mailbox, prepared.draft, Uid(uid or 0), prepared.payload)
+            if prepared.draft.ino not in settled and uid is not None and uid >= batch.uidnext:
+                # Another client, or a filter, has moved it away at once. Of any other, only the note says
+                # that the server has taken it: it is searched again.
+                self._adopter.was_removed(mailbox, prepared.draft, Uid(uid), prepared.payload)
         if throttled is not None:
             self._pool.refused(throttled, mailbox.name)
             raise throttled

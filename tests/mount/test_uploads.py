@@ -179,6 +179,28 @@ def test_an_upload_that_the_server_never_answers_is_refused_with_its_words(
         mounted.unmount()
 
 
+def test_a_connection_that_ends_under_a_full_batch_delays_no_other_file(
+    user: Account, mount: Mounter, proxy: Proxy
+) -> None:
+    """The daemon went round and round: all files at the head of the queue were to be sent alone."""
+    mounted = mount(proxy.account(user), expected_log=["offline: .* refuses"])
+    held = proxy.fault(b"APPEND", "stall")
+    closed = proxy.fault(b"APPEND", "close", nth=2)
+    away = proxy.fault(b"APPEND", "cut", nth=3, times=None)
+    for number in range(300):
+        (mounted.path / "INBOX" / f"{number}.eml").write_bytes(plain(number))
+    held.wait_hit()
+    proxy.refuse()
+    proxy.resume()
+    closed.wait_hit()
+    wait_until(lambda: mounted.status()["state"] == "offline", "it is offline")
+    away.cancel()
+    proxy.accept()
+    drain(mounted)
+    mounted.unmount()
+    assert sorted(m.content for m in everything(user)["INBOX"]) == sorted(map(plain, range(300)))
+
+
 def test_what_the_server_took_and_changed_is_never_sent_again(
     ca: CertificateAuthority, mount: Mounter, tmp_path: Path
 ) -> None:
