@@ -24,12 +24,12 @@ def replace_file(path: Path, data: bytes | mmap.mmap, *, durable: bool) -> None:
             os.fsync(fd)
     temporary.rename(path)
     if durable:
-        sync_directory(path.parent)
+        sync_path(path.parent)
 
 
-def sync_directory(directory: Path) -> None:
-    """Make the names in ``directory`` survive a power cut. Raises OSError."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def sync_path(path: Path) -> None:
+    """Make the contents of a file, or the names in a directory, survive a power cut. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:

@@ -19,9 +19,12 @@ class ImapfsError(Exception):
     errno: int = errno.EIO
 
     def __init__(self, problem: str, *, remedy: str = "") -> None:
-        super().__init__(f"{problem}: {remedy}" if remedy else problem)
+        super().__init__(problem)
         self.problem = problem
         self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}: {self.remedy}" if self.remedy else self.problem
 
 
 class UsageError(ImapfsError):

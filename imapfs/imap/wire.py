@@ -584,7 +584,7 @@ class Wire:
         """Raise the error that says what ended the connection."""
         lost = self._lost(error)
         if self._complaint:
-            lost.args = (f"{lost}; it said {self._complaint}",)
+            lost.problem = f"{lost.problem}; it said {self._complaint}"
         ended_here = isinstance(error, EOFError | ssl.SSLEOFError | ssl.SSLZeroReturnError)
         lost.by_server = bool(self._bye or self._complaint) or ended_here
         raise lost from None

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from imapfs.atomic import replace_file, sync_directory
+from imapfs.atomic import replace_file, sync_path
 from imapfs.errors import CacheError
 from imapfs.model import MessageRef, Uid, UidValidity
 from imapfs.names import as_bytes, as_text, renamed
@@ -176,12 +176,8 @@ class Journal:
         """In a thread: return when all that was written survives a power cut. Raises CacheError."""
         try:
             with contextlib.suppress(FileNotFoundError):
-                fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-            sync_directory(self._path.parent)
+                sync_path(self._path)
+            sync_path(self._path.parent)
         except OSError as error:
             raise self._failure(error) from None
 

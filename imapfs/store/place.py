@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from imapfs.atomic import TEMPORARY, replace_file, sync_directory
+from imapfs.atomic import TEMPORARY, replace_file, sync_path
 from imapfs.errors import CacheError
 from imapfs.store.private import make_private
 
@@ -71,14 +71,14 @@ def _take_over(old: Path, new: Path) -> None:
     copied = [name for name in found if name in taken or _copy(old, new, name)]
     if set(copied) - taken:
         if (new / SPOOL).exists():
-            sync_directory(new / SPOOL)
+            sync_path(new / SPOOL)
         # From here on the next mount copies nothing of it again: it may have been uploaded meanwhile.
         replace_file(marker, json.dumps(copied).encode(), durable=True)
     try:
         for name in copied:
             (old / name).unlink()
         if copied:
-            sync_directory(old)
+            sync_path(old)
         marker.unlink(missing_ok=True)
     except OSError as error:
         log.warning("%s was copied to %s and cannot be removed: %s", old, new, error.strerror)

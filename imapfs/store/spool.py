@@ -22,7 +22,7 @@ from typing import Any, Final, Literal, TypeVar, get_args
 
 import trio
 
-from imapfs.atomic import replace_file, sync_directory
+from imapfs.atomic import replace_file, sync_path
 from imapfs.errors import CacheError
 from imapfs.log import report
 from imapfs.model import ROOT, Ino, MessageRef, Uid, UidValidity
@@ -329,15 +329,11 @@ class Spool:
         """In a thread: keep the bytes of a draft in `kept` as well, and return where. Raises CacheError."""
         try:
             self.kept.mkdir(mode=0o700, exist_ok=True)
-            path = self.kept / f"{draft.ino}-{as_text(draft.name)}"[: MAX_NAME // 2]
+            path = self.kept / os.fsdecode(shortened(b"%d-%s" % (draft.ino, draft.name)))
             path.unlink(missing_ok=True)
             path.hardlink_to(draft.file)
             for one in (path, self.kept, self.kept.parent):
-                fd = os.open(one, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
+                sync_path(one)
         except OSError as error:
             raise CacheError.from_os_error(error, f"cannot write to {self.kept}") from None
         return path
@@ -375,11 +371,7 @@ class Spool:
         """In a thread: see `Draft.secure`."""
         try:
             for path in (self.directory / str(ino), self._description(ino), self.directory):
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
+                sync_path(path)
         except FileNotFoundError as error:
             if not self.directory.exists():
                 raise CacheError.from_os_error(error, f"cannot write to the spool {self.directory}") from None
@@ -393,7 +385,7 @@ class Spool:
         Raises CacheError.
         """
         try:
-            sync_directory(self.directory)
+            sync_path(self.directory)
         except OSError as error:
             raise CacheError.from_os_error(error, f"cannot write to the spool {self.directory}") from None
 

@@ -150,8 +150,6 @@ class UploadSearch:
         self.answers: list[tuple[Draft, Attempt, Whereabouts]] = []
         self.is_mailbox_missing = False
         """Whether the server has no mailbox of a name that was searched."""
-        self.is_restored = False
-        """Whether a mailbox is an older one, so that what the cache knows of its UIDs is wrong."""
 
     def run(self, session: Session) -> None:
         """Fill ``answers``: one for each draft, with one pass over each mailbox."""
@@ -162,8 +160,6 @@ class UploadSearch:
         for group in mailboxes.values():
             try:
                 answers = find_uploads(session, [self._sought_as(draft, attempt) for draft, attempt in group])
-                reached = session.state.uidnext
-                self.is_restored |= any(0 < reached < attempt.uidnext for _, attempt in group)
             except MailboxGone:
                 self.is_mailbox_missing = True
                 answers = [Whereabouts() for _ in group]

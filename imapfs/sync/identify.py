@@ -215,6 +215,8 @@ class Whereabouts:
     """The message, which has the bytes that were uploaded, but for what is in `ALTERATIONS`."""
     perhaps: Uid | None = None
     """A message that may be the upload or another one: without proof, nobody may act on this."""
+    is_restored: bool = False
+    """Whether the mailbox is an older one, so that what is known of its UIDs is wrong."""
 
 
 def find_uploads(session: Session, sought: Sequence[Sought]) -> list[Whereabouts]:
@@ -230,6 +232,7 @@ def find_uploads(session: Session, sought: Sequence[Sought]) -> list[Whereabouts
         return answers
     if any(0 < state.uidnext < one.attempt.uidnext for one in sought):
         # The mailbox was restored from a backup: UIDNEXT of that time says nothing about the upload.
+        answers = [Whereabouts(is_restored=True) for _ in sought]
         sought = [replace(one, attempt=replace(one.attempt, uidnext=1)) for one in sought]
     equal: list[tuple[FetchData, list[int]]] = []
     altered: list[tuple[FetchData, list[int]]] = []

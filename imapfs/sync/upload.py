@@ -522,7 +522,8 @@ class Uploader:
         The search needs no lock: who waits for the mailbox does not wait for that.
         """
         search = await self._search(uncertain)
-        if search.is_restored and (refresh := self._sync.refresh_mailbox(directory, 0)) is not None:
+        is_restored = any(answer.is_restored for _, _, answer in search.answers)
+        if is_restored and (refresh := self._sync.refresh_mailbox(directory, 0)) is not None:
             # The UID of the upload may have been that of another message, which the cache still has.
             await refresh.finished()
             search = await self._search(uncertain)

@@ -38,6 +38,14 @@ def made(spool: Spool, name: bytes = b"new.eml", content: bytes = b"From: me\r\n
     return draft
 
 
+@pytest.mark.parametrize("name", [b"new.eml", b"\xff", "é".encode() * 125 + b".eml", b"\xff" * 255])
+def test_what_is_kept_aside_has_a_name_that_the_disk_takes(spool: Spool, name: bytes) -> None:
+    draft = made(spool, name)
+    kept = spool.keep_aside(draft)
+    assert kept.read_bytes() == draft.file.read_bytes()
+    assert spool.keep_aside(draft) == kept
+
+
 def again(spool: Spool) -> Spool:
     """What a mount that follows finds."""
     return Spool(spool.directory)
