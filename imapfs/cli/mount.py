@@ -13,7 +13,7 @@ import click
 
 from imapfs import mountinfo
 from imapfs.cli.parameters import DIRECTORY, LIVE_MOUNT, SOURCE, given_settings, setting_options
-from imapfs.cli.progress import UploadProgress
+from imapfs.cli.uploads import WHY_SCRATCH, UploadProgress, counted, why_waiting
 from imapfs.errors import ImapfsError, UsageError
 from imapfs.log import one_line
 
@@ -89,18 +89,17 @@ def umount(mountpoint: Path | None, directory: Path | None) -> None:
     try:
         waiting = control.sync(mountpoint, progress.show)
         for one in waiting:
-            click.echo(one_line(f"{one['path']}: {one['state']}: {one['error'] or 'not uploaded yet'}"))
+            click.echo(one_line(f"{one['path']}: {why_waiting(one)}"))
         for path in control.scratch(mountpoint):
-            click.echo(one_line(f"{path}: in a scratch directory, and so on this computer only"))
+            click.echo(one_line(f"{path}: {WHY_SCRATCH}"))
     except KeyboardInterrupt:
         progress.end()
     except ImapfsError:
         pass  # The daemon is dead or stuck; unmount() says so.
     control.unmount(mountpoint)
     if waiting:
-        number = "1 file is" if len(waiting) == 1 else f"{len(waiting)} files are"
         raise ImapfsError(
-            f"unmounted, but {number} not on the server",
+            f"unmounted; not on the server: {counted(len(waiting), 'file')}",
             remedy="safe on this computer; the next mount shows and uploads what is missing",
         )
 

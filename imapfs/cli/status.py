@@ -11,7 +11,7 @@ import click
 
 from imapfs import mountinfo
 from imapfs.cli.parameters import LIVE_MOUNT
-from imapfs.cli.progress import UploadProgress
+from imapfs.cli.uploads import WHY_SCRATCH, UploadProgress, counted, why_waiting
 from imapfs.errors import ImapfsError
 from imapfs.log import one_line
 
@@ -54,10 +54,10 @@ def sync(mountpoint: Path) -> None:
 
     waiting = control.sync(mountpoint, UploadProgress("Ctrl-C stops waiting, not uploading").show)
     for one in waiting:
-        click.echo(one_line(f"{one['path']}: {one['state']}: {one['error'] or 'not uploaded yet'}"))
+        click.echo(one_line(f"{one['path']}: {why_waiting(one)}"))
     if waiting:
         raise ImapfsError(
-            f"not on the server: {_count(len(waiting), 'file')}",
+            f"not on the server: {counted(len(waiting), 'file')}",
             remedy=f"'imapfs retry {mountpoint}' tries refused uploads again",
         )
 
@@ -69,7 +69,7 @@ def retry(mountpoint: Path) -> None:
     from imapfs.daemon import control
 
     number = control.retry(mountpoint)
-    click.echo(f"uploaded again: {_count(number, 'file')}" if number else "there is no refused upload")
+    click.echo(f"uploaded again: {counted(number, 'file')}" if number else "there is no refused upload")
 
 
 def _status_or_reason(mount: mountinfo.Mount) -> dict[str, Any]:
@@ -98,11 +98,11 @@ def _rows(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
     files = status.get("files") or {}
     waiting = status.get("waiting", [])
     number = max(len(waiting), sum(files.values()))
-    yield "not sent", _count(number, "file") if number else "nothing"
+    yield "not sent", counted(number, "file") if number else "nothing"
     for one in waiting:
-        yield f"  {one['path']}", f"{one['state']}: {one['error'] or 'not uploaded yet'}"
+        yield f"  {one['path']}", why_waiting(one)
     for one in status.get("scratch", []):
-        yield f"  {one['path']}", "in a scratch directory, and so on this computer only"
+        yield f"  {one['path']}", WHY_SCRATCH
     for path in status.get("kept", []):
         yield f"  {path}", "is on the server, which has changed it: compare, then delete this copy"
     yield "spool", str(status.get("spool", ""))
@@ -130,8 +130,8 @@ def _since(time: object) -> str:
 def _duration(seconds: float) -> str:
     for length, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
         if seconds >= 2 * length:
-            return _count(int(seconds // length), unit)
-    return _count(max(0, round(seconds)), "second")
+            return counted(int(seconds // length), unit)
+    return counted(max(0, round(seconds)), "second")
 
 
 def _push(push: dict[str, Any]) -> str:
@@ -149,13 +149,9 @@ def _cache(cache: dict[str, Any]) -> str:
     from imapfs.account.values import show_size
 
     size = f"{show_size(int(cache.get('bytes', 0)))} of {show_size(int(cache.get('limit', 0)))}"
-    messages = f"{_count(int(cache.get('messages', 0)), 'message')}, of which {cache.get('bodies', 0)} read"
+    messages = f"{counted(int(cache.get('messages', 0)), 'message')}, of which {cache.get('bodies', 0)} read"
     gone = " (deleted: unmount, and mount again)" if cache.get("deleted") else ""
     return f"{size}; {messages}; in {cache.get('path', '')}{gone}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _show(rows: list[tuple[str, str]]) -> None:

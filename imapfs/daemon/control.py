@@ -50,6 +50,14 @@ def read_status(path: Path, timeout: float = 5.0) -> dict[str, Any]:
     Raises UsageError if imapfs is not mounted there, and ImapfsError if the daemon has died, does not answer
     within ``timeout`` seconds, or does not answer this user.
     """
+    status = _read_attribute(path, timeout)
+    socket = status.pop("socket", None)
+    whole = status_port.read(socket, timeout) if isinstance(socket, str) else None
+    return status if whole is None or whole.get("pid") != status.get("pid") else whole
+
+
+def _read_attribute(path: Path, timeout: float = 5.0) -> dict[str, Any]:
+    """Return the short status, which has counts, and names no file. Raises as `read_status` does."""
     where = _imapfs_at(path).mountpoint
     probe = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _PROBE, where],
@@ -78,9 +86,7 @@ def read_status(path: Path, timeout: float = 5.0) -> dict[str, Any]:
         raise ImapfsError(
             f"{where}: the status is not a JSON object: the daemon has another version, so mount again"
         )
-    socket = status.pop("socket", None)
-    whole = status_port.read(socket, timeout) if isinstance(socket, str) else None
-    return status if whole is None or whole.get("pid") != status.get("pid") else whole
+    return status
 
 
 def sync(path: Path, on_progress: Callable[[int], None]) -> list[dict[str, Any]]:
@@ -97,16 +103,16 @@ def sync(path: Path, on_progress: Callable[[int], None]) -> list[dict[str, Any]]
         flush = threading.Thread(target=_fsync, args=(where,), daemon=True)
         flush.start()
         while flush.is_alive():
-            on_progress(len(_uploading(read_status(where))))
+            on_progress(_uploading(_read_attribute(where)))
             flush.join(0.3)
-        status = read_status(where)
-        uploading, state = len(_uploading(status)), status.get("state")
+        status = _read_attribute(where)
+        uploading, state = _uploading(status), status.get("state")
         if uploading != left:
             left, moved_on = uploading, moved_on if left < 0 else time.monotonic()
         waited = time.monotonic() - moved_on
         is_lost = state == "connecting" and waited >= float(status.get("timeout", 0.0))
         if not uploading or state == "offline" or is_lost:
-            return list(status.get("waiting", []))
+            return list(read_status(where).get("waiting", []))
 
 
 def scratch(path: Path) -> list[str]:
@@ -117,8 +123,8 @@ def scratch(path: Path) -> list[str]:
     return [one["path"] for one in read_status(path).get("scratch", [])]
 
 
-def _uploading(status: dict[str, Any]) -> list[dict[str, Any]]:
-    return [one for one in status.get("waiting", []) if one.get("state") == "sending"]
+def _uploading(status: dict[str, Any]) -> int:
+    return int(status.get("files", {}).get("sending", 0))
 
 
 def _fsync(directory: Path) -> None:

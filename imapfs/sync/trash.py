@@ -5,15 +5,16 @@ made here; a mailbox that is known by its name. The last one only takes mail in:
 good only after the user has named it.
 """
 
+from collections.abc import Iterable
 from typing import Final, Literal, NamedTuple
 
-from imapfs.model import Ino
+from imapfs.model import ROOT, Ino
 from imapfs.store.cache import Cache
 
 NAME: Final = b"Trash"
 """The name of one that is made, as most clients make it."""
 
-NAMES: Final = frozenset(
+NAMES: Final = tuple(
     name.casefold()
     for name in (
         # Dovecot, Cyrus, Courier, Fastmail, Thunderbird, Apple Mail, Outlook, Exchange, in English.
@@ -33,10 +34,16 @@ NAMES: Final = frozenset(
 )  # fmt: skip
 
 
-def is_called_trash(path: tuple[bytes, ...]) -> bool:
-    """Return whether a mailbox at the top, or directly below INBOX, has one of `NAMES`."""
-    within = path[1:] if len(path) == 2 and path[0] == b"INBOX" else path
-    return len(within) == 1 and within[0].decode("utf-8", "replace").casefold() in NAMES
+def known_by_name(paths: Iterable[tuple[bytes, ...]]) -> tuple[bytes, ...] | None:
+    """Return the mailbox at the top, or directly below INBOX, with the name that is first in `NAMES`."""
+
+    def rank(path: tuple[bytes, ...]) -> int:
+        within = path[1:] if len(path) == 2 and path[0] == b"INBOX" else path
+        name = within[0].decode("utf-8", "replace").casefold() if len(within) == 1 else ""
+        return NAMES.index(name) if name in NAMES else len(NAMES)
+
+    first = min(paths, key=rank, default=())
+    return first if rank(first) < len(NAMES) else None
 
 
 class Trash(NamedTuple):
@@ -71,7 +78,19 @@ class TrashFinder:
         marked = self._cache.special_use("\\Trash")
         if marked is not None:
             return Trash(marked, "special-use")
-        for box in self._cache.mailboxes():
-            if box.selectable and is_called_trash(self._cache.path(box.ino)):
-                return Trash(box.ino, "special-use" if self._cache.made_trash == box.server_name else "name")
-        return None
+        inbox = self._cache.directory_at((b"INBOX",))
+        found = {
+            (*above, node.name): box
+            for parent, above in ((ROOT, ()), (inbox, (b"INBOX",)))
+            if parent is not None
+            for node in self._cache.directories(parent)
+            if node.name is not None
+            and (box := self._cache.mailbox(node.ino)) is not None
+            and box.selectable
+            and box.server_name is not None
+        }
+        path = known_by_name(found)
+        if path is None:
+            return None
+        box = found[path]
+        return Trash(box.ino, "special-use" if self._cache.made_trash == box.server_name else "name")

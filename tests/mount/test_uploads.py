@@ -240,7 +240,7 @@ def test_umount_names_what_is_not_on_the_server(user: Account, mount: Mounter, p
     assert done.returncode == 1
     assert done.stdout.startswith("INBOX/new.eml: unsent: ")
     assert done.stderr.count("\n") == 1
-    assert "unmounted, but 1 file is not on the server" in done.stderr
+    assert "unmounted; not on the server: 1 file" in done.stderr
     again = mount(proxy.account(user), cache=mounted.cache)
     assert (again.path / "INBOX" / "new.eml").read_bytes() == NEW.content
     again.unmount()

@@ -16,7 +16,7 @@ from imapfs.imap.session import Session
 from imapfs.model import CredentialProvider, MountConfig
 from imapfs.store.rows import Directory
 from imapfs.sync.mailbox_list import display_name, plan_tree
-from imapfs.sync.trash import is_called_trash
+from imapfs.sync.trash import known_by_name
 
 _MAX_SPEND_SECONDS: Final = 15.0
 """Maximum time for opening connections, and for fetching the sample."""
@@ -132,15 +132,15 @@ class AccountSteps:
             return Result("warning", f"there is no mailbox {named}: rm is refused", "correct trash")
         if marked:
             return Result("ok", "rm moves to the mailbox that the server marks as \\Trash")
-        for directory in tree:
-            if directory.selectable and is_called_trash(directory.path):
-                path = b"/".join(directory.path).decode("utf-8", "replace")
-                return Result(
-                    "warning",
-                    f"no mailbox is marked as \\Trash: rm moves to {path}, because of its name",
-                    f'to delete in it as well, set trash = "{path}"',
-                )
-        return Result("ok", "the server has no Trash: the first rm makes one")
+        found = known_by_name(directory.path for directory in tree if directory.selectable)
+        if found is None:
+            return Result("ok", "the server has no Trash: the first rm makes one")
+        path = b"/".join(found).decode("utf-8", "replace")
+        return Result(
+            "warning",
+            f"no mailbox is marked as \\Trash: rm moves to {path}, because of its name",
+            f'to delete in it as well, set trash = "{path}"',
+        )
 
     def quota(self) -> Iterator[Result]:
         found = self._live().quota(b"INBOX")

@@ -1,8 +1,23 @@
-"""The progress of uploads on a terminal, for the commands that wait for them."""
+"""Files that are not on the server, as commands show them to a person."""
 
 import sys
+from typing import Any
 
 import click
+
+
+def counted(number: int, what: str) -> str:
+    """Return ``1 file`` or ``2 files``, for example."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def why_waiting(one: dict[str, Any]) -> str:
+    """Return the state of a file that is to be uploaded; ``one`` is as in the status."""
+    return f"{one['state']}: {one['error'] or 'not uploaded yet'}"
+
+
+WHY_SCRATCH = "in a scratch directory, and so on this computer only"
+"""What is said of a file that is never uploaded."""
 
 
 class UploadProgress:
