@@ -156,32 +156,22 @@ def test_server_that_ends_idle_is_not_asked_again(ca: CertificateAuthority) -> N
     assert server.commands.count(b"IDLE") == 1
 
 
-@pytest.mark.parametrize("word", [b"NO", b"BAD"])
-def test_refused_idle_is_told_from_a_mailbox_that_is_gone(ca: CertificateAuthority, word: bytes) -> None:
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (b"NO not now", NotSupported),
+        (b"BAD not now", NotSupported),
+        (b"NO [NONEXISTENT] deleted", MailboxGone),
+        (b"NO [UNAVAILABLE] server busy", Throttled),
+    ],
+)
+def test_refused_idle(ca: CertificateAuthority, answer: bytes, error: type[ImapfsError]) -> None:
     def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
-        return [tag + b" " + word + b" not now\r\n"] if command == b"IDLE" else None
+        return [tag + b" " + answer + b"\r\n"] if command == b"IDLE" else None
 
     with Scripted(ca, script=script) as server, Watching(server) as watching:
         watching.wait()
-    assert isinstance(watching.error, NotSupported)
-
-
-def test_idle_in_a_mailbox_that_is_gone(ca: CertificateAuthority) -> None:
-    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
-        return [tag + b" NO [NONEXISTENT] deleted\r\n"] if command == b"IDLE" else None
-
-    with Scripted(ca, script=script) as server, Watching(server) as watching:
-        watching.wait()
-    assert isinstance(watching.error, MailboxGone)
-
-
-def test_idle_that_is_put_off_is_supported(ca: CertificateAuthority) -> None:
-    def script(tag: bytes, command: bytes) -> Iterable[bytes] | None:
-        return [tag + b" NO [UNAVAILABLE] server busy\r\n"] if command == b"IDLE" else None
-
-    with Scripted(ca, script=script) as server, Watching(server) as watching:
-        watching.wait()
-    assert isinstance(watching.error, Throttled)
+    assert type(watching.error) is error
 
 
 def test_done_that_is_not_answered_ends_the_connection(ca: CertificateAuthority) -> None:
