@@ -5,12 +5,8 @@ Only then does the draft leave the spool, and the old version the server.
 
 from dataclasses import replace
 
-import trio
-
 from imapfs.atomic import replace_file
-from imapfs.errors import ImapfsError
 from imapfs.imap.grammar import FetchData
-from imapfs.log import report
 from imapfs.model import Ino, Uid
 from imapfs.store.bodies import BodyStore
 from imapfs.store.cache import Cache
@@ -19,7 +15,6 @@ from imapfs.store.rows import NewMessage, Node
 from imapfs.store.spool import MAX_TIME, Base, Draft, Spool
 from imapfs.sync.append import Payload
 from imapfs.sync.changes import ChangeHub, Changes
-from imapfs.sync.flags import FlagChanger
 from imapfs.sync.locate import ServerMailbox
 from imapfs.sync.mailbox import new_message
 from imapfs.sync.pending_upload import PendingUpload
@@ -39,9 +34,7 @@ class Adopter:
         bodies: BodyStore,
         spool: Spool,
         replaced: ReplacedMessages,
-        flags: FlagChanger,
         notes: UploadNotes,
-        nursery: trio.Nursery,
         hub: ChangeHub,
         pending: dict[Ino, PendingUpload],
     ) -> None:
@@ -49,9 +42,7 @@ class Adopter:
         self._bodies = bodies
         self._spool = spool
         self._replaced = replaced
-        self._flags = flags
         self._notes = notes
-        self._nursery = nursery
         self._hub = hub
         self._pending = pending
 
@@ -84,10 +75,8 @@ class Adopter:
         self._spool.forget(draft)
         self.finish(draft, altered=True)
 
-    def adopt(
-        self, mailbox: ServerMailbox, draft: Draft, data: FetchData, payload: Payload | None, flags: str
-    ) -> None:
-        """Make a message of a draft that is on the server. ``flags`` are those that it was uploaded with.
+    def adopt(self, mailbox: ServerMailbox, draft: Draft, data: FetchData, payload: Payload | None) -> None:
+        """Make a message of a draft that is on the server, with all its flags.
 
         If the draft was written to since, ``payload`` is None or not current, and the draft goes on as a new
         version of the message.
@@ -117,23 +106,6 @@ class Adopter:
         self._spool.forget(draft)
         self._notes.drop(draft)
         self.finish(draft, altered=payload.converted or not same)
-        if draft.flags != flags:
-            self._nursery.start_soon(self._update_flags, draft, set(flags.split()))
-
-    async def _update_flags(self, draft: Draft, uploaded: set[str]) -> None:
-        """Set the flags that were changed while a draft was being uploaded."""
-        wanted = set(draft.flags.split())
-
-        def change(present: list[str]) -> tuple[set[str], set[str]]:
-            return wanted - {*present}, uploaded - wanted
-
-        try:
-            await self._flags.change(draft.ino, change)
-        except ImapfsError as error:
-            report(error, f"flags of {draft.shown} were not set")
-        newer = self._spool.get(draft.ino)
-        if newer is not None:
-            newer.change_flags(change)
 
     def _continue(self, draft: Draft, mailbox: ServerMailbox, message: NewMessage) -> None:
         """Let a draft that was written to go on as a new version of the message that it has become."""

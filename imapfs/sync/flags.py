@@ -1,16 +1,27 @@
 """Flags: STORE on the server, then the cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
-from imapfs.errors import MessageGone, NotSupported, OtherMessage, Refused
+from imapfs.errors import (
+    AuthenticationFailed,
+    ConnectionLost,
+    ImapfsError,
+    MessageGone,
+    NotSupported,
+    OtherMessage,
+    Refused,
+    Throttled,
+)
 from imapfs.imap.grammar import FetchData
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
+from imapfs.log import report
 from imapfs.model import Ino, MessageRef, ModSeq
 from imapfs.store.cache import Cache
-from imapfs.store.rows import Details
+from imapfs.store.spool import Draft
 from imapfs.sync.changes import ChangeHub, Changes
 from imapfs.sync.locate import Locator, ServerMailbox
 from imapfs.sync.synchroniser import Synchroniser
@@ -49,7 +60,7 @@ class FlagChanger:
                 mailbox = self._locator.mailbox(details.parent)
                 node = self._locator.message(ino, node.parent)
                 ref = mailbox.known(node)
-                store = _Store(mailbox, ref, details, add, remove)
+                store = _Store(mailbox, ref, details.modseq, add, remove)
                 try:
                     data = await self._pool.run(store.run, mailbox.name)
                 except OtherMessage:
@@ -69,16 +80,47 @@ class FlagChanger:
                     return
         raise Refused("another client keeps changing this message", "INUSE")
 
+    async def bring(
+        self, mailbox: ServerMailbox, draft: Draft, data: FetchData, uploaded: Collection[str]
+    ) -> FetchData:
+        """Give the message that a draft has become the flags that the draft got while it was uploaded.
+
+        ``data`` describes the message, ``uploaded`` are the flags that it was uploaded with. Return what
+        describes it afterwards. A change that the server refuses is reported. The caller has the mailbox in
+        exclusive use. Raises ConnectionLost, Throttled, AuthenticationFailed: the draft must stay then, as
+        nothing else knows of the flags.
+        """
+        for _ in range(_MAX_CONFLICTS):
+            wanted, present = {*draft.flags.split()}, {*(data.flags or "").split()}
+            add, remove = wanted - {*uploaded} - present, ({*uploaded} - wanted) & present
+            if (not add and not remove) or data.uid is None:
+                return data
+            ref = replace(mailbox.ref(data.uid), size=data.size)
+            store = _Store(mailbox, ref, data.modseq or 0, add, remove)
+            try:
+                stored = await self._pool.run(store.run, mailbox.name)
+            except (ConnectionLost, AuthenticationFailed, Throttled):
+                raise
+            except ImapfsError as error:
+                report(error, f"flags of {draft.shown} were not set")
+                return data
+            if stored is None:
+                return data
+            data = replace(data, flags=stored.flags, modseq=stored.modseq)
+            if not store.conflict:
+                uploaded = wanted
+        return data
+
 
 class _Store:
     """One change of flags, in a thread."""
 
     def __init__(
-        self, mailbox: ServerMailbox, ref: MessageRef, details: Details, add: set[str], remove: set[str]
+        self, mailbox: ServerMailbox, ref: MessageRef, modseq: int, add: set[str], remove: set[str]
     ) -> None:
         self._mailbox = mailbox
         self._ref = ref
-        self._details = details
+        self._modseq = modseq
         self._add = add
         self._remove = remove
         self.conflict = False
@@ -95,8 +137,8 @@ class _Store:
                 is_new = "\\*" in kept and (says_little or not flag.startswith("\\"))
                 if flag.lower() not in kept and not is_new:
                     raise NotSupported(f"the server does not keep the flag {flag} in this mailbox")
-        uid = self._details.uid
-        modseq = self._details.modseq if session.has("CONDSTORE") else 0
+        uid = self._ref.uid
+        modseq = self._modseq if session.has("CONDSTORE") else 0
         data: FetchData | None = None
         for sign, flags in (("+", self._add), ("-", self._remove)):
             if flags:

@@ -42,6 +42,7 @@ from imapfs.errors import (
     Throttled,
     TooBig,
 )
+from imapfs.imap.grammar import FetchData
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Upload
 from imapfs.log import report
@@ -117,9 +118,8 @@ class Uploader:
         self._downloads = downloads
         self._pending: dict[Ino, PendingUpload] = {}
         self._notes = UploadNotes(journal, spool)
-        self._adopter = Adopter(
-            cache, bodies, spool, replaced, flags, self._notes, nursery, hub, self._pending
-        )
+        self._flags = flags
+        self._adopter = Adopter(cache, bodies, spool, replaced, self._notes, hub, self._pending)
         self._workers: dict[Ino, trio.Event] = {}
         """Mailbox -> the event that wakes its worker."""
         self._claimed: dict[Ino, trio.Event] = {}
@@ -475,6 +475,8 @@ class Uploader:
                     ended = prepared.pending.ended_by_server
                     prepared.pending.ended_by_server = ended + 1 if len(ready) == 1 else max(1, ended)
             raise
+        flagged: list[tuple[_Prepared, FetchData]] = []
+        """Drafts whose flags were changed meanwhile."""
         unlisted: dict[Ino, tuple[_Prepared, int | None]] = {}
         throttled: Throttled | None = None
         gone: MailboxGone | None = None
@@ -490,7 +492,10 @@ class Uploader:
                 self._notes.drop(draft)
                 self._refuse(prepared.pending, outcome)
             elif outcome is not None and (data := batch.listed(outcome)) is not None:
-                self._adopter.adopt(mailbox, draft, data, prepared.payload, prepared.message.flags)
+                if draft.flags != prepared.message.flags:
+                    flagged.append((prepared, data))
+                else:
+                    self._adopter.adopt(mailbox, draft, data, prepared.payload)
             else:
                 # Even if a UID was named: Courier names a wrong one in a mailbox that was only examined.
                 unlisted[draft.ino] = prepared, outcome
@@ -501,6 +506,9 @@ class Uploader:
         await self._notes.accept(
             [p.draft for p, uid in unlisted.values() if uid is None or uid < batch.uidnext]
         )
+        for prepared, data in flagged:
+            data = await self._flags.bring(mailbox, prepared.draft, data, prepared.message.flags.split())
+            self._adopter.adopt(mailbox, prepared.draft, data, prepared.payload)
         search = await self._search([prepared.draft for prepared, _ in unlisted.values()])
         settled = await self._adopt_found(search)
         for prepared, uid in unlisted.values():
@@ -555,11 +563,12 @@ class Uploader:
                 continue  # another task has found that this is the upload of an equal file: searched again
             if answer.found is not None:
                 mailbox = self._locator.named(attempt.mailbox, attempt.uidvalidity)
+                # Flags may have been set since: those of that time are not known, so none is removed.
+                data = await self._flags.bring(mailbox, draft, answer.found, ())
                 payload = await trio.to_thread.run_sync(make_payload, draft)
                 try:
                     same = payload.digest == attempt.digest
-                    # Flags may have been set since: those of that time are not known, so none is removed.
-                    self._adopter.adopt(mailbox, draft, answer.found, payload if same else None, "")
+                    self._adopter.adopt(mailbox, draft, data, payload if same else None)
                 finally:
                     payload.close()
                 settled.add(draft.ino)

@@ -148,6 +148,28 @@ def test_files_that_are_closed_before_the_unmount_are_uploaded(user: Account, mo
     assert not list(spool_of(mounted).glob("[0-9]*"))
 
 
+def test_a_flag_that_is_set_during_the_upload_is_not_lost(
+    user: Account, mount: Mounter, proxy: Proxy
+) -> None:
+    """The file had left the spool before the flag was on the server."""
+    killed = mount(proxy.account(user))
+    appended = proxy.fault(b"APPEND", "stall", at="answer")
+    path = killed.path / "INBOX" / "new.eml"
+    put(path, NEW)
+    appended.wait_hit()
+    os.setxattr(path, "user.imap.flagged", b"1")
+    stored = proxy.fault(b"UID STORE", "stall")
+    proxy.resume()
+    stored.wait_hit()
+    killed.kill()
+    proxy.cut_all()
+    proxy.resume()
+    mounted = mount(proxy.account(user), cache=killed.cache)
+    drain(mounted)
+    mounted.unmount()
+    assert everything(user) == {"INBOX": [NEW._replace(flags=frozenset({"\\Flagged"}))]}
+
+
 # -- a server that does not answer, or does not tell
 
 
