@@ -339,6 +339,17 @@ def parse_status(response: Response) -> tuple[bytes, dict[str, int]] | None:
     raise Malformed(f"malformed STATUS response: {response[0][:80]!r}")
 
 
+def parse_search(response: Response) -> list[int] | None:
+    """Return the numbers of a SEARCH response (RFC 3501 section 7.2.5); None for another kind.
+
+    Raises Malformed.
+    """
+    if response[0][:8].upper() != b"* SEARCH":
+        return None
+    # CONDSTORE adds "(MODSEQ 7)" to some (RFC 7162 section 3.1.5).
+    return [number(word) for word in response[0][8:].partition(b"(")[0].split()]
+
+
 def parse_sequence_set(raw: bytes) -> list[tuple[int, int]]:
     """Return UID ranges, both ends included, lower end first (RFC 9051 sequence-set without ``*``)."""
     ranges = []
@@ -355,14 +366,19 @@ def parse_sequence_set(raw: bytes) -> list[tuple[int, int]]:
 
 
 def sequence_sets(uids: Iterable[int], limit: int = 4000) -> Iterator[bytes]:
-    """Yield ``uids`` as sequence sets of about ``limit`` bytes at most.
+    """Yield ``uids`` as sequence sets; see `range_sets`."""
+    return range_sets(_runs(uids), limit)
+
+
+def range_sets(ranges: Iterable[tuple[int, int]], limit: int = 4000) -> Iterator[bytes]:
+    """Yield UID ranges, both ends included, as sequence sets of about ``limit`` bytes at most.
 
     Servers answer BAD to long command lines; where a line becomes too long, between a few KiB and 64 KiB,
     depends on the server.
     """
     pieces: list[bytes] = []
     length = 0
-    for low, high in _runs(uids):
+    for low, high in ranges:
         piece = b"%d" % low if low == high else b"%d:%d" % (low, high)
         if pieces and length + len(piece) > limit:
             yield b",".join(pieces)

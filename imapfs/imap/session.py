@@ -40,7 +40,9 @@ from imapfs.imap.grammar import (
     number,
     parse_fetch,
     parse_list,
+    parse_search,
     parse_status,
+    range_sets,
     sequence_sets,
 )
 from imapfs.imap.login import log_in
@@ -69,6 +71,8 @@ Check = Callable[[MailboxState, FetchData | None], None]
 
 _MAX_STATUS: Final = 20
 """Maximum number of STATUS commands in one round trip, so that a slow server answers within the timeout."""
+_MAX_SEARCHED: Final = 100_000
+"""Messages whose UIDs are asked for in one SEARCH, as its answer is one line."""
 _MAX_LOGGED: Final = 5
 """Maximum number of malformed mailboxes that are named in the log, for one list."""
 _EVENTS: Final = b"(MessageNew MessageExpunge FlagChange)"
@@ -552,6 +556,27 @@ class Session:
 
         if self.state.exists:
             self._fetch(b"1:*", b"(UID INTERNALDATE RFC822.SIZE)", take)
+        return found
+
+    def present(self, ranges: Iterable[tuple[int, int]] | None = None) -> set[int]:
+        """Return the UIDs of the messages in the selected mailbox: of all, or of those in ``ranges``.
+
+        UID SEARCH (RFC 9051 section 6.4.4) does not read the messages. So it also names those that a server
+        leaves out when it is asked for their data.
+        """
+        if ranges is not None:
+            keys = [b"UID " + one for one in range_sets(ranges)]
+        else:
+            first = range(1, self.state.exists + 1, _MAX_SEARCHED)
+            keys = [b"%d:%d" % (low, low + _MAX_SEARCHED - 1) for low in first[:-1]]
+            keys += [b"%d:*" % low for low in first[-1:]]
+        found: set[int] = set()
+
+        def take(response: Response) -> None:
+            found.update(parse_search(response) or ())
+
+        for key in keys:
+            self._wire.execute(b"UID SEARCH " + key, on_response=take)
         return found
 
     def next_uid(self) -> int:

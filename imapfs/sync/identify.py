@@ -49,11 +49,11 @@ _HEAD = 1 << 18
 
 
 def is_other(ref: MessageRef, date: int | None, size: int | None) -> bool:
-    """Return whether date and announced size of the message with the UID of ``ref`` are not those known."""
-    return any(
-        known is not None and found is not None and known != found
-        for known, found in ((ref.date, date), (ref.size, size))
-    )
+    """Return whether date and announced size of the message with the UID of ``ref`` are not those known.
+
+    0 stands for what the server did not say.
+    """
+    return any(known and found and known != found for known, found in ((ref.date, date), (ref.size, size)))
 
 
 def is_other_mailbox(uidvalidity: UidValidity, uidnext: int, modseq: ModSeq, state: MailboxState) -> bool:
@@ -326,7 +326,8 @@ def is_alike(node: Node, message: NewMessage) -> bool:
 
     Both have the same mailbox, UIDVALIDITY and UID. This is no proof of anything.
     """
-    return node.date == message.date and node.announced in {None, message.size}
+    ref = MessageRef(b"", UidValidity(0), message.uid, node.date, node.announced)
+    return not is_other(ref, message.date, message.size)
 
 
 def known_size(node: Node) -> int:

@@ -11,6 +11,7 @@ trio thread.
 
 import contextlib
 import logging
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, TypeVar
 
@@ -37,6 +38,8 @@ _FIRST_BATCH: Final = 64
 """Messages in the first transaction of a listing: few, so that `ls` shows something soon."""
 _MAX_BATCH: Final = 1000
 """Maximum rows in a transaction, so that none keeps the trio thread busy for long."""
+_MAX_SINGLE: Final = 100
+"""Messages that are asked for one by one because an answer has left them out."""
 _MAX_STUCK: Final = 3
 """Consecutive attempts without progress after which a listing is given up."""
 _MAX_ATTEMPTS: Final = 50
@@ -200,7 +203,7 @@ class MailboxRun:
             self._check_one(session, self._last_but(state.vanished))
         self._take_all(found)
         self._apply_moves(session)
-        self._remove(state.vanished)
+        self._remove(self._gone(session, state.vanished))
         if self._on_trio(self._cache.counts, self.ino)[0] != state.exists:
             return self._by_comparison(session, name, box)
         return self._done(state)
@@ -238,7 +241,7 @@ class MailboxRun:
         state = session.list_flags(name, take)
         _check_incarnation(box, state)
         self._check_one(session, max(there.intersection(known), default=0))
-        self._remove([(uid, uid) for uid in known if uid not in there])
+        self._remove(self._gone(session, [(uid, uid) for uid in known if uid not in there]))
         self._take_all(changed.values())
         new = sorted(there.difference(known))
         if new:
@@ -248,7 +251,8 @@ class MailboxRun:
                     self._unreadable.intersection(new), batches.add, batches.add, headers=False, held=False
                 )
                 session.fetch_metadata(self._asked, batches.add, batches.add, held=False)
-            self._apply_moves(session)
+        self._complete(session)
+        self._apply_moves(session)
         self._done(state)
 
     def _from_nothing(self, session: Session, name: bytes) -> None:
@@ -256,8 +260,55 @@ class MailboxRun:
         with self._collecting() as batches:
             session.list_all(name, batches.add, self._reset, batches.add)
         state = session.state
+        self._complete(session)
         self._apply_moves(session)
         self._done(state)
+
+    def _complete(self, session: Session) -> None:
+        """Add the messages that the answers have left out, although they ended with OK.
+
+        They are asked for again in other words. A message of which the server says nothing at all is added
+        without its metadata: to hide it would have a backup delete its copy.
+        """
+        known = self._on_trio(self._known)
+        if len(known) >= session.state.exists:
+            return
+        left = session.present() - known
+        requests = [(left, True), (left, False), *(({uid}, False) for uid in sorted(left)[:_MAX_SINGLE])]
+        for uids, headers in requests:
+            self._asked = sorted(left & uids)
+            if self._asked:
+                with self._collecting() as batches:
+                    session.fetch_metadata(self._asked, batches.add, batches.add, headers=headers, held=False)
+                left = left - batches.uids
+        if left:
+            left &= session.present()
+        if left:
+            log.warning(
+                "the server says nothing about %d messages of mailbox %d, the first with UID %d: they have"
+                " no date, size and subject",
+                len(left), self.ino, min(left),
+            )  # fmt: skip
+        self._take_all(FetchData(Uid(uid), flags="", size=0, date=b"") for uid in sorted(left))
+
+    def _gone(self, session: Session, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return the part of ``ranges`` in which the server really has no message.
+
+        What an answer leaves out, or calls vanished, may be there: SEARCH decides.
+        """
+        there = sorted(session.present(ranges)) if ranges else []
+        if not there:
+            return list(ranges)
+        log.warning("%d messages that the server has called gone are there", len(there))
+        gone: list[tuple[int, int]] = []
+        for low, high in ranges:
+            for uid in there[bisect_left(there, low) : bisect_right(there, high)]:
+                if low < uid:
+                    gone.append((low, uid - 1))
+                low = uid + 1
+            if low <= high:
+                gone.append((low, high))
+        return gone
 
     def _check_known(self, found: Iterable[FetchData], last: int) -> bool:
         """Return whether ``found`` has a known message, one with a UID up to ``last``.
@@ -324,6 +375,10 @@ class MailboxRun:
         self._on_trio(self._apply_reset, uidvalidity)
 
     # -- on the trio thread --------------------------------------------------------------------------------
+
+    def _known(self) -> set[int]:
+        """Return the UIDs of the messages that have come."""
+        return {*self._cache.flags(self.ino), *self._detector.kept_back}
 
     def _apply(self, messages: Sequence[NewMessage], flags: Sequence[FlagUpdate]) -> None:
         if self._cache.mailbox(self.ino) is None:

@@ -112,6 +112,11 @@ class MoveDetector:
                 self._candidates[message.uid] = message, original
         return new
 
+    @property
+    def kept_back(self) -> set[Uid]:
+        """UIDs of the messages that wait for `resolve`."""
+        return {*self._candidates}
+
     def check_sources(self, session: Session) -> set[Ino]:
         """Ask the server which originals are still there; return the mailboxes that they are in.
 

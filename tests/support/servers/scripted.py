@@ -211,6 +211,10 @@ class Scripted:
             _, _, uid_set, items = verb.split(b" ", 3)
             for uid in self.uids(uid_set):
                 yield self.fetch(uid, items)
+        elif verb.startswith(b"UID SEARCH"):
+            # By UID or by number, which are the same here.
+            found = self.uids(verb.split(b" ")[-1])
+            yield b" ".join([b"* SEARCH", *(b"%d" % uid for uid in found)]) + b"\r\n"
         elif verb.startswith(b"APPEND"):
             self.messages.append(self.store(command.split(b"\r\n", 1)[1]))
         elif not verb.startswith((b"NOOP", b"LOGIN", b"LOGOUT", b"CLOSE", b"ENABLE", b"STARTTLS")):
