@@ -10,8 +10,8 @@ import errno
 import fcntl
 import logging
 import os
-import shutil
 import sqlite3
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -92,8 +92,8 @@ UPDATE node SET announced = size WHERE uid IS NOT NULL AND NOT exact;
 }
 """By format: the statements that make the next one of it, so that nothing has to be listed again."""
 
-_MIN_FREE: Final = 1 << 20
-"""Bytes of free space from which on a cache that cannot be opened has another reason than a full disk."""
+_MIN_FREE: Final = 1 << 18
+"""Bytes that a disk takes on which an empty database has room."""
 
 
 class Database:
@@ -208,7 +208,7 @@ def _open_or_rebuild(directory: Path) -> Connection:
             try:
                 return _connect(path, alone=True)
             except (sqlite3.DatabaseError, _Unusable):
-                if shutil.disk_usage(directory).free > _MIN_FREE:
+                if _has_room(directory):
                     raise CacheError(f"cannot open the cache {path}: {error}") from None
             log.warning("there is no room for the cache %s: this mount keeps it in memory", path)
             return _in_memory()
@@ -216,6 +216,17 @@ def _open_or_rebuild(directory: Path) -> Connection:
     for name in ("cache.db", "cache.db-wal", "cache.db-shm"):
         (directory / name).unlink(missing_ok=True)
     return _connect(path)
+
+
+def _has_room(directory: Path) -> bool:
+    """Return whether a file can be written. The free space that a disk reports knows nothing of quotas."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(_MIN_FREE))
+            file.flush()
+    except OSError as error:
+        return error.errno not in {errno.ENOSPC, errno.EDQUOT}
+    return True
 
 
 def _in_memory() -> Connection:

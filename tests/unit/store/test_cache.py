@@ -1,9 +1,11 @@
 """The database and the body files by themselves: identity, eviction, damage, and what is cleaned up."""
 
 import contextlib
+import errno
 import os
 import shutil
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,18 +172,21 @@ def test_messages_named_by_an_older_version_are_renamed_once(tmp_path: Path) -> 
     cache.close()
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_cache_for_which_a_full_disk_has_no_room_is_kept_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected_log: ExpectedLog
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected_log: ExpectedLog, number: int
 ) -> None:
     def refuse(*_: object, **__: object) -> NoReturn:
         raise sqlite3.OperationalError("unable to open database file")
+
+    def refuse_file(*_: object, **__: object) -> NoReturn:
+        raise OSError(number, "full")
 
     expected_log("is the disk full|keeps it in memory")
     monkeypatch.setattr(database, "_connect", refuse)
     with pytest.raises(CacheError, match="cannot open the cache"):
         Cache.open(tmp_path / "cache", "subject", ())
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse_file)
     cache = Cache.open(tmp_path / "cache", "subject", ())
     assert cache.new_ino() > 1 << 50
     assert cache.children(ROOT, 0, 1) == []
