@@ -89,15 +89,7 @@ class ReplacedMessages:
 
     async def _remove(self, ref: MessageRef) -> None:
         try:
-            old = await self._locator.find_listed(ref)
-            # Only an editor renames the message that it replaces, and to no message's name. Any other name
-            # that is still there comes from a cache that is older than the edit.
-            if old is not None and old.name is not None and not is_message_name(old.name):
-                await self.keep_backup(old, old.name)
-            if old is not None:
-                await self._mover.remove(old.ino)
-            elif self._locator.is_taken(ref):
-                raise OtherMessage("another message has its place on the server")
+            await self._remove_listed(ref)
         except (MessageGone, MailboxGone) as error:
             # It may have been listed again as another one since it was found.
             if isinstance(error, OtherMessage | OtherMailbox) or self._locator.is_taken(ref):
@@ -108,6 +100,27 @@ class ReplacedMessages:
             report(error, "the old version of a message is not removed yet")
             return
         self._journal.end_removal(ref)
+
+    async def _remove_listed(self, ref: MessageRef) -> None:
+        """Remove a message that the server lists; do nothing if there is none. Raises ImapfsError."""
+        old = await self._locator.find_listed(ref)
+        if old is None and self._locator.is_taken(ref):
+            raise OtherMessage("another message has its place on the server")
+        while old is not None:
+            # Only an editor renames the message that it replaces, and to no message's name. Any other name
+            # that is still there comes from a cache that is older than the edit.
+            if old.name is not None and not is_message_name(old.name):
+                await self.keep_backup(old, old.name)
+            try:
+                await self._mover.remove(old.ino)
+            except MessageGone as error:
+                again = await self._locator.find_listed(ref)
+                if isinstance(error, OtherMessage) or again is None or again.ino == old.ino:
+                    raise
+                # Meanwhile its mailbox was listed from the start.
+                old = again
+            else:
+                return
 
     async def keep_backup(self, old: Node, name: bytes) -> None:
         """Keep the bytes of a message as a local file with its ``name``, and show the message no more.

@@ -500,16 +500,18 @@ class Uploader:
                 # Even if a UID was named: Courier names a wrong one in a mailbox that was only examined.
                 unlisted[draft.ino] = prepared, outcome
                 if outcome is not None and outcome < batch.uidnext and draft.attempt is not None:
-                    # The server was restored from a backup, and UIDNEXT is not the one that was known.
+                    # The server was restored from a backup, and UIDNEXT is not the one that was known. For
+                    # the cache the UID is another message's: `_settle_earlier` lists the mailbox first.
                     draft.attempt = replace(draft.attempt, uidnext=outcome)
-                    self._sync.look_again(directory)
         await self._notes.accept(
             [p.draft for p, uid in unlisted.values() if uid is None or uid < batch.uidnext]
         )
         for prepared, data in flagged:
             data = await self._flags.bring(mailbox, prepared.draft, data, prepared.message.flags.split())
             self._adopter.adopt(mailbox, prepared.draft, data, prepared.payload)
-        search = await self._search([prepared.draft for prepared, _ in unlisted.values()])
+        search = await self._search(
+            [p.draft for p, uid in unlisted.values() if uid is None or uid >= batch.uidnext]
+        )
         settled = await self._adopt_found(search)
         for prepared, uid in unlisted.values():
             if prepared.draft.ino not in settled and uid is not None and uid >= batch.uidnext:
@@ -530,10 +532,11 @@ class Uploader:
         The search needs no lock: who waits for the mailbox does not wait for that.
         """
         search = await self._search(uncertain)
-        is_restored = any(answer.is_restored for _, _, answer in search.answers)
-        if is_restored and (refresh := self._sync.refresh_mailbox(directory, 0)) is not None:
+        if any(answer.is_restored or attempt.accepted for _, attempt, answer in search.answers):
             # The UID of the upload may have been that of another message, which the cache still has.
-            await refresh.finished()
+            refresh = self._sync.refresh_mailbox(directory, 0)
+            if refresh is not None:
+                await refresh.finished()
             search = await self._search(uncertain)
         if search.is_mailbox_missing:
             # If it was renamed, its notes follow it, and it is searched under its new name. To take the
