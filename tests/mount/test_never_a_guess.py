@@ -216,6 +216,40 @@ def test_a_restored_server_gets_a_message_once(own: Account, mount: Mounts, tmp_
         mounted.unmount()
 
 
+def test_edits_replace_their_messages_on_a_restored_server(
+    own: Account, mount: Mounts, tmp_path: Path
+) -> None:
+    """Both versions stayed, and the new ones were taken for messages that the server has changed."""
+    before = [mail("one"), mail("two"), mail("three")]
+    after = [mail(name, "edited") for name in ("one", "two", "three")]
+    own.deliver("Sent", [(content, DATE, "") for content in before])
+    everything(own)
+    own.back_up(tmp_path / "backup")
+    own.deliver("Sent", [(mail(f"m{n}"), DATE, "") for n in range(5)])
+    with Proxy(own.server) as proxy:
+        mounted = mount(proxy.account(own))
+        paths = [file_of(mounted, uid, "Sent") for uid in (1, 2, 3)]
+        for path in paths:
+            path.read_bytes()
+        proxy.refuse()
+        proxy.cut_all()
+        for path, content in zip(paths, after, strict=True):
+            path.write_bytes(content)
+        own.server.stop()
+        own.restore(tmp_path / "backup")
+        own.server.start_again()
+        proxy.accept()
+        wait_until(
+            lambda: all(on_server(own, content) == ["Trash"] for content in before),
+            "the old versions are removed",
+        )
+        settle(mounted)
+        assert waiting(mounted) == []
+        assert all(on_server(own, content) == ["Sent"] for content in after)
+        mounted.unmount()
+        assert not list(mounted.cache.glob("*/kept/*"))
+
+
 def test_a_server_that_is_restored_to_what_was_last_listed_shows_what_it_has(
     own: Account, mount: Mounts, tmp_path: Path
 ) -> None:
