@@ -121,7 +121,9 @@ def build_model(
     folders = Folders(pool, cache, sync, locator, trash)
     mover = Mover(pool, cache, sync, locator, journal, config.delete, trash, folders, hub)
     flags = FlagChanger(pool, cache, sync, locator, hub)
-    replaced = ReplacedMessages(cache, spool, journal, locator, mover, downloads, background, hub)
+    replaced = ReplacedMessages(
+        cache, spool, journal, locator, mover, downloads, background, sync, hub
+    )  # fmt: skip
     uploader = Uploader(
         pool, cache, bodies, spool, journal, sync, locator, replaced, flags, downloads, background, hub
     )  # fmt: skip

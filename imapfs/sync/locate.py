@@ -94,14 +94,15 @@ class Locator:
             return None
         return self._cache.message(mailbox.ino, ref.uid)
 
-    async def find_listed(self, ref: MessageRef) -> Node | None:
-        """Do as `find`, but synchronise the mailbox if the cache does not have the message.
+    async def find_listed(self, ref: MessageRef, *, afresh: bool = False) -> Node | None:
+        """Do as `find`, but synchronise the mailbox if the cache lacks the message, or ``afresh`` is true.
 
         Raises ImapfsError if that fails.
         """
         mailbox = self._cache.mailbox_named(ref.mailbox)
         found = self.find(ref)
-        if found is None and mailbox is not None and mailbox.uidvalidity in {0, ref.uidvalidity}:
+        known = mailbox is not None and mailbox.uidvalidity in {0, ref.uidvalidity}
+        if mailbox is not None and known and (found is None or afresh):
             refresh = self._sync.refresh_mailbox(mailbox.ino, 0)
             if refresh is not None:
                 await refresh.finished()

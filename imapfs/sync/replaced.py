@@ -9,7 +9,7 @@ import logging
 
 import trio
 
-from imapfs.errors import MailboxGone, MessageGone, OtherMailbox, OtherMessage
+from imapfs.errors import MailboxGone, MessageGone, NotPermitted, OtherMailbox, OtherMessage
 from imapfs.log import report
 from imapfs.model import MessageRef
 from imapfs.names import is_message_name
@@ -21,6 +21,7 @@ from imapfs.sync.changes import ChangeHub, Changes
 from imapfs.sync.download import Downloader
 from imapfs.sync.locate import Locator
 from imapfs.sync.move import Mover
+from imapfs.sync.synchroniser import Synchroniser
 from imapfs.waiting import Delays
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 _FIRST_RETRY = 1.0
 """Seconds until a removal that failed is tried again; doubled each time, up to"""
 _MAX_RETRY = 60.0
+
+_STAYS = OtherMessage | OtherMailbox | NotPermitted
+"""What is no proof that the message is gone, and does not change by trying again."""
 
 
 class ReplacedMessages:
@@ -42,6 +46,7 @@ class ReplacedMessages:
         mover: Mover,
         downloads: Downloader,
         nursery: trio.Nursery,
+        sync: Synchroniser,
         hub: ChangeHub,
     ) -> None:
         self._cache = cache
@@ -51,6 +56,7 @@ class ReplacedMessages:
         self._mover = mover
         self._downloads = downloads
         self._nursery = nursery
+        self._sync = sync
         self._hub = hub
         self._lock = trio.Lock()
         self._retrying = False
@@ -88,24 +94,55 @@ class ReplacedMessages:
         self._retrying = False
 
     async def _remove(self, ref: MessageRef) -> None:
+        """Remove a message, or find that it is not to be removed; what is uncertain is tried again later."""
         try:
-            await self._remove_listed(ref)
-        except (MessageGone, MailboxGone) as error:
+            try:
+                await self._remove_listed(ref)
+            except MailboxGone:
+                # Another client has renamed or deleted it, or it is an older one, and is listed again.
+                await self._sync.list_mailboxes()
+                if ref not in self._journal.removals:
+                    return  # the note has followed the mailbox to its new name
+                await self._remove_listed(ref, afresh=True)
+        except (MessageGone, MailboxGone, NotPermitted) as error:
+            if isinstance(error, MailboxGone) and self._is_about_another(error, ref):
+                report(error, "the old version of a message is not removed yet")
+                return
             # It may have been listed again as another one since it was found.
-            if isinstance(error, OtherMessage | OtherMailbox) or self._locator.is_taken(ref):
+            if isinstance(error, _STAYS) or self._locator.is_taken(ref):
                 log.warning(
                     "the version of a message that was edited here is not removed, both stay: %s", error
                 )
+                self._show(ref)
         except Exception as error:
             report(error, "the old version of a message is not removed yet")
             return
         self._journal.end_removal(ref)
 
-    async def _remove_listed(self, ref: MessageRef) -> None:
-        """Remove a message that the server lists; do nothing if there is none. Raises ImapfsError."""
-        old = await self._locator.find_listed(ref)
-        if old is None and self._locator.is_taken(ref):
-            raise OtherMessage("another message has its place on the server")
+    def _is_about_another(self, error: MailboxGone, ref: MessageRef) -> bool:
+        """Return whether the mailbox that is gone is another one than the message's, such as the Trash."""
+        return not isinstance(error, OtherMailbox) and self._cache.mailbox_named(ref.mailbox) is not None
+
+    def _show(self, ref: MessageRef) -> None:
+        """Show a message again that stays."""
+        node = self._locator.find(ref)
+        if node is not None and node.name is None:
+            self._cache.show(node.ino)
+            shown = self._cache.node(node.ino)
+            if shown is not None and shown.name is not None:
+                self._hub.publish(Changes(shown.parent, added=[(shown.ino, shown.name)]))
+
+    async def _remove_listed(self, ref: MessageRef, *, afresh: bool = False) -> None:
+        """Remove a message that the server lists; do nothing if there is none. Raises ImapfsError.
+
+        ``afresh``: whether what the cache knows of the mailbox may be out of date.
+        """
+        old = await self._locator.find_listed(ref, afresh=afresh)
+        if old is None:
+            if self._locator.is_taken(ref):
+                raise OtherMessage("another message has its place on the server")
+            if self._cache.mailbox_named(ref.mailbox) is None:
+                raise MailboxGone("the mailbox is gone")
         while old is not None:
             # Only an editor renames the message that it replaces, and to no message's name. Any other name
             # that is still there comes from a cache that is older than the edit.

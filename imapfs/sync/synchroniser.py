@@ -14,7 +14,14 @@ from typing import Final
 
 import trio
 
-from imapfs.errors import ConnectionLost, ImapfsError, MailboxGone, Refused
+from imapfs.errors import (
+    AuthenticationFailed,
+    ConnectionLost,
+    ImapfsError,
+    MailboxGone,
+    Refused,
+    Throttled,
+)
 from imapfs.imap.grammar import ListEntry
 from imapfs.imap.pool import SessionPool
 from imapfs.imap.session import Session
@@ -80,6 +87,19 @@ class Synchroniser:
             self._tree = Refresh()
             self._nursery.start_soon(self._run_tree, self._tree, Session.list_mailboxes)
         return self._tree
+
+    async def list_mailboxes(self) -> None:
+        """Have the cache, drafts and notes follow what other clients have done to mailboxes until now.
+
+        Not while a mailbox is in exclusive use. Raises ConnectionLost, Throttled, AuthenticationFailed.
+        """
+        for _ in range(2):
+            # The first one may have been under way before.
+            refresh = self.refresh_tree(0)
+            if refresh is not None:
+                await refresh.finished()
+                if isinstance(refresh.error, ConnectionLost | AuthenticationFailed | Throttled):
+                    raise refresh.error
 
     async def poll(self, mailboxes: Sequence[bytes]) -> dict[bytes, dict[str, int]]:
         """Refresh the list of mailboxes; return the STATUS of at least ``mailboxes``. Raises ImapfsError."""

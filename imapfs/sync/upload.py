@@ -335,26 +335,13 @@ class Uploader:
 
         Raises ConnectionLost, Throttled, AuthenticationFailed if this has to wait.
         """
-        await self._list_mailboxes()
+        await self._sync.list_mailboxes()
         if self._server_name(mailbox) not in {None, name}:
             log.info("%d uploads follow their mailbox, which was renamed", len(batch))
             return
         for pending in batch:
             if not pending.settled:
                 self._refuse(pending, error)
-
-    async def _list_mailboxes(self) -> None:
-        """Have drafts and notes follow mailboxes that other clients have renamed until now.
-
-        Not while a mailbox is in exclusive use. Raises ConnectionLost, Throttled, AuthenticationFailed.
-        """
-        for _ in range(2):
-            # The first one may have been under way before the mailbox was renamed.
-            refresh = self._sync.refresh_tree(0)
-            if refresh is not None:
-                await refresh.finished()
-                if isinstance(refresh.error, ConnectionLost | AuthenticationFailed | Throttled):
-                    raise refresh.error
 
     def refuse(self, draft: Draft, error: ImapfsError) -> None:
         """Give up the upload of a draft, whose mailbox is gone. Raises nothing."""
@@ -541,7 +528,7 @@ class Uploader:
         if search.is_mailbox_missing:
             # If it was renamed, its notes follow it, and it is searched under its new name. To take the
             # message for missing would upload it twice.
-            await self._list_mailboxes()
+            await self._sync.list_mailboxes()
         async with self._sync.changing(directory):
             await self._adopt_found(search)
 
