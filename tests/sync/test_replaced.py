@@ -85,8 +85,12 @@ def test_it_is_removed_from_a_restored_server(
             wait_until(lambda: files.model.pool.reason, "it is offline")
             own.restore(tmp_path / "backup")
             server.start_again()
+            not_listed = proxy.fault(b'EXAMINE "Work"', b"NO [INUSE] Later", times=None)
+            proxy.forget_commands()
             proxy.accept()
             files.run(files.model.replaced.discard, ref)
+            proxy.wait_for_command(b'SELECT "Work"')
+            not_listed.cancel()
             wait_until(lambda: places(own, 1) == ["Trash"], "it is removed")
             files.end()
 
