@@ -113,6 +113,8 @@ def build_model(
     spool = Spool(place / SPOOL)
     journal = Journal(place / JOURNAL)
     spool.hand_over_removals(journal)
+    # Before a mailbox is listed for the first time, and gets one.
+    cache.reserve_inos(max((draft.ino for draft in spool), default=0))
     sync = Synchroniser(pool, cache, spool, background, hub)
     downloads = Downloader(pool, cache, bodies, sync, background, hub)
     prefetcher = Prefetcher(cache, downloads.prefetch, config.fetch_ahead)

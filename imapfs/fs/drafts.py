@@ -51,7 +51,6 @@ class Drafts:
 
     def _place_all(self) -> None:
         """Find the directories of all drafts by their paths."""
-        self._cache.reserve_inos(max((d.ino for d in self._spool), default=0))
         for draft in self._spool:
             directory = self._cache.directory_at(draft.path)
             if draft.rescued:

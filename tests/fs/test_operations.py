@@ -5,6 +5,7 @@ Nothing here is about the kernel: each test runs through a mount, and on the mod
 
 import contextlib
 import errno
+import sqlite3
 import time
 
 import pytest
@@ -660,6 +661,23 @@ def test_names_of_directories_that_are_reserved(filled: Account, start: Start, n
         fails_with(errno.EPERM, files.rename, ".tmp", f"Work/{name}")
     files.end()
     assert mailboxes(filled) == before
+
+
+def test_a_new_mailbox_does_not_get_the_inode_of_a_file_that_waits(filled: Account, start: Start) -> None:
+    """After a power cut the database may not know that it has given the number to a file."""
+    files = start(filled)
+    with files.open("INBOX/note.txt", "w") as file:
+        file.write(b"text")
+    ino = files.stat("INBOX/note.txt").ino
+    files.end()
+    (database,) = files.cache.rglob("cache.db")
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as db:
+        db.execute("UPDATE meta SET value = ? WHERE key = 'next_ino'", (ino,))
+    with filled.client() as client:
+        client.create("New")
+    again = start(filled, cache=files.cache)
+    assert again.stat("INBOX/note.txt").ino == ino
+    assert again.stat("New").ino > ino
 
 
 # ---- scratch directories
