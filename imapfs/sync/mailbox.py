@@ -201,9 +201,10 @@ class MailboxRun:
             return self._by_comparison(session, name, box)
         if not self._check_known(found, last):
             self._check_one(session, self._last_but(state.vanished))
+        gone = self._gone(session, state.vanished)
         self._take_all(found)
         self._apply_moves(session)
-        self._remove(self._gone(session, state.vanished))
+        self._remove(gone)
         if self._on_trio(self._cache.counts, self.ino)[0] != state.exists:
             return self._by_comparison(session, name, box)
         return self._done(state)
@@ -294,7 +295,8 @@ class MailboxRun:
     def _gone(self, session: Session, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return the part of ``ranges`` in which the server really has no message.
 
-        What an answer leaves out, or calls vanished, may be there: SEARCH decides.
+        What an answer leaves out, or calls vanished, may be there: SEARCH decides. The mailbox must still be
+        selected, so before `_apply_moves`.
         """
         there = sorted(session.present(ranges)) if ranges else []
         if not there:

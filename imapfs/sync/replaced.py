@@ -114,6 +114,8 @@ class ReplacedMessages:
                     "the version of a message that was edited here is not removed, both stay: %s", error
                 )
                 self._show(ref)
+            else:
+                log.info("the version of a message that was edited here is gone: %s: %s", ref, error)
         except Exception as error:
             report(error, "the old version of a message is not removed yet")
             return

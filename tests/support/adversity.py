@@ -14,9 +14,11 @@ import contextlib
 import functools
 import os
 import re
+import sqlite3
 import subprocess
 import time
 from collections.abc import Mapping
+from imaplib import IMAP4_SSL
 from pathlib import Path
 from typing import Final
 
@@ -431,6 +433,7 @@ class AdverseWorld(World):
         waits = {number_of(v) for content in self._spooled() if (v := self._known(content)) is not None}
         self._user.restore(copy)
         self._user.server.start_again()
+        self._let_it_notice()
         for number, version in self._versions.items():
             version.flags = None
             if number in places:
@@ -438,6 +441,32 @@ class AdverseWorld(World):
                 version.settled = True
             elif number not in waits:
                 version.places |= {NOWHERE}
+
+    def _let_it_notice(self) -> None:
+        """Wait until the mount has listed what was restored, if it can.
+
+        Else other clients may bring UIDNEXT, HIGHESTMODSEQ and the count of messages to what it knows.
+        Then nothing that it asks for says that the server was restored.
+        """
+        with self._user.client() as client:
+            reached = {name: _uidnext(client, name) for name in self._mailboxes}
+        (database,) = self._mount.cache.rglob("cache.db")
+
+        def has_noticed() -> bool:
+            for name in self._directories():
+                with contextlib.suppress(OSError):
+                    os.listdir(self.root / name)
+            with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as db:
+                known = db.execute("SELECT server_name, uidnext FROM mailbox WHERE server_name NOT NULL")
+                return all(uidnext <= reached.get(bytes(name).decode(), uidnext) for name, uidnext in known)
+
+        with contextlib.suppress(AssertionError, sqlite3.Error):
+            wait_until(has_noticed, "the restored server was listed")
+
+
+def _uidnext(client: IMAP4_SSL, mailbox: str) -> int:
+    _, data = client.status(mailbox, "(UIDNEXT)")
+    return int(data[0].rpartition(b"UIDNEXT ")[2].rstrip(b")"))
 
 
 def _has_unmounted(root: Path) -> bool:

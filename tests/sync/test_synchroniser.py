@@ -261,6 +261,25 @@ async def test_message_that_another_client_moved_is_the_same_file(
         assert not [changes for changes in here.changes if changes.gone]
 
 
+@pytest.mark.trio
+async def test_what_vanished_is_looked_for_in_its_own_mailbox(user: Account, tmp_path: Path) -> None:
+    """Another mailbox is selected to find out where new messages come from; it has a message of this UID."""
+    user.deliver("INBOX", ((plain(n), DATE, "") for n in range(3)))
+    user.deliver("Archive", ((plain(n), DATE, "") for n in range(7, 10)))
+    async with mirror(user, tmp_path) as here:
+        for mailbox in ("INBOX", "Archive"):
+            await here.refresh(mailbox)
+        with user.client() as client:
+            client.select("Archive")
+            client.uid("STORE", "2", "+FLAGS", "(\\Deleted)")
+            client.uid("EXPUNGE", "2")
+            client.select("INBOX")
+            client.uid("MOVE", "3", "Archive")
+        await here.refresh_at_once("Archive", "INBOX")
+        assert here.messages("Archive").keys() == {1, 3, 4}
+        assert here.messages().keys() == {1, 2}
+
+
 def keep_body(here: Mirror, mailbox: str, uid: int, content: bytes) -> Node:
     """Cache a body as a download does; return the message."""
     message = here.cache.message(here.ino(mailbox), Uid(uid))
