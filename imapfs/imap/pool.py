@@ -122,6 +122,8 @@ class SessionPool:
         self._closed = False
         self._backoff = Backoff(limit)
         self._started = time.monotonic()
+        self.lost_at = self._started
+        """When a connection last ended by itself (monotonic): the server may be another one since."""
         self._error: ConnectionLost | AuthenticationFailed | None = None
         """Why the last attempt to connect failed."""
         self._accepted = False
@@ -359,6 +361,7 @@ class SessionPool:
         """A session ended in the middle of its work."""
         if self._closed:
             return
+        self.lost_at = time.monotonic()
         if isinstance(error, ServerBusy):
             self.throttle(error)
             return
@@ -535,6 +538,7 @@ class SessionPool:
 
     def _drop_dead(self) -> None:
         for session in [s for s in self._idle if not s.alive or s.has_hung_up()]:
+            self.lost_at = time.monotonic()
             self._idle.remove(session)
             self._open -= 1
             session.abort()

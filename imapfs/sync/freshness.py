@@ -15,6 +15,8 @@ class Freshness:
 
     def __init__(self) -> None:
         self._asked: dict[Ino, float] = {}
+        self._listed: dict[Ino, float] = {}
+        """When the messages themselves were last looked at."""
         self._announced: dict[Ino, float] = {}
         """When the server last announced a change."""
         self._watched: dict[Ino, float] = {}
@@ -24,6 +26,23 @@ class Freshness:
     def asked(self, what: Ino, at: float) -> None:
         """Note that the state is known as of a time."""
         self._asked[what] = max(at, self._asked.get(what, -math.inf))
+
+    def listed(self, mailbox: Ino, at: float) -> None:
+        """Note that a mailbox was synchronised as of a time."""
+        self._listed[mailbox] = at
+        self.asked(mailbox, at)
+
+    def agrees(self, mailbox: Ino, at: float, lost_at: float) -> bool:
+        """Note that the numbers of a mailbox (STATUS) are as known, as of a time; return whether that proves
+        that nothing has changed.
+
+        It does if the mailbox was synchronised since ``lost_at``. Before, the server may have been restored
+        from a backup and have the same numbers again.
+        """
+        if self._listed.get(mailbox, -math.inf) < lost_at:
+            return False
+        self.asked(mailbox, at)
+        return True
 
     def forget(self, what: Ino) -> None:
         """Note that the state is unknown."""

@@ -191,7 +191,7 @@ class Synchroniser:
             run = MailboxRun(self._cache, ino, refresh, self._hub, self._moves)
             async with self.exclusive(ino):
                 await self._list_messages(run, name)
-            self.freshness.asked(ino, started)
+            self.freshness.listed(ino, started)
         except Exception as failure:
             error = report(failure, f"mailbox {ino} was not refreshed")
             if isinstance(failure, MailboxGone):

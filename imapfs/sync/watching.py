@@ -355,14 +355,17 @@ class Watching:
         return True
 
     def _look(self, ino: Ino, numbers: Mapping[str, int], asked: float | None) -> None:
-        """Compare a mailbox with its STATUS; if they agree, the mailbox is up to date as of ``asked``."""
+        """Compare a mailbox with its STATUS; if that proves it, the mailbox is up to date as of ``asked``."""
         box = self._cache.mailbox(ino)
         if box is None or not self._is_listed(box):
             return
-        if not box.complete or self._differs(box, numbers):
+        differs = not box.complete or self._differs(box, numbers)
+        doubtful = not differs and asked is not None and not self._agrees(ino, asked)
+        if differs or (doubtful and ino in self._used):
             self._changed(ino)
-        elif asked is not None:
-            self._fresh.asked(ino, asked)
+
+    def _agrees(self, ino: Ino, asked: float) -> bool:
+        return self._fresh.agrees(ino, asked, self._pool.lost_at)
 
     def _differs(self, box: Mailbox, numbers: Mapping[str, int]) -> bool:
         messages, unseen = self._cache.counts(box.ino)
@@ -449,7 +452,8 @@ class Watching:
             self._polled[ino] = numbers
             self._changed(ino)
         elif numbers.get("HIGHESTMODSEQ"):
-            self._fresh.asked(ino, asked)
+            if not self._agrees(ino, asked) and in_use:
+                self._changed(ino)
         elif in_use and not (self._fresh.is_watched(ino) and self._pool.limit > 1):
             # STATUS shows no change of most flags.
             self._changed(ino)

@@ -250,6 +250,43 @@ def test_edits_replace_their_messages_on_a_restored_server(
         assert not list(mounted.cache.glob("*/kept/*"))
 
 
+@pytest.mark.parametrize("is_mounted", [True, False], ids=["mounted", "unmounted"])
+def test_a_restored_server_whose_numbers_are_as_before_shows_what_it_has(
+    own: Account, mount: Mounts, tmp_path: Path, is_mounted: bool
+) -> None:
+    """UIDNEXT, HIGHESTMODSEQ and the number of messages are those of the last synchronisation."""
+    own.deliver("Sent", [(mail("one"), DATE, "")])
+    everything(own)
+    own.back_up(tmp_path / "backup")
+    own.append("Sent", mail("lost"), DATE)
+    with Proxy(own.server) as proxy:
+        mounted = mount(proxy.account(own))
+        assert contents(mounted.path / "Sent") == [mail("lost"), mail("one")]
+        if not is_mounted:
+            mounted.unmount()
+        proxy.refuse()
+        proxy.cut_all()
+        own.server.stop()
+        own.restore(tmp_path / "backup")
+        own.server.start_again()
+        own.append("Sent", mail("other"), DATE + 1)
+        proxy.accept()
+        if not is_mounted:
+            mounted = mount(proxy.account(own), cache=mounted.cache)
+        wait_until(
+            lambda: contents(mounted.path / "Sent") == [mail("one"), mail("other")],
+            "what the server has is shown",
+        )
+        mounted.unmount()
+
+
+def contents(directory: Path) -> list[bytes]:
+    """Return what is in the files of a directory; nothing if one goes meanwhile."""
+    with contextlib.suppress(OSError):
+        return sorted(path.read_bytes() for path in directory.iterdir())
+    return []
+
+
 def test_a_server_that_is_restored_to_what_was_last_listed_shows_what_it_has(
     own: Account, mount: Mounts, tmp_path: Path
 ) -> None:
@@ -269,12 +306,7 @@ def test_a_server_that_is_restored_to_what_was_last_listed_shows_what_it_has(
         own.restore(tmp_path / "backup")
         own.server.start_again()
 
-        def is_right() -> bool:
-            with contextlib.suppress(OSError):
-                return sorted(path.read_bytes() for path in sent.iterdir()) == [mail("one"), mail("two")]
-            return False
-
-        wait_until(is_right, "what the server has is shown")
+        wait_until(lambda: contents(sent) == [mail("one"), mail("two")], "what the server has is shown")
         mounted.unmount()
 
 

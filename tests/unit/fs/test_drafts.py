@@ -231,15 +231,6 @@ def test_drafts_whose_path_is_gone_are_rescued(
         assert set(rebuilt.names(ROOT)) == {"INBOX", "Work", "new.eml"}
 
 
-def test_the_inodes_of_drafts_are_not_given_out_again(account: Model) -> None:
-    draft = account.write("INBOX", b"new.eml")
-    high = Ino(draft.ino + 1_000_000)
-    account.spool.create(high, account.ino("INBOX"), b"high.eml", (b"INBOX",), 0o600)
-    assert account.cache.new_ino() < high
-    Mounted(account).drafts.restore()
-    assert account.cache.new_ino() > high
-
-
 def test_hidden_messages_are_shown_unless_they_are_still_to_be_removed(
     account: Model, mounted: Mounted
 ) -> None:
