@@ -12,7 +12,7 @@ from typing import Final
 
 import trio
 
-from imapfs.errors import MailboxGone, Refused
+from imapfs.errors import ConnectionLost, MailboxGone, Refused
 from imapfs.imap.grammar import FetchData
 from imapfs.imap.session import Session, Upload
 from imapfs.model import Uid
@@ -94,11 +94,17 @@ def _copy(path: Path) -> tuple[bytes | mmap.mmap, bool]:
 
 
 class AppendBatch:
-    """Uploads of several messages to one mailbox, in a thread."""
+    """Uploads of several messages to one mailbox, in a thread.
 
-    def __init__(self, mailbox: ServerMailbox, uploads: Sequence[Upload]) -> None:
+    ``is_same_server``: whether no connection was lost since it was made. Called on the trio thread.
+    """
+
+    def __init__(
+        self, mailbox: ServerMailbox, uploads: Sequence[Upload], is_same_server: Callable[[], bool]
+    ) -> None:
         self._mailbox = mailbox
         self._uploads = uploads
+        self._is_same_server = is_same_server
         self.uidvalidity = mailbox.uidvalidity
         self.uidnext = mailbox.uidnext
         self.outcomes: list[int | Refused | None] = []
@@ -115,6 +121,8 @@ class AppendBatch:
 
     def run(self, session: Session) -> None:
         """Upload all messages, and list what has come to the mailbox."""
+        if not trio.from_thread.run_sync(self._is_same_server):
+            raise ConnectionLost("the connection was lost before the upload")
         self._listed = {}
         limit = next((int(m[1]) for c in session.capabilities if (m := _APPENDLIMIT.match(c))), None)
         refused = {

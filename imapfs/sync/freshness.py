@@ -32,17 +32,9 @@ class Freshness:
         self._listed[mailbox] = at
         self.asked(mailbox, at)
 
-    def agrees(self, mailbox: Ino, at: float, lost_at: float) -> bool:
-        """Note that the numbers of a mailbox (STATUS) are as known, as of a time; return whether that proves
-        that nothing has changed.
-
-        It does if the mailbox was synchronised since ``lost_at``. Before, the server may have been restored
-        from a backup and have the same numbers again.
-        """
-        if self._listed.get(mailbox, -math.inf) < lost_at:
-            return False
-        self.asked(mailbox, at)
-        return True
+    def was_listed(self, mailbox: Ino, since: float) -> bool:
+        """Return whether a mailbox was synchronised since a time."""
+        return self._listed.get(mailbox, -math.inf) >= since
 
     def forget(self, what: Ino) -> None:
         """Note that the state is unknown."""

@@ -176,6 +176,14 @@ class Synchroniser:
             self._nursery.start_soon(self._run_mailbox, ino, refresh)
         return refresh
 
+    def is_current(self, ino: Ino) -> bool:
+        """Return whether a mailbox was synchronised since a connection was last lost.
+
+        If not, the server may have been restored from a backup: it may have other messages although STATUS
+        is as it was, and its UIDNEXT may be lower than the one that is known.
+        """
+        return self.freshness.was_listed(ino, self._pool.lost_at)
+
     def is_refreshing(self, ino: Ino) -> bool:
         """Return whether a mailbox is being synchronised."""
         return ino in self._mailboxes

@@ -309,6 +309,7 @@ class Uploader:
                         ready.append(prepared)
                         size += len(prepared.payload.data)
                 if ready:
+                    await self._look_if_lost(mailbox)
                     async with self._sync.changing(mailbox):
                         await self._append(mailbox, ready)
             if ready:
@@ -443,13 +444,33 @@ class Uploader:
 
     # -- APPEND --------------------------------------------------------------------------------------------
 
+    async def _look_if_lost(self, mailbox: Ino) -> None:
+        """Synchronise a mailbox whose UIDNEXT may have gone back, as an upload could not be found by it then.
+
+        Raises ConnectionLost, Throttled, AuthenticationFailed.
+        """
+        self._pool.check_idle()
+        known = self._cache.mailbox(mailbox)
+        if known is None or not known.complete or self._sync.is_current(mailbox):
+            return
+        refresh = self._sync.refresh_mailbox(mailbox, 0)
+        if refresh is not None:
+            await refresh.finished()
+            if isinstance(refresh.error, ConnectionLost | AuthenticationFailed | Throttled):
+                raise refresh.error
+
     async def _append(self, directory: Ino, ready: list[_Prepared]) -> None:
         """Append messages and adopt them. The caller has the mailbox in exclusive use."""
         mailbox = self._locator.mailbox(directory)
         ready = [p for p in ready if p.payload.is_current(p.draft)]
         if not ready:
             return
-        batch = AppendBatch(mailbox, [prepared.message for prepared in ready])
+        if not self._sync.is_current(directory):
+            mailbox = replace(mailbox, uidnext=0)
+        lost_at = self._pool.lost_at
+        batch = AppendBatch(
+            mailbox, [prepared.message for prepared in ready], lambda: self._pool.lost_at == lost_at
+        )
         await self._pool.run(batch.prepare, mailbox.name)
         mailbox = replace(mailbox, uidvalidity=batch.uidvalidity)
         await self._notes.note(mailbox, batch.uidnext, [(p.draft, p.payload) for p in ready])

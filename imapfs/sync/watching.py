@@ -365,7 +365,11 @@ class Watching:
             self._changed(ino)
 
     def _agrees(self, ino: Ino, asked: float) -> bool:
-        return self._fresh.agrees(ino, asked, self._pool.lost_at)
+        """Note that STATUS is as it was, as of ``asked``; return whether that proves that nothing changed."""
+        if not self._sync.is_current(ino):
+            return False
+        self._fresh.asked(ino, asked)
+        return True
 
     def _differs(self, box: Mailbox, numbers: Mapping[str, int]) -> bool:
         messages, unseen = self._cache.counts(box.ino)

@@ -216,6 +216,37 @@ def test_a_restored_server_gets_a_message_once(own: Account, mount: Mounts, tmp_
         mounted.unmount()
 
 
+def test_an_upload_that_is_cut_on_a_restored_server_is_found(
+    own: Account, mount: Mounts, tmp_path: Path
+) -> None:
+    """UIDNEXT went back, and is reached again by then: looked for beyond it, the uploads were doubled."""
+    own.deliver("Sent", [(mail("one"), DATE, "")])
+    everything(own)
+    own.back_up(tmp_path / "backup")
+    own.deliver("Sent", [(mail(f"m{n}"), DATE, "") for n in range(2)])
+    with Proxy(own.server) as proxy:
+        mounted = mount(proxy.account(own))
+        os.listdir(mounted.path / "Sent")
+        proxy.refuse()
+        proxy.cut_all()
+        own.server.stop()
+        own.restore(tmp_path / "backup")
+        own.server.start_again()
+        new = [mail(f"new {n}") for n in range(3)]
+        for n, content in enumerate(new):
+            (mounted.path / "Sent" / f"new{n}.eml").write_bytes(content)
+        # All are on the server, and no answer says so.
+        fault = proxy.fault(rb"APPEND", "cut", at="answer", nth=3)
+        not_listed = proxy.fault(rb'EXAMINE "Sent"', b"NO [INUSE] Later", times=1)
+        proxy.accept()
+        fault.wait_hit()
+        not_listed.cancel()
+        settle(mounted)
+        wait_until(lambda: not waiting(mounted), "they are sent")
+        assert [on_server(own, content) for content in new] == [["Sent"]] * 3
+        mounted.unmount()
+
+
 def test_edits_replace_their_messages_on_a_restored_server(
     own: Account, mount: Mounts, tmp_path: Path
 ) -> None:
