@@ -11,10 +11,12 @@ from imapfs.errors import CacheError, MailboxGone
 from imapfs.fs.scratch import ScratchDirectories
 from imapfs.fs.tree import MailTree
 from imapfs.log import report
+from imapfs.model import MessageRef
 from imapfs.store.cache import Cache
-from imapfs.store.journal import Journal
+from imapfs.store.journal import Attempt, Journal
 from imapfs.store.spool import Draft, Spool
 from imapfs.sync.changes import ChangeHub, Changes, Moved, Renamed
+from imapfs.sync.identify import is_other
 from imapfs.sync.upload import Uploader
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ class Drafts:
         """Take over the drafts of an earlier mount, and show messages that it hid but did not remove."""
         self._scratch.restore()
         self._place_all()
+        self._follow_lost_renames()
         self._return_home()
         self._show_hidden()
 
@@ -62,6 +65,44 @@ class Drafts:
                 self._rescue(draft)
             elif directory != draft.parent:
                 self._spool.move(draft, directory, draft.name, draft.path)
+
+    def _follow_lost_renames(self) -> None:
+        """Let drafts and notes refer to mailboxes by the names that these have in the cache.
+
+        After a power cut, the cache, the journal and a draft's description may each have another of the names
+        that a mailbox has had. By such a name neither an upload nor what it replaces would be found again.
+        """
+        by_file = {draft.file.name: draft for draft in self._spool}
+
+        def of_draft(draft: Draft | None, ref: MessageRef | Attempt) -> bytes | None:
+            own = None if draft is None else self._cache.mailbox(draft.parent)
+            if own is None or own.uidvalidity != ref.uidvalidity or self._is_there(ref):
+                return None
+            return own.selectable_name
+
+        def of_removal(ref: MessageRef) -> bytes | None:
+            if self._is_there(ref):
+                return None
+            # Only a message that is replaced is hidden.
+            found = [
+                hidden.mailbox
+                for ino, hidden, _ in self._cache.hidden()
+                if (hidden.uidvalidity, hidden.uid) == (ref.uidvalidity, ref.uid)
+                and (node := self._cache.node(ino)) is not None
+                and not is_other(ref, node.date, node.announced)
+            ]
+            return found[0] if len(found) == 1 else None
+
+        self._spool.correct_mailboxes(of_draft)
+        try:
+            self._journal.correct_mailboxes(lambda file, ref: of_draft(by_file.get(file), ref), of_removal)
+        except CacheError as error:
+            report(error, "what is to be removed from renamed mailboxes stays there")
+
+    def _is_there(self, ref: MessageRef | Attempt) -> bool:
+        """Return whether the cache has the mailbox that is referred to, or one that may be that."""
+        known = self._cache.mailbox_named(ref.mailbox)
+        return known is not None and known.uidvalidity in {0, ref.uidvalidity}
 
     def _show_hidden(self) -> None:
         """Show hidden messages again, except for those that are still to be removed."""

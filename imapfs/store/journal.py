@@ -23,7 +23,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -159,13 +159,27 @@ class Journal:
 
     def rename_mailbox(self, old: bytes, new: bytes, delimiter: bytes) -> None:
         """Follow the rename of a mailbox, and of those below it. Raises CacheError."""
+        self.correct_mailboxes(
+            lambda _, attempt: renamed(attempt.mailbox, old, new, delimiter),
+            lambda ref: renamed(ref.mailbox, old, new, delimiter),
+        )
+
+    def correct_mailboxes(
+        self,
+        of_upload: Callable[[str, Attempt], bytes | None],
+        of_removal: Callable[[MessageRef], bytes | None],
+    ) -> None:
+        """Give entries another name of their mailbox, except for those for which None is returned.
+
+        An upload is given by the draft's file in the spool. Raises CacheError.
+        """
         for file, attempt in self.uploads.items():
-            name = renamed(attempt.mailbox, old, new, delimiter)
+            name = of_upload(file, attempt)
             if name is not None:
                 self._write("add", _UploadNote(file, replace(attempt, mailbox=name)))
                 self._write("done", _UploadNote(file, attempt))
         for ref in self.removals:
-            name = renamed(ref.mailbox, old, new, delimiter)
+            name = of_removal(ref)
             if name is not None:
                 self.add_removal(replace(ref, mailbox=name))
                 self.end_removal(ref)

@@ -304,11 +304,18 @@ class Spool:
 
         Raises nothing: it has happened on the server, whatever the disk takes.
         """
+        self.correct_mailboxes(lambda _, ref: renamed(ref.mailbox, old, new, delimiter))
+
+    def correct_mailboxes(self, name_of: Callable[[Draft, MessageRef | Attempt], bytes | None]) -> None:
+        """Give what drafts refer to another name of its mailbox, unless ``name_of`` returns None.
+
+        Raises nothing.
+        """
         for draft in self:
             base, attempt = draft.base, draft.attempt
-            if base is not None and (name := renamed(base.ref.mailbox, old, new, delimiter)) is not None:
+            if base is not None and (name := name_of(draft, base.ref)) is not None:
                 draft.base = replace(base, ref=replace(base.ref, mailbox=name))
-            if attempt is not None and (name := renamed(attempt.mailbox, old, new, delimiter)) is not None:
+            if attempt is not None and (name := name_of(draft, attempt)) is not None:
                 draft.attempt = replace(attempt, mailbox=name)
             if (draft.base, draft.attempt) != (base, attempt):
                 self.try_save(draft)

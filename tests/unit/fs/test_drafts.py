@@ -9,12 +9,12 @@ from imapfs.errors import ImapfsError
 from imapfs.fs.drafts import Drafts
 from imapfs.fs.scratch import ScratchDirectories
 from imapfs.model import ROOT, Ino
-from imapfs.store.journal import Journal
+from imapfs.store.journal import Attempt, Journal
 from imapfs.store.spool import Draft, Spool
 from imapfs.sync.changes import ChangeHub, Changes, Moved, Renamed
 from imapfs.sync.upload import Uploader
 from tests.conftest import ExpectedLog
-from tests.support.model import Model, model
+from tests.support.model import UIDVALIDITY, Model, model
 
 LOST = "its mailbox was deleted"
 
@@ -244,3 +244,28 @@ def test_hidden_messages_are_shown_unless_they_are_still_to_be_removed(
     mounted.drafts.restore()
     names = [account.node(ino).name for ino in (replaced, lost, owed, deleted)]
     assert names == [None, b"2.eml", None, None]
+
+
+def test_notes_follow_a_mailbox_whose_rename_some_of_them_have_missed(
+    account: Model, mounted: Mounted
+) -> None:
+    """After a power cut: the cache had another name of that time, so that no rename fitted the notes."""
+    version, owed, other = account.deliver("Work/2024", 1, 2, 3)
+    draft, new = account.change(version), account.write("Work/2024", b"new.eml")
+    account.cache.hide(owed)
+    mounted.journal.add_removal(account.base(owed).ref)
+    mounted.journal.add_removal(account.base(other).ref)
+    attempt = Attempt(b"Work/2024", UIDVALIDITY, 3, new.size, "")
+    mounted.journal.begin_uploads({new.file.name: attempt})
+    year, work = account.ino("Work/2024"), account.ino("Work")
+    account.cache.rename_directory(year, work, b"Now", b"Work/2024", b"Work/Now")
+    renamed = Renamed(b"Work/Older", b"Work/Now", b"/")
+    mounted.drafts.on_changes(Changes(work, moved=[Moved(year, work, b"Older", b"Now", renamed)]))
+    mounted.drafts.restore()
+    for found in (draft, on_disk(account, draft)):
+        assert found.base is not None
+        assert found.base.ref.mailbox == b"Work/Now"
+    assert mounted.journal.uploads[new.file.name].mailbox == b"Work/Now"
+    # What is shown is no message that was replaced.
+    assert {ref.mailbox: ref.uid for ref in mounted.journal.removals} == {b"Work/Now": 2, b"Work/2024": 3}
+    assert account.node(owed).name is None
