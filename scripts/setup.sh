@@ -118,20 +118,34 @@ set_up_fuse() {
         fail "/dev/fuse may not be opened by $(id -un): nothing can be mounted" "as root, run: chmod 666 /dev/fuse"
 }
 
+# Installs what lock files say into an environment, by hash, and then imapfs with the arguments after "--". Nothing
+# else is taken: what has to be compiled is built with what requirements-build.lock says.
+install_locked() {
+    local pip=("$1/bin/python" -m pip install --quiet --disable-pip-version-check) locks=()
+    shift
+    while [[ $1 != -- ]]; do
+        locks+=(-r "$1")
+        shift
+    done
+    shift
+    if ! { "${pip[@]}" --require-hashes -r requirements-build.lock &&
+        "${pip[@]}" --require-hashes --no-build-isolation "${locks[@]}" &&
+        "${pip[@]}" --no-deps --no-build-isolation "$@"; }; then
+        fail "pip could not install the packages of the lock files; its message is above" \
+            "it needs the network (or a configured mirror); run this again when that is there"
+    fi
+}
+
 # A virtual environment holds absolute paths, so a moved project needs a new one too.
 set_up_venv() {
     local wanted
     wanted="$(python3 -c 'import sys; print(sys.version, sys.base_prefix)') $PWD"
-    wanted+=" $(cat pyproject.toml requirements.lock | sha256sum)"
+    wanted+=" $(cat pyproject.toml requirements*.lock | sha256sum)"
     [[ -f .venv/stamp && $(<.venv/stamp) == "$wanted" ]] && return
-    echo "setup: installing the Python packages into .venv" >&2
+    echo "setup: installing the Python packages into .venv; pyfuse3 is compiled, which takes up to a minute" >&2
     rm -rf .venv
     python3 -m venv .venv || fail "python3 -m venv failed; its message is above"
-    local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
-    if ! { "${pip[@]}" --require-hashes -r requirements.lock && "${pip[@]}" --no-deps -e .; }; then
-        fail "pip could not install the packages of requirements.lock; its message is above" \
-            "it needs the network (or a configured mirror); run this again when that is there"
-    fi
+    install_locked .venv requirements-dev.lock -- -e .
     echo "$wanted" >.venv/stamp
 }
 
