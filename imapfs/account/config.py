@@ -126,6 +126,10 @@ def _account_entry(name: str, path: Path) -> Options:
     accounts = load_accounts(path)
     if name in accounts:
         return accounts[name]
+    if "@" in name and ":" not in name:
+        own = [account for account, entry in accounts.items() if entry["user"] == name]
+        how = f"imapfs mount {own[0]}" if own else f"imapfs setup --address {name}"
+        raise UsageError(f"{name} is an address, and no account: run '{how}'")
     # A mistyped URL ends up here as well, and it may contain a password.
     shown = "of that name" if ":" in name or "@" in name else repr(name)
     if not accounts:
@@ -226,6 +230,13 @@ def _check_auth(account: Account, credentials: CredentialSources) -> None:
 
 
 # ---- The mount
+
+
+def own_mountpoint(name: str, config_path: Path) -> Path:
+    """Return where the account ``name`` is mounted if nobody says where. Raises UsageError."""
+    entry = _account_entry(name, config_path)
+    mountpoint: Path = entry.get("mountpoint", Path.home() / "mail" / name)
+    return mountpoint
 
 
 def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config_path: Path) -> Resolved:

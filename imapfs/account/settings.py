@@ -191,6 +191,14 @@ SETTINGS: Final = (
         converter=values.mailbox,
     ),
     Setting(
+        "mountpoint",
+        "Where 'imapfs mount NAME' mounts it.",
+        "directory",
+        "DIR",
+        default_shown="~/mail/NAME",
+        option=None,
+    ),
+    Setting(
         "password-command",
         "Run CMD with sh; the first line of its output is the password.",
         "text",

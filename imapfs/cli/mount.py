@@ -1,5 +1,6 @@
 """``imapfs mount`` and ``imapfs umount``: one account, or all of them with ``--all``."""
 
+import contextlib
 import functools
 import shlex
 import subprocess
@@ -39,8 +40,11 @@ def mount(
     """Mount SOURCE on the empty directory MOUNTPOINT.
 
     SOURCE is imaps://user@host[:port][/Mailbox], imap:// for STARTTLS, or the name of an account in the
-    configuration file. The command returns when the mount is live. The password or token comes from one of
-    the options, the account's entry, a systemd credential, the keyring, or a prompt on the terminal.
+    configuration file. Without MOUNTPOINT, an account is mounted where its entry says, by default on
+    ~/mail/NAME, which is made if it is missing.
+
+    The command returns when the mount is live. The password or token comes from one of the options, the
+    account's entry, a systemd credential, the keyring, or a prompt on the terminal.
 
     With --all DIR, every account in the configuration file is mounted on DIR/NAME, all at the same time. The
     other options then apply to each of them.
@@ -51,14 +55,21 @@ def mount(
             raise click.UsageError("--all cannot be combined with SOURCE, MOUNTPOINT or --foreground")
         _mount_all(directory, given, verbose, options)
         return
-    if source is None or mountpoint is None:
-        raise click.UsageError("give SOURCE and MOUNTPOINT, or --all DIR")
+    if source is None:
+        raise click.UsageError("give SOURCE and perhaps MOUNTPOINT, or --all DIR")
 
     from imapfs.account import config, credentials
+    from imapfs.account import source as sources
     from imapfs.daemon import background
 
+    if mountpoint is None and sources.is_url(source):
+        raise click.UsageError("give MOUNTPOINT, an empty directory: only an account of yours has its own")
     given["options"] = list(options)
-    resolved = config.resolve(source, mountpoint, given, config.default_path())
+    path = config.default_path()
+    place = config.own_mountpoint(source, path) if mountpoint is None else mountpoint
+    resolved = config.resolve(source, place, given, path)
+    if mountpoint is None:
+        _make_missing(place)
     # run() checks again; this check comes before a person has to type a password.
     background.preflight(resolved.mount, resolved.log_file)
     provider = credentials.resolve(resolved.mount.account, resolved.credentials)
@@ -104,6 +115,16 @@ def umount(mountpoint: Path | None, directory: Path | None) -> None:
         )
 
 
+def _make_missing(mountpoint: Path) -> None:
+    """Make a directory for a mount if there is none. Raises UsageError."""
+    # A system call on a mountpoint may never return. Whoever mounts knows how to refuse one.
+    if mountinfo.mount_at(mountinfo.real_path(mountpoint)) is None:
+        try:
+            mountpoint.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{mountpoint} cannot be created: {error.strerror}") from None
+
+
 # ---- All accounts at once
 
 _OnDone = Callable[[str, str | None], None]
@@ -135,14 +156,10 @@ def _mount_all(directory: Path, given: Mapping[str, object], verbose: int, optio
         file.check_name(path, account.name, replace=True)
         mountpoint = root / account.name
         if str(mountpoint) in account.mountpoints:
-            control.read_status(mountpoint)
-            return
-        # A system call on a mountpoint may never return. The command knows how to refuse one.
-        if mountinfo.mount_at(mountpoint) is None:
-            try:
-                mountpoint.mkdir(mode=0o700, exist_ok=True)
-            except OSError as error:
-                raise UsageError(f"{mountpoint} cannot be created: {error.strerror}") from None
+            with contextlib.suppress(control.DaemonDead):  # then it is mounted again
+                control.read_status(mountpoint)
+                return
+        _make_missing(mountpoint)
         _run_imapfs("mount", *arguments, "--", account.name, str(mountpoint))
 
     def report(name: str, reason: str | None) -> None:

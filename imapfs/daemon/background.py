@@ -112,10 +112,15 @@ def preflight(config: MountConfig, log_file: Path | None) -> None:
 def _check_mountpoint(path: Path) -> None:
     mount = mountinfo.mount_at(path)
     if mount is not None and mount.fstype == mountinfo.FSTYPE:
-        control.read_status(path)
-        raise UsageError(
-            f"{path} is in use: {mount.source} is mounted there: run 'imapfs umount {path}' first"
-        )
+        try:
+            control.read_status(path)
+        except control.DaemonDead:
+            control.unmount(path)
+            mount = mountinfo.mount_at(path)
+        else:
+            raise UsageError(
+                f"{path} is in use: {mount.source} is mounted there: run 'imapfs umount {path}' first"
+            )
     if mount is not None:
         raise UsageError(
             f"{path} is in use: it is the mountpoint of a {mount.fstype} file system: choose another"

@@ -44,11 +44,15 @@ def _imapfs_at(path: Path) -> mountinfo.Mount:
     return mount
 
 
+class DaemonDead(ImapfsError):
+    """There is a mount, and its daemon has died."""
+
+
 def read_status(path: Path, timeout: float = 5.0) -> dict[str, Any]:
     """Return the status that the daemon of the mount at ``path`` reports.
 
-    Raises UsageError if imapfs is not mounted there, and ImapfsError if the daemon has died, does not answer
-    within ``timeout`` seconds, or does not answer this user.
+    Raises UsageError if imapfs is not mounted there, DaemonDead, and ImapfsError if the daemon does not
+    answer within ``timeout`` seconds, or does not answer this user.
     """
     status = _read_attribute(path, timeout)
     socket = status.pop("socket", None)
@@ -73,7 +77,7 @@ def _read_attribute(path: Path, timeout: float = 5.0) -> dict[str, Any]:
         threading.Thread(target=probe.communicate, daemon=True).start()
         raise ImapfsError(f"{where}: the daemon has not answered within {timeout:g} s; try again") from None
     if probe.returncode == errno.ENOTCONN:
-        raise ImapfsError(f"{where}: the daemon has died: run 'fusermount3 -u {where}' and mount again")
+        raise DaemonDead(f"{where}: the daemon has died: run 'fusermount3 -u {where}' and mount again")
     if probe.returncode in (errno.EACCES, errno.EPERM):
         raise ImapfsError(f"{where}: the mount belongs to another user, and only that user can access it")
     if probe.returncode != 0:

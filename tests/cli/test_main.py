@@ -515,15 +515,23 @@ def test_dead_mount_is_explained_and_can_be_unmounted(cli: Cli) -> None:
     cli.mount()
     os.kill(cli.pid(), signal.SIGKILL)
     wait_for(lambda: not_connected(cli.mountpoint))
-    for arguments in (["status", cli.mountpoint], cli.mount_arguments()):
-        # The command itself gives up after 5 s, in which a busy machine may not have started its child.
-        while "has not answered within" in (line := cli.refusal(*arguments)):
-            pass
-        assert "the daemon has died" in line
-        assert "fusermount3 -u" in line
+    # The command itself gives up after 5 s, in which a busy machine may not have started its child.
+    while "has not answered within" in (line := cli.refusal("status", cli.mountpoint)):
+        pass
+    assert "the daemon has died" in line
+    assert "fusermount3 -u" in line
     assert "unavailable" in cli.run("status").stdout
     assert cli.run("umount", cli.mountpoint).returncode == 0
     assert not os.path.ismount(cli.mountpoint)
+
+
+def test_dead_mount_is_mounted_again(cli: Cli) -> None:
+    cli.mount()
+    dead = cli.pid()
+    os.kill(dead, signal.SIGKILL)
+    wait_for(lambda: not_connected(cli.mountpoint))
+    cli.mount()
+    assert cli.pid() != dead
 
 
 def not_connected(path: Path) -> bool:

@@ -130,6 +130,23 @@ def handshake(account: Account, address: Address, seconds: float) -> Handshake |
             wire.close()
 
 
+def certificate(account: Account, seconds: float) -> "Certificate":
+    """Return what the server shows as its certificate, which is not verified.
+
+    Raises OSError, including ssl.SSLError; ConnectionLost; ValueError if it is none.
+    """
+    last: OSError | None = None
+    for address in resolve(account.host, account.port, seconds):
+        try:
+            found = handshake(account, address, seconds)
+        except OSError as error:
+            last = error
+            continue
+        if found is not None:
+            return describe(found.certificate)
+    raise last or ValueError("the server offers no TLS")
+
+
 def _agreed(secured: ssl.SSLSocket) -> Handshake:
     certificate = secured.getpeercert(binary_form=True)
     cipher = secured.cipher()

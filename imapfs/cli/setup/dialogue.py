@@ -7,6 +7,8 @@ written only at the end.
 """
 
 import getpass
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,7 +26,14 @@ from imapfs.account.discovery import EmailAddress, MailServer, Network
 from imapfs.account.oauth import OAuthClient
 from imapfs.account.providers import Provider
 from imapfs.account.settings import convert
-from imapfs.errors import AuthenticationFailed, CredentialError, ImapfsError, UsageError
+from imapfs.cli.check import probe
+from imapfs.errors import (
+    AuthenticationFailed,
+    CertificateRejected,
+    CredentialError,
+    ImapfsError,
+    UsageError,
+)
 from imapfs.imap.connect import tls_context
 from imapfs.imap.session import Session
 from imapfs.log import one_line
@@ -75,7 +84,20 @@ def run(given: Given, path: Path, network: Network) -> None:
             person.say(str(error))
             if isinstance(error, AuthenticationFailed) and _hint(server.provider):
                 person.say(_hint(server.provider))
-        match person.choose("What now", _AFTER_FAILURE, "p"):
+            failure = error
+        choices = dict(_AFTER_FAILURE)
+        other = _other_user(server, address)
+        if isinstance(failure, AuthenticationFailed) and other:
+            choices = {"u": f"log in as {other} instead of {server.user}", **choices}
+        if isinstance(failure, CertificateRejected):
+            choices = {"c": "look at the certificate, and perhaps trust it", **choices}
+        match person.choose("What now", choices, "p"):
+            case "u":
+                server = replace(server, user=other)
+            case "c":
+                if pinned := _pinned(located, person):
+                    options = {key: value for key, value in given.options.items() if key != "ca-file"}
+                    given = replace(given, options={**options, "tls-fingerprint": pinned})
             case "p":
                 credential = None
                 given = replace(given, options=_without_source(given.options), keyring=False, prompt=False)
@@ -92,7 +114,50 @@ def run(given: Given, path: Path, network: Network) -> None:
         _comments(address, located.account, server, credential),
         replace=given.replace,
     )
-    person.say(f"added the account {name} to {path}; mount it on an empty directory: imapfs mount {name} DIR")
+    person.say(f"added the account {name} to {path}")
+    _offer_mount(name, config.own_mountpoint(name, path), person)
+
+
+def _offer_mount(name: str, mountpoint: Path, person: _Person) -> None:
+    """Mount the new account if the person wants that. Raises ImapfsError."""
+    how = f"imapfs mount {shlex.quote(name)}"
+    if not person.asks or not person.agrees(f"Mount it now on {mountpoint}?"):
+        person.say(f"mount it on {mountpoint}: {how}")
+        return
+    # A process of its own, with this terminal, as the password may have to be typed.
+    command = [sys.executable, "-P", "-m", "imapfs", "mount", "--", name]
+    if subprocess.run(command, check=False).returncode != 0:
+        raise ImapfsError("the account was added, and is not mounted", remedy=f"try again with '{how}'")
+    person.say(f"mounted on {mountpoint}; to end it: imapfs umount {shlex.quote(str(mountpoint))}")
+
+
+def _other_user(server: MailServer, address: EmailAddress | None) -> str:
+    """Return the other form of user name that servers want, address or local part; "" if there is none."""
+    if address is None:
+        return ""
+    forms = [str(address), str(address).rpartition("@")[0]]
+    return forms[1 - forms.index(server.user)] if server.user in forms else ""
+
+
+def _pinned(located: Located, person: _Person) -> str:
+    """Show the server's certificate; return its fingerprint if the person trusts it, else "".
+
+    Raises ImapfsError.
+    """
+    account, timeout = located.account, located.options["timeout"]
+    try:
+        shown = probe.certificate(account, timeout)
+    except (OSError, ValueError) as error:
+        raise ImapfsError(f"the certificate of {account.host} cannot be read: {error}") from None
+    person.say(f"  for         {', '.join(shown.names[:5]) or shown.subject}")
+    person.say(f"  issued by   {'itself' if shown.self_signed else shown.issuer}")
+    person.say(f"  valid       {shown.begins:%Y-%m-%d} to {shown.expires:%Y-%m-%d}")
+    person.say(f"  SHA-256     {shown.fingerprint}")
+    trusted = person.agrees(
+        "Did the server's owner tell you this fingerprint, and shall only this certificate be trusted?",
+        default=False,
+    )
+    return shown.fingerprint if trusted else ""
 
 
 _AFTER_FAILURE = {
@@ -292,20 +357,34 @@ def _shown(server: MailServer) -> str:
 def _edited(server: MailServer, person: _Person) -> MailServer:
     """Return the server that the person types, starting from ``server``."""
 
+    def checked(key: str, text: str) -> object:
+        return convert(key, int(text) if key == "port" and text.isdecimal() else text)
+
     def ask(question: str, key: str, default: str) -> str:
         def check(text: str) -> object:
-            return convert(key, int(text) if key == "port" and text.isdecimal() else text)
+            return checked(key, text)
 
         return person.ask(question, f"--{key}", default or None, check, insist=True)
 
-    host = ask("Server", "host", server.host)
+    def check_place(text: str) -> None:
+        for key, value in zip(("host", "port"), _place(text), strict=False):
+            checked(key, value)
+
+    host, *ports = _place(person.ask("Server", "--host", server.host or None, check_place, insist=True))
     kinds: dict[str, Security] = {"tls": "tls", "starttls": "starttls"}
     security = kinds[ask("Encryption (tls or starttls)", "security", server.security)]
     usual = server.port if security == server.security else DEFAULT_PORTS[security]
-    port = int(ask("Port", "port", str(usual)))
+    port = int(ask("Port", "port", str(ports[0] if ports else usual)))
     user = ask("User", "user", server.user)
     typed = MailServer(str(convert("host", host)), port, security, user, "your answers")
     return discovery.with_provider(typed)
+
+
+def _place(text: str) -> list[str]:
+    """Return host and port of ``HOST:PORT``, and the host alone if there is no port."""
+    host, colon, port = text.strip().rpartition(":")
+    # An IPv6 address has colons of its own.
+    return [host, port] if colon and ":" not in host else [text.strip()]
 
 
 def _url(server: MailServer) -> str:
@@ -361,6 +440,7 @@ def _credential(
     }
     oauth = server.provider.oauth if server.provider is not None else None
     if not keyring.works():
+        person.say("there is no keyring in this session (no Secret Service): nothing can be stored in one")
         del choices["k"], choices["o"]
     elif oauth is None:
         del choices["o"]
