@@ -315,12 +315,13 @@ class MailboxRun:
     def _check_known(self, found: Iterable[FetchData], last: int) -> bool:
         """Return whether ``found`` has a known message, one with a UID up to ``last``.
 
-        Raises _Stale if its UID belongs to another message now: UIDVALIDITY often is the time in seconds, so
-        that a mailbox which is deleted and created again within a second has the same.
+        Raises _Stale if the UID of any that is known belongs to another message now: UIDVALIDITY often is the
+        time in seconds, so that a mailbox which is deleted and created again within a second has the same;
+        and after a server was restored, others may have the UIDs that this mount has been given there.
         """
         checked = False
         for data in found:
-            if not data.is_metadata or data.uid is None or data.uid > last:
+            if not data.is_metadata or data.uid is None:
                 continue
             message = new_message(data)
             node = self._on_trio(self._cache.message, self.ino, message.uid)
@@ -328,7 +329,7 @@ class MailboxRun:
                 continue
             if not is_alike(node, message):
                 raise _Stale
-            checked = True
+            checked |= data.uid <= last
         return checked
 
     def _check_one(self, session: Session, uid: int) -> None:

@@ -216,6 +216,33 @@ def test_a_restored_server_gets_a_message_once(own: Account, mount: Mounts, tmp_
         mounted.unmount()
 
 
+def test_a_restored_server_gives_the_uid_of_a_moved_message_to_another(
+    own: Account, mount: Mounts, tmp_path: Path
+) -> None:
+    """It would be shown with the bytes of the message that this mount had moved there, before the restore."""
+    own.deliver("INBOX", [(mail("moved"), DATE, "")])
+    own.deliver("Work", [(mail("first"), DATE, "")])
+    everything(own)
+    own.back_up(tmp_path / "backup")
+    with Proxy(own.server) as proxy:
+        mounted = mount(proxy.account(own))
+        work = mounted.path / "Work"
+        assert contents(work) == [mail("first")]
+        file_of(mounted, 1).rename(work / "moved.eml")
+        assert contents(work) == [mail("first"), mail("moved")]
+        proxy.refuse()
+        proxy.cut_all()
+        own.server.stop()
+        own.restore(tmp_path / "backup")
+        own.server.start_again()
+        others = [mail(f"other {n}") for n in range(3)]
+        for n, content in enumerate(others):
+            own.append("Work", content, DATE + n)
+        proxy.accept()
+        wait_until(lambda: contents(work) == [mail("first"), *others], "what the server has is shown")
+        mounted.unmount()
+
+
 def test_an_upload_that_is_cut_on_a_restored_server_is_found(
     own: Account, mount: Mounts, tmp_path: Path
 ) -> None:
