@@ -245,8 +245,8 @@ def imapfs_toml_5() -> str:
 
 
 _TOML: Final = """
-A file in TOML (https://toml.io) with a table for each account, [accounts.NAME]. "imapfs mount NAME
-MOUNTPOINT" mounts that account. Options on the command line override the keys in the file.
+A file in TOML (https://toml.io) with a table for each account, [accounts.NAME]. "imapfs mount NAME"
+mounts that account. Options on the command line override the keys in the file.
 
 The keys host and user are required. Relative paths start at the directory of the file. A password does not
 belong in this file: it comes from a command, from a file that nobody else can read, from a systemd credential

@@ -24,6 +24,7 @@ from imapfs.errors import ImapfsError
 from tests.support.mounting import wait_until
 from tests.support.servers.domain import Domain, Page, enter
 from tests.support.servers.dovecot import Account, Dovecot
+from tests.support.servers.proxy import Proxy
 from tests.support.servers.tls import CertificateAuthority
 from tests.support.servers.tokens import TokenServer
 from tests.support.terminal import Terminal
@@ -177,17 +178,21 @@ def test_address_and_password_lead_to_a_mounted_mailbox(home: Home) -> None:
         terminal.answer("Password [k]", "")
         terminal.answer("(not shown)", home.user.password)
         terminal.expect("logged in")
-        terminal.expect("imapfs mount work DIR")
+        terminal.answer(f"Mount it now on {home.mail}/work? [Y/n]", "")
+        terminal.expect(f"mounted on {home.mail}/work; to end it: imapfs umount {home.mail}/work")
         assert terminal.end() == 0
         assert home.user.password not in terminal.shown
-    wait_until(lambda: home.logins() == 1, "as many logins as were asked for")
     assert home.user.password not in home.config.read_text()
     assert "keyring set imapfs imaps://" in home.config.read_text()
-    assert home.run("mount", "work", home.mail).returncode == 0
-    assert len(os.listdir(home.mail / "INBOX")) == 1
+    assert len(os.listdir(home.mail / "work" / "INBOX")) == 1
     listed = json.loads(home.run("accounts", "--json").stdout)
-    assert [(one["name"], one["mountpoints"]) for one in listed] == [("work", [str(home.mail)])]
-    assert home.run("accounts").stdout.endswith(f"(keyring or prompt)  {home.mail}\n")
+    assert [(one["name"], one["mountpoints"]) for one in listed] == [("work", [f"{home.mail}/work"])]
+    assert home.run("accounts").stdout.endswith(f"(keyring or prompt)  {home.mail}/work\n")
+    # Later, the name alone is enough.
+    assert home.run("umount", home.mail / "work").returncode == 0
+    (home.mail / "work").rmdir()
+    assert home.run("mount", "work").returncode == 0
+    assert len(os.listdir(home.mail / "work" / "INBOX")) == 1
 
 
 def test_wrong_password_is_told_and_tried_only_when_asked_to(home: Home) -> None:
@@ -204,6 +209,8 @@ def test_wrong_password_is_told_and_tried_only_when_asked_to(home: Home) -> None
         terminal.answer("File", str(file))
         terminal.answer("(not shown)", home.user.password)
         terminal.expect("logged in")
+        terminal.answer("Mount it now", "n")
+        terminal.expect("imapfs mount work")
         assert terminal.end() == 0
     wait_until(lambda: home.logins() == 2, "as many logins as were asked for")
     assert file.read_text() == home.user.password + "\n"
@@ -221,13 +228,60 @@ def test_settings_can_be_corrected_without_typing_the_password_again(home: Home)
         terminal.answer("Password [k]", "a")
         terminal.answer("(not shown)", home.user.password)
         assert "localhost:1 refuses connections" in terminal.answer("What now [p]", "s")
-        terminal.answer("Server [localhost]", "")
+        terminal.answer("Server [localhost]", f"localhost:{home.user.server.port}")
         terminal.answer("Encryption", "")
-        terminal.answer("Port [1]", str(home.user.server.port))
+        terminal.answer(f"Port [{home.user.server.port}]", "")
         terminal.answer("User", "")
         terminal.expect("logged in")
         assert terminal.end() == 0
     assert "The password is asked for at each mount." in home.config.read_text()
+
+
+def test_the_other_form_of_the_user_name_can_be_tried(home: Home) -> None:
+    arguments = "--address", home.address, "--name", "work", "--user", home.address
+    with Proxy(home.user.server) as proxy:
+        home.publish(proxy.port)
+        proxy.fault(b"AUTHENTICATE|LOGIN", b"NO [AUTHENTICATIONFAILED] No such user")
+        with home.setup(*arguments, "--password-file", home.password_file()) as terminal:
+            terminal.answer("Server [1]", "")
+            shown = terminal.answer("What now [p]", "u")
+            assert f"log in as {home.user.name} instead of {home.address}" in shown
+            terminal.expect(f"logged in at localhost as {home.user.name}")
+            terminal.answer("Mount it now", "n")
+            assert terminal.end() == 0
+    assert f'user = "{home.user.name}"' in home.config.read_text()
+
+
+@pytest.mark.parametrize("trusts", [True, False])
+def test_a_certificate_is_pinned_only_if_the_person_says_so(home: Home, trusts: bool) -> None:
+    server = home.user.server
+    arguments = home.command(
+        "setup", "--host", "localhost", "--port", str(server.port), "--user", home.user.name,
+        "--name", "work", "--password-file", home.password_file(),
+    )  # fmt: skip
+    with Terminal(arguments, home.environment) as terminal:
+        shown = terminal.answer("What now [p]", "c")
+        assert "does not verify" in shown
+        shown = terminal.answer("be trusted? [y/N]", "y" if trusts else "")
+        (digits,) = re.findall(r"SHA-256 +([0-9a-f]{64})", shown)
+        assert "for         localhost" in shown
+        if trusts:
+            terminal.expect("logged in")
+            terminal.answer("Mount it now", "")
+            terminal.expect("mounted on")
+            assert terminal.end() == 0
+            assert f'tls-fingerprint = "{digits}"' in home.config.read_text()
+        else:
+            terminal.answer("What now [p]", "q")
+            assert terminal.end() == 130
+            assert not home.config.exists()
+
+
+def test_an_address_is_no_account(home: Home) -> None:
+    assert f"run 'imapfs setup --address {home.address}'" in home.run("mount", home.address).stderr
+    home.config.parent.mkdir(parents=True)
+    home.config.write_text(f'[accounts.work]\nhost = "h"\nuser = "{home.address}"\n')
+    assert "run 'imapfs mount work'" in home.run("mount", home.address).stderr
 
 
 def test_server_that_only_dns_names_is_asked_about(home: Home) -> None:
@@ -282,6 +336,7 @@ def test_name_that_exists_is_asked_for_again(home: Home) -> None:
         terminal.answer("Name of the account: ", "example")
         assert "already has an account example" in terminal.answer("Name of the account: ", "other")
         terminal.answer("Server [1]", "")
+        terminal.answer("Mount it now", "n")
         assert terminal.end() == 0
     assert home.config.read_text().startswith(
         '[accounts.example]\nhost = "h"\nuser = "u"\n\n[accounts.other]\n'
@@ -306,6 +361,7 @@ def test_consent_in_a_browser_leads_to_a_mount_as_well(home: Home, ca: Certifica
             terminal.answer("Client id", "our-id")
             terminal.answer("Client secret", "")
             terminal.expect(f"logged in at localhost as {address}")
+            terminal.answer("Mount it now", "n")
             assert terminal.end() == 0
             assert not [word for word in ("access-", "refresh-", "code-") if word in terminal.shown]
         assert 'oauth = {provider = "microsoft", client-id = "our-id"}' in home.config.read_text()

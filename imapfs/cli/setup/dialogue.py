@@ -118,48 +118,6 @@ def run(given: Given, path: Path, network: Network) -> None:
     _offer_mount(name, config.own_mountpoint(name, path), person)
 
 
-def _offer_mount(name: str, mountpoint: Path, person: _Person) -> None:
-    """Mount the new account if the person wants that. Raises ImapfsError."""
-    how = f"imapfs mount {shlex.quote(name)}"
-    if not person.asks or not person.agrees(f"Mount it now on {mountpoint}?"):
-        person.say(f"mount it on {mountpoint}: {how}")
-        return
-    # A process of its own, with this terminal, as the password may have to be typed.
-    command = [sys.executable, "-P", "-m", "imapfs", "mount", "--", name]
-    if subprocess.run(command, check=False).returncode != 0:
-        raise ImapfsError("the account was added, and is not mounted", remedy=f"try again with '{how}'")
-    person.say(f"mounted on {mountpoint}; to end it: imapfs umount {shlex.quote(str(mountpoint))}")
-
-
-def _other_user(server: MailServer, address: EmailAddress | None) -> str:
-    """Return the other form of user name that servers want, address or local part; "" if there is none."""
-    if address is None:
-        return ""
-    forms = [str(address), str(address).rpartition("@")[0]]
-    return forms[1 - forms.index(server.user)] if server.user in forms else ""
-
-
-def _pinned(located: Located, person: _Person) -> str:
-    """Show the server's certificate; return its fingerprint if the person trusts it, else "".
-
-    Raises ImapfsError.
-    """
-    account, timeout = located.account, located.options["timeout"]
-    try:
-        shown = probe.certificate(account, timeout)
-    except (OSError, ValueError) as error:
-        raise ImapfsError(f"the certificate of {account.host} cannot be read: {error}") from None
-    person.say(f"  for         {', '.join(shown.names[:5]) or shown.subject}")
-    person.say(f"  issued by   {'itself' if shown.self_signed else shown.issuer}")
-    person.say(f"  valid       {shown.begins:%Y-%m-%d} to {shown.expires:%Y-%m-%d}")
-    person.say(f"  SHA-256     {shown.fingerprint}")
-    trusted = person.agrees(
-        "Did the server's owner tell you this fingerprint, and shall only this certificate be trusted?",
-        default=False,
-    )
-    return shown.fingerprint if trusted else ""
-
-
 _AFTER_FAILURE = {
     "p": "try another password, or the same one again",
     "s": "change the settings",
@@ -269,6 +227,14 @@ def _name(given: Given, address: EmailAddress | None, path: Path, person: _Perso
         except UsageError:
             proposed = None
     return person.ask("Name of the account", "--name", proposed, check)
+
+
+def _other_user(server: MailServer, address: EmailAddress | None) -> str:
+    """Return the other form of user name that servers want, address or local part; "" if there is none."""
+    if address is None:
+        return ""
+    forms = [str(address), str(address).rpartition("@")[0]]
+    return forms[1 - forms.index(server.user)] if server.user in forms else ""
 
 
 def _server(given: Given, address: EmailAddress | None, network: Network, person: _Person) -> MailServer:
@@ -391,6 +357,30 @@ def _url(server: MailServer) -> str:
     scheme = "imaps" if server.security == "tls" else "imap"
     host = f"[{server.host}]" if ":" in server.host else server.host
     return f"{scheme}://{quote(server.user, safe='')}@{host}:{server.port}"
+
+
+# ---- The certificate
+
+
+def _pinned(located: Located, person: _Person) -> str:
+    """Show the server's certificate; return its fingerprint if the person trusts it, else "".
+
+    Raises ImapfsError.
+    """
+    account, timeout = located.account, located.options["timeout"]
+    try:
+        shown = probe.certificate(account, timeout)
+    except (OSError, ValueError) as error:
+        raise ImapfsError(f"the certificate of {account.host} cannot be read: {error}") from None
+    person.say(f"  for         {', '.join(shown.names[:5]) or shown.subject}")
+    person.say(f"  issued by   {'itself' if shown.self_signed else shown.issuer}")
+    person.say(f"  valid       {shown.begins:%Y-%m-%d} to {shown.expires:%Y-%m-%d}")
+    person.say(f"  SHA-256     {shown.fingerprint}")
+    trusted = person.agrees(
+        "Did the server's owner tell you this fingerprint, and shall only this certificate be trusted?",
+        default=False,
+    )
+    return shown.fingerprint if trusted else ""
 
 
 # ---- The password or token
@@ -559,3 +549,19 @@ def _comments(
     if credential.comment:
         comments.append(credential.comment.replace("{url}", account.url))
     return [one_line(comment) for comment in comments]
+
+
+# ---- The mount
+
+
+def _offer_mount(name: str, mountpoint: Path, person: _Person) -> None:
+    """Mount the new account if the person wants that. Raises ImapfsError."""
+    how = f"imapfs mount {shlex.quote(name)}"
+    if not person.asks or not person.agrees(f"Mount it now on {mountpoint}?"):
+        person.say(f"mount it on {mountpoint}: {how}")
+        return
+    # A process of its own, with this terminal, as the password may have to be typed.
+    command = [sys.executable, "-P", "-m", "imapfs", "mount", "--", name]
+    if subprocess.run(command, check=False).returncode != 0:
+        raise ImapfsError("the account was added, and is not mounted", remedy=f"try again with '{how}'")
+    person.say(f"mounted on {mountpoint}; to end it: imapfs umount {shlex.quote(str(mountpoint))}")
