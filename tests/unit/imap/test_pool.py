@@ -333,8 +333,8 @@ async def test_after_a_silence_requests_do_not_try_by_themselves(
             for _ in range(20):
                 with pytest.raises(Offline):
                     await made.run(_nothing)
-            assert server.accepted == 2
             await until(lambda: made.state == "offline")
+            assert server.accepted == 2
 
 
 # -- watchers
