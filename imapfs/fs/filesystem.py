@@ -200,11 +200,11 @@ class Filesystem:
     async def create(self, parent: Ino, name: bytes, mode: int) -> Entry:
         """Create an empty file, open for writing."""
         directory = self._directory(parent, name)
-        if self._tree.child(directory, name) is not None:
-            raise Exists("a file with this name exists")
         is_mail = self._is_mail(directory, name)
         if is_mail:
-            self._locator.mailbox(directory)
+            await self._make_selectable(directory)
+        if self._tree.child(directory, name) is not None:
+            raise Exists("a file with this name exists")
         path = self._cache.path(directory)
         draft = self._spool.create(self._cache.new_ino(), directory, name, path, mode)
         draft.state = "open" if is_mail else "local"
@@ -217,6 +217,26 @@ class Filesystem:
         self._cache.touch_directory(directory)
         self._files.open_draft(draft, writing=True)
         return Entry.of_draft(draft)
+
+    async def _make_selectable(self, directory: Ino) -> None:
+        """Have a directory take messages: CREATE a mailbox that is only the parent of others (\\Noselect).
+
+        Raises NotPermitted if it takes none.
+        """
+        mailbox = self._cache.mailbox(directory)
+        if mailbox is not None and mailbox.selectable_name is not None:
+            return
+        if directory == ROOT or mailbox is None:
+            raise NotPermitted("a message has to be in a mailbox: put it into one of the directories")
+        node = self._tree.node(directory)
+        try:
+            name = mailbox.server_name or self._server_name(node.parent, node.name or b"")
+            await self._folders.create(name)
+        except (Refused, Invalid) as error:
+            raise NotPermitted(f"the server lets this directory hold no messages: {error}") from None
+        mailbox = self._cache.mailbox(directory)
+        if mailbox is None or mailbox.selectable_name is None:
+            raise NotPermitted("the server lets this directory hold no messages")
 
     def release(self, ino: Ino, *, writing: bool) -> None:
         """Close a file once. When the last writer closes it, it is complete."""
@@ -335,6 +355,7 @@ class Filesystem:
         if source.draft is not None and await self._rename_draft(source.draft, there, new_name):
             return
         # A message, or a draft that was uploaded before it could be renamed.
+        await self._make_selectable(there)
         await self._rename_message(self._tree.node(source.ino), name, there, new_name)
 
     async def _rename_message(self, message: Node, name: bytes, there: Ino, new_name: bytes) -> None:
@@ -356,7 +377,7 @@ class Filesystem:
     async def _rename_draft(self, draft: Draft, there: Ino, new_name: bytes) -> bool:
         """Rename a draft. Return False if it has become a message, which the caller has to rename."""
         if self._is_mail(there, new_name):
-            self._locator.mailbox(there)
+            await self._make_selectable(there)
         if self._cache.node(draft.ino) is not None and draft.parent != there:
             # A message with changes that are not on the server yet cannot move before they are.
             await self._settle(draft)

@@ -813,9 +813,9 @@ def test_a_scratch_file_is_local_and_outlives_the_mount(filled: Account, start: 
 
 def test_a_message_name_at_the_top_is_no_place_for_mail(filled: Account, start: Start) -> None:
     files = start(filled)
-    fails_with(errno.ENOENT, files.write, "new.eml", plain(1))
+    fails_with(errno.EPERM, files.write, "new.eml", plain(1))
     files.write("scratch", plain(1))
-    fails_with(errno.ENOENT, files.rename, "scratch", "new.eml")
+    fails_with(errno.EPERM, files.rename, "scratch", "new.eml")
     assert files.read("scratch") == plain(1)
 
 
@@ -1007,3 +1007,27 @@ def test_files_of_a_deleted_mailbox_are_uploaded_when_it_is_found_again(
         wait_until(lambda: len(again.listdir("Work")) == 1, "it is shown once")
         assert not again.exists("new.eml")
         again.end()
+
+
+def test_a_message_makes_a_mailbox_of_what_is_only_a_parent(filled: Account, start: Start) -> None:
+    with filled.client() as client:
+        client.create("Parent/Below")
+    files = start(filled)
+    assert files.listdir("Parent") == ["Below"]
+    files.write("Parent/one.eml", plain(7))
+    files.rename(files.file(1), "Parent/moved.eml")
+    files.settle()
+    assert {one.content for one in held(filled, "Parent").values()} == {plain(1), plain(7)}
+
+
+def test_a_message_that_the_server_lets_no_mailbox_hold_is_refused(filled: Account, start: Start) -> None:
+    with filled.client() as client:
+        client.create("Parent/Below")
+    with Proxy(filled.server) as proxy:
+        files = start(proxy.account(filled))
+        proxy.fault(b"CREATE", b"NO [CANNOT] Not here", times=None)
+        assert files.listdir("Parent") == ["Below"]
+        fails_with(errno.EPERM, files.write, "Parent/one.eml", plain(7))
+        fails_with(errno.EPERM, files.rename, files.file(1), "Parent/moved.eml")
+        files.end()
+    assert everything(filled) == {"INBOX": inbox(1, 2, 3)}
