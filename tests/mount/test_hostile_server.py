@@ -97,7 +97,7 @@ def test_memory_is_bounded_whatever_a_server_sends(
 
     with (
         Scripted(ca, [plain(1), plain(2)], script=script) as server,
-        RobustMount(server, tmp_path, "--timeout", "3") as mounted,
+        RobustMount(server, tmp_path, "--timeout", "8") as mounted,
     ):
         with contextlib.suppress(OSError):
             os.listdir(mounted.path / "INBOX")
