@@ -17,7 +17,7 @@ import re
 import sqlite3
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from imaplib import IMAP4_SSL
 from pathlib import Path
 from typing import Final
@@ -342,6 +342,11 @@ class AdverseWorld(World):
         (old,), (new,) = gone, self._mailboxes - before
         for place, name in [key for key in self._locals if key[0] == old]:
             self._locals[new, name] = self._locals.pop((place, name))
+
+        def followed(keys: Iterable[tuple[str, str]]) -> set[tuple[str, str]]:
+            return {(new if place == old else place, name) for place, name in keys}
+
+        self._uncertain, self._gone = followed(self._uncertain), frozenset(followed(self._gone))
 
     # -- other clients -------------------------------------------------------------------------------------
 
