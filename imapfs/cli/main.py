@@ -16,24 +16,28 @@ from imapfs import __version__
 from imapfs.errors import AuthenticationFailed, CredentialError, ImapfsError
 from imapfs.log import one_line
 
-_COMMANDS: Final[Mapping[str, str]] = {
-    "setup": "imapfs.cli.setup.command",
-    "accounts": "imapfs.cli.accounts",
-    "login": "imapfs.cli.login",
-    "check": "imapfs.cli.check.command",
-    "mount": "imapfs.cli.mount",
-    "umount": "imapfs.cli.mount",
-    "status": "imapfs.cli.status",
-    "sync": "imapfs.cli.status",
-    "retry": "imapfs.cli.status",
-    "fetch": "imapfs.cli.fetch",
-    "watch": "imapfs.cli.watch",
+_SECTIONS: Final[Mapping[str, Mapping[str, str]]] = {
+    "To begin": {
+        "setup": "imapfs.cli.setup.command",
+        "check": "imapfs.cli.check.command",
+        "login": "imapfs.cli.login",
+        "accounts": "imapfs.cli.accounts",
+    },
+    "To mount": {"mount": "imapfs.cli.mount", "umount": "imapfs.cli.mount"},
+    "While mounted": {
+        "status": "imapfs.cli.status",
+        "sync": "imapfs.cli.status",
+        "retry": "imapfs.cli.status",
+        "fetch": "imapfs.cli.fetch",
+        "watch": "imapfs.cli.watch",
+    },
 }
 """The module of each command, which has the command's name there; in the order of ``--help``.
 
 These modules import what is heavy (rich, keyring, and with the daemon trio, pyfuse3 and IMAPClient) inside
 functions: --help, completion and a mistyped command must answer at once.
 """
+_COMMANDS: Final = {name: module for section in _SECTIONS.values() for name, module in section.items()}
 
 
 class _Commands(click.Group):
@@ -42,7 +46,16 @@ class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's interface
         return list(_COMMANDS)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands, grouped by their use."""
+        for title, names in _SECTIONS.items():
+            rows = [(name, self.get_command(ctx, name)) for name in names]
+            with formatter.section(title):
+                formatter.write_dl([(n, c.get_short_help_str(formatter.width)) for n, c in rows if c])
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name == "help":
+            return show_help
         if cmd_name not in _COMMANDS:
             return None
         command = getattr(import_module(_COMMANDS[cmd_name]), cmd_name)
@@ -54,6 +67,23 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="imapfs", message="%(prog)s %(version)s")
 def commands() -> None:
     """Mount an IMAP account as a directory: mailboxes are directories, messages are .eml files."""
+
+
+@click.command("help")
+@click.argument("command", required=False)
+@click.pass_context
+def show_help(ctx: click.Context, command: str | None) -> None:
+    """Do what --help does, of COMMAND if that is given."""
+    group = ctx.parent
+    assert group is not None
+    if command is None:
+        click.echo(group.get_help())
+        return
+    found = commands.get_command(group, command)
+    if found is None:
+        raise click.UsageError(f"no such command: {command}", group)
+    with click.Context(found, info_name=command, parent=group) as context:
+        click.echo(found.get_help(context))
 
 
 def all_commands() -> dict[str, click.Command]:

@@ -525,6 +525,12 @@ def test_dead_mount_is_explained_and_can_be_unmounted(cli: Cli) -> None:
     assert not os.path.ismount(cli.mountpoint)
 
 
+def test_help_of_a_command_is_shown_in_both_ways(cli: Cli) -> None:
+    assert cli.run("help", "umount").stdout == cli.run("umount", "--help").stdout
+    assert cli.run("help").stdout == cli.run("--help").stdout
+    assert "no such command: nothing" in cli.run("help", "nothing").stderr
+
+
 def test_dead_mount_is_mounted_again(cli: Cli) -> None:
     cli.mount()
     dead = cli.pid()
