@@ -416,6 +416,16 @@ class Cache:
                 (uidvalidity, uidnext, modseq, complete, object_id, mailbox),
             )
 
+    def learn_uidvalidity(self, mailbox: Ino, uidvalidity: UidValidity) -> None:
+        """Note the UIDVALIDITY of a mailbox that was never synchronised, before a message is added to it.
+
+        Without it, the first synchronisation would take the message for one of another mailbox.
+        """
+        with self._database.write() as db:
+            db.execute(
+                "UPDATE mailbox SET uidvalidity = ? WHERE ino = ? AND uidvalidity = 0", (uidvalidity, mailbox)
+            )
+
     def reset(self, mailbox: Ino, uidvalidity: UidValidity) -> list[Node]:
         """Remove all messages of a mailbox, whose UIDVALIDITY is another one now; return them."""
         with self._database.write() as db:

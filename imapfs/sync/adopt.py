@@ -88,6 +88,7 @@ class Adopter:
             # The new version takes over the inode: the old one needs another until it is removed.
             self._cache.displace(draft.ino)
             self._bodies.drop([old])
+        self._cache.learn_uidvalidity(mailbox.ino, mailbox.uidvalidity)
         gone = self._cache.adopt(draft.ino, mailbox.ino, draft.name, message)
         names = [draft.name, *(g.name or b"" for g in gone)]
         self._hub.publish(Changes(mailbox.ino, gone=gone, replaced=names))

@@ -94,6 +94,8 @@ class Mover:
                 self._remove(node, stays=moved.original_stays)
                 self._sync.freshness.forget(target)
                 return
+            if moved.uidvalidity:
+                self._cache.learn_uidvalidity(target, moved.uidvalidity)
             gone = self._cache.move(
                 *(ino, target, Uid(moved.uid), name),
                 original_stays=moved.original_stays,
@@ -301,6 +303,8 @@ class _Transfer:
         self.is_proven = False
         """Whether the server has named that UID. Otherwise a message that looks like it was found there."""
         self.original_stays = False
+        self.uidvalidity = target.uidvalidity
+        """Of the target; 0 until the server has named it."""
 
     def run(self, session: Session) -> None:
         """Move the message, or find out that it was moved. Raises MessageGone if it is nowhere."""
@@ -335,7 +339,7 @@ class _Transfer:
         # Some gateways send UIDVALIDITY 0 or a wrong one: such a UID is useless.
         if copy is None or self._target.uidvalidity not in {0, copy.uidvalidity}:
             return False
-        self.uid, self.is_proven = copy.uid, True
+        self.uid, self.is_proven, self.uidvalidity = copy.uid, True, copy.uidvalidity
         return True
 
     def _copy(self, session: Session, uid: Uid) -> None:

@@ -1014,10 +1014,16 @@ def test_a_message_makes_a_mailbox_of_what_is_only_a_parent(filled: Account, sta
         client.create("Parent/Below")
     files = start(filled)
     assert files.listdir("Parent") == ["Below"]
-    files.write("Parent/one.eml", plain(7))
+    files.write("Parent/one.eml", plain(7), sync=True)
     files.rename(files.file(1), "Parent/moved.eml")
     files.settle()
+    assert sorted(files.listdir("Parent")) == ["Below", "moved.eml", "one.eml"]
     assert {one.content for one in held(filled, "Parent").values()} == {plain(1), plain(7)}
+    ino = files.stat("Parent/one.eml").ino
+    files.end()
+    again = start(filled, cache=files.cache)
+    assert again.stat("Parent/one.eml").ino == ino
+    assert sorted(again.listdir("Parent")) == ["Below", "moved.eml", "one.eml"]
 
 
 def test_a_message_that_the_server_lets_no_mailbox_hold_is_refused(filled: Account, start: Start) -> None:
