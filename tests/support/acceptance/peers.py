@@ -1,0 +1,157 @@
+"""The servers of the acceptance behind one narrow face, each with one account that a mount and a test use."""
+
+import gzip
+import subprocess
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, ExitStack
+from types import TracebackType
+from typing import ClassVar, Protocol, Self
+
+from tests.support.acceptance.outside import Outside, outside
+from tests.support.servers.account import Dependents
+from tests.support.servers.courier import UNPACKED, Courier
+from tests.support.servers.dovecot import Dovecot
+from tests.support.servers.front import Front
+from tests.support.servers.tls import CertificateAuthority
+
+
+class NotHere(Exception):
+    """This server cannot be run on this machine; the text says why."""
+
+
+class Door(Protocol):
+    """What a mount connects to: a `Front` or a `Proxy`."""
+
+    host: str
+    port: int
+    authority: CertificateAuthority
+    dependents: Dependents
+
+
+class Peer(ABC):
+    """A running server while the ``with`` block lasts; for a mount it is the account as well.
+
+    Raises NotHere where it cannot be run.
+    """
+
+    key: ClassVar[str]
+    """What it is called on the command line."""
+    keeps_mail: ClassVar[bool] = True
+    """Whether mail outlives the process. Where it does not, a restart ends all connections and no more."""
+
+    name = "acceptance"
+    password = "secret"
+    server: Door
+
+    def __init__(self, authority: CertificateAuthority) -> None:
+        self.authority = authority
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with self._stack:
+            self._start(self._stack)
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, where)
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What it is called in the matrix, with its version."""
+
+    @abstractmethod
+    def _start(self, stack: ExitStack) -> None:
+        """Start it, set `server`, and have it ended by ``stack``."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """End the server, or as much of it as can end without the loss of its mail."""
+
+    @abstractmethod
+    def start_again(self) -> None:
+        """Start after `stop`: the same mail at the same port."""
+
+    def outside(self) -> AbstractContextManager[Outside]:
+        """Log in as a second client."""
+        return outside(self.server, self.name, self.password)
+
+
+class FrontedPeer(Peer):
+    """A server behind a `Front`, which is all that ends when it stops, unless a subclass ends more."""
+
+    tls: ClassVar[bool] = True
+    """Whether the front speaks TLS, since the server does not."""
+    server: Front
+
+    def _start(self, stack: ExitStack) -> None:
+        self._start_server(stack)
+        self.server = stack.enter_context(Front(self.authority, self._port, tls=self.tls))
+
+    @abstractmethod
+    def _start_server(self, stack: ExitStack) -> None:
+        """Start what is behind the front."""
+
+    @abstractmethod
+    def _port(self) -> int:
+        """Return the port of the server as it runs now."""
+
+    def stop(self) -> None:
+        self.server.refuse()
+
+    def start_again(self) -> None:
+        self.server.accept()
+
+
+class DovecotPeer(FrontedPeer):
+    key = "dovecot"
+    tls = False
+
+    @property
+    def title(self) -> str:
+        return f"Dovecot {_output('dovecot', '--version').split()[0]}"
+
+    def _start_server(self, stack: ExitStack) -> None:
+        self._dovecot = stack.enter_context(Dovecot(self.authority, password=self.password))
+        self._dovecot.account(self.name)
+
+    def _port(self) -> int:
+        return self._dovecot.port
+
+    def stop(self) -> None:
+        super().stop()
+        self._dovecot.stop()
+
+    def start_again(self) -> None:
+        self._dovecot.start_again()
+        super().start_again()
+
+
+class CourierPeer(FrontedPeer):
+    """Each session is a process of its own, which ends with its connection."""
+
+    key = "courier"
+    tls = False
+
+    @property
+    def title(self) -> str:
+        with gzip.open(UNPACKED / "usr/share/doc/courier-imap/changelog.gz", "rt") as lines:
+            return f"Courier {next(lines).strip()}"
+
+    def _start_server(self, stack: ExitStack) -> None:
+        self._courier = stack.enter_context(Courier(self.authority, password=self.password))
+        self._courier.account(self.name).make()
+
+    def _port(self) -> int:
+        return self._courier.port
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+PEERS: tuple[type[Peer], ...] = (DovecotPeer, CourierPeer)
+"""All of them, in the order of the matrix."""
