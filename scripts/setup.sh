@@ -149,35 +149,43 @@ set_up_venv() {
     echo "$wanted" >.venv/stamp
 }
 
-# Courier-IMAP and Dovecot conflict as packages, so the second server is only unpacked, into .servers/courier: its
-# imapd, and the libraries that this machine lacks. tests/support/servers/courier.py starts it.
+# Mail servers conflict as packages, so those beside Dovecot are only unpacked, into .servers: their programs, and the
+# libraries that this machine lacks. tests/support/servers/courier.py and cyrus.py start them.
 set_up_second_server() {
-    local wanted directory=.servers/courier
-    wanted="$(. /etc/os-release && echo "$ID ${VERSION_ID-}") $(uname -m) $(declare -f unpack_courier | sha256sum)"
-    [[ -f $directory/stamp && $(<"$directory/stamp") == "$wanted" ]] && return
+    set_up_unpacked courier usr/bin/imapd 'gamin|courier-authlib' courier-imap && return
     command -v apt-get >/dev/null ||
         fail "the second server of the tests, Courier-IMAP, is taken from packages of Debian or Ubuntu," \
             "and there is no apt-get here: run the tests on one of these, or in a container of one"
-    echo "setup: unpacking Courier-IMAP into $directory" >&2
+    [[ $EUID -eq 0 ]] || command -v sudo >/dev/null ||
+        fail "apt-get cannot download courier-imap, and only root can renew its list of packages" \
+            "as root, run: apt-get update; then run this again"
+    fail "Courier-IMAP could not be unpacked; the message is above" \
+        "it needs the network (or a mirror known to apt-get), and on Ubuntu the component universe"
+}
+
+# NAME, one of its programs, a pattern of packages that it needs beside libraries, packages.
+set_up_unpacked() {
+    local wanted directory=.servers/$1
+    wanted="$(. /etc/os-release && echo "$ID ${VERSION_ID-}") $(uname -m) $* $(declare -f unpack | sha256sum)"
+    [[ -f $directory/stamp && $(<"$directory/stamp") == "$wanted" ]] && return
+    command -v apt-get >/dev/null || return 1
+    echo "setup: unpacking ${*:4} into $directory" >&2
     # The first attempt fails where apt-get has no list of packages yet, or one so old that they are gone.
-    if ! unpack_courier "$directory" 2>/dev/null; then
-        [[ $EUID -eq 0 ]] || command -v sudo >/dev/null ||
-            fail "apt-get cannot download courier-imap, and only root can renew its list of packages" \
-                "as root, run: apt-get update; then run this again"
+    if ! unpack "$directory" "${@:2}" 2>/dev/null; then
+        [[ $EUID -eq 0 ]] || command -v sudo >/dev/null || return 1
         as_root apt-get -q -q -o DPkg::Lock::Timeout=300 update >&2 || true
-        unpack_courier "$directory" ||
-            fail "Courier-IMAP could not be unpacked; the message is above" \
-                "it needs the network (or a mirror known to apt-get), and on Ubuntu the component universe"
+        unpack "$directory" "${@:2}" || return 1
     fi
     echo "$wanted" >"$directory/stamp"
 }
 
 # Names of libraries differ from one release to the next, so they are read from the packages that need them.
-unpack_courier() (
+unpack() (
     rm -rf "$1"
     mkdir -p "$1/packages" && cd "$1/packages" || return 1
     declare -A seen=()
-    queue=(courier-imap)
+    program=$2 needed="^(lib.*|$3)\$"
+    queue=("${@:4}")
     while [[ ${#queue[@]} -gt 0 ]]; do
         package=${queue[0]}
         queue=("${queue[@]:1}")
@@ -185,20 +193,17 @@ unpack_courier() (
         seen[$package]=yes
         download "$package" && dpkg-deb -x "$package"_*.deb .. || return 1
         while read -ra alternatives; do
-            case ${alternatives[0]-} in
-                lib* | gamin | courier-authlib)
-                    dependency=$(first_available "${alternatives[@]}") && queue+=("$dependency")
-                    ;;
-            esac
+            [[ ${alternatives[0]-} =~ $needed ]] || continue
+            dependency=$(first_available "${alternatives[@]}") && queue+=("$dependency")
         done < <(dpkg-deb -f "$package"_*.deb Depends | tr ',' '\n' | sed -E 's/\([^)]*\)|:any|\|/ /g')
     done
     cd .. && rm -r packages
-    unresolved=$(LD_LIBRARY_PATH=$(courier_libraries) ldd usr/bin/imapd | grep 'not found') || return 0
-    echo "imapd of courier-imap lacks libraries: $unresolved" >&2
+    unresolved=$(LD_LIBRARY_PATH=$(unpacked_libraries) ldd "$program" | grep 'not found') || return 0
+    echo "$program of $4 lacks libraries: $unresolved" >&2
     return 1
 )
 
-courier_libraries() {
+unpacked_libraries() {
     find . -name 'lib*.so*' -printf '%h\n' | sort -u | paste -sd:
 }
 

@@ -343,7 +343,8 @@ def flags(trial: Trial) -> None:
     """Flags that are set here are on the server, and those of others show up here."""
     one, _ = trial.fill(range(50, 52))
     mounted = trial.mount()
-    path = by_uid(trial.path(mounted))[one.uid]
+    directory = trial.path(mounted)
+    path = by_uid(directory)[one.uid]
     os.setxattr(path, "user.imap.flagged", b"1")
     os.setxattr(path, "user.imap.seen", b"1")
     assert {"\\Flagged", "\\Seen"} <= flags_of(trial, one.uid), "not on the server"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from tests.support.acceptance.checks import CHECKS, Lacks, Trial
-from tests.support.acceptance.peers import NotHere, Peer
+from tests.support.acceptance.peers import Peer
+from tests.support.requirements import Missing
 from tests.support.servers.tls import CertificateAuthority
 
 LOG: Final = "log"
@@ -55,7 +56,7 @@ def run_server(
             with kind(CertificateAuthority(directory)) as peer:
                 tell(f"{peer.title}\n")
                 return _run_checks(peer, names, directory, tell, detailed)
-        except NotHere as error:
+        except Missing as error:
             tell(f"{kind.key}: not run: {error}\n")
             return Row(kind.key, not_run=str(error))
         except Exception as error:
@@ -145,7 +146,7 @@ def write(page: Path, lines: Iterable[str]) -> None:
 
 def _mark(cells: Mapping[str, Cell], head: str) -> str:
     cell = cells.get(head)
-    return "" if cell is None else {"ok": "ok", "lacks": "–", "fails": "**fails**"}[cell.verdict]
+    return "" if cell is None else {"ok": "ok", "lacks": "lacks", "fails": "**fails**"}[cell.verdict]
 
 
 def _escaped(text: str) -> str:

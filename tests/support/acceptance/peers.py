@@ -1,6 +1,7 @@
 """The servers of the acceptance behind one narrow face, each with one account that a mount and a test use."""
 
 import gzip
+import re
 import subprocess
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, ExitStack
@@ -8,15 +9,13 @@ from types import TracebackType
 from typing import ClassVar, Protocol, Self
 
 from tests.support.acceptance.outside import Outside, outside
+from tests.support.servers import courier, cyrus
 from tests.support.servers.account import Dependents
-from tests.support.servers.courier import UNPACKED, Courier
+from tests.support.servers.courier import Courier
+from tests.support.servers.cyrus import Cyrus
 from tests.support.servers.dovecot import Dovecot
 from tests.support.servers.front import Front
 from tests.support.servers.tls import CertificateAuthority
-
-
-class NotHere(Exception):
-    """This server cannot be run on this machine; the text says why."""
 
 
 class Door(Protocol):
@@ -31,7 +30,7 @@ class Door(Protocol):
 class Peer(ABC):
     """A running server while the ``with`` block lasts; for a mount it is the account as well.
 
-    Raises NotHere where it cannot be run.
+    Raises Missing where it cannot be run.
     """
 
     key: ClassVar[str]
@@ -138,7 +137,7 @@ class CourierPeer(FrontedPeer):
 
     @property
     def title(self) -> str:
-        with gzip.open(UNPACKED / "usr/share/doc/courier-imap/changelog.gz", "rt") as lines:
+        with gzip.open(courier.UNPACKED / "usr/share/doc/courier-imap/changelog.gz", "rt") as lines:
             return f"Courier {next(lines).strip()}"
 
     def _start_server(self, stack: ExitStack) -> None:
@@ -149,9 +148,35 @@ class CourierPeer(FrontedPeer):
         return self._courier.port
 
 
+class CyrusPeer(FrontedPeer):
+    key = "cyrus"
+    tls = False
+
+    @property
+    def title(self) -> str:
+        changes = cyrus.UNPACKED / "usr/share/doc/cyrus-imapd/changelog.Debian.gz"
+        with gzip.open(changes, "rt") as lines:
+            version = re.search(r"\((.*?)-", next(lines))
+        return f"Cyrus {version[1] if version else ''}"
+
+    def _start_server(self, stack: ExitStack) -> None:
+        self._cyrus = stack.enter_context(Cyrus(self.authority, self.name, self.password))
+
+    def _port(self) -> int:
+        return self._cyrus.port
+
+    def stop(self) -> None:
+        super().stop()
+        self._cyrus.stop()
+
+    def start_again(self) -> None:
+        self._cyrus.start_again()
+        super().start_again()
+
+
 def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-PEERS: tuple[type[Peer], ...] = (DovecotPeer, CourierPeer)
+PEERS: tuple[type[Peer], ...] = (DovecotPeer, CourierPeer, CyrusPeer)
 """All of them, in the order of the matrix."""

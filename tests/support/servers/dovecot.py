@@ -24,6 +24,7 @@ from types import TracebackType
 
 from tests.support.requirements import SBIN, demand_dovecot
 from tests.support.servers.account import DEADLINE, Dependents, ImapAccount, modified_utf7, run_as
+from tests.support.servers.process import free_ports
 from tests.support.servers.tls import CertificateAuthority
 
 SPECIAL_USE = ("Drafts", "Sent", "Trash", "Junk")
@@ -174,7 +175,7 @@ class Dovecot:
 
     def _start(self) -> None:
         for _ in range(10):
-            port, plain_port = _free_ports(2)
+            port, plain_port = free_ports(2)
             self.plain_port = plain_port if self._plain else None
             self.port = port if self._tls else plain_port
             configuration = self.directory / "dovecot.conf"
@@ -500,17 +501,6 @@ def as_served(stored: bytes) -> bytes:
 
 class _PortTakenError(Exception):
     """Somebody else bound the port between its choice and its use."""
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for listener in sockets:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in sockets]
-    finally:
-        for listener in sockets:
-            listener.close()
 
 
 def _environment() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A door before a server: it keeps its port while the server behind it starts again, and may speak TLS for it."""
+"""A door before a server: its port stays while the server starts again, and it may speak TLS for it."""
 
 import asyncio
 import contextlib
