@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from tests.support.acceptance.checks import CHECKS
+from tests.support.acceptance.everywhere import PEERS
 from tests.support.acceptance.matrix import LOG, run_server, table, write
-from tests.support.acceptance.peers import PEERS
 
 PAGE = Path(__file__).parents[1] / "docs" / "servers.md"
 
@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("servers", nargs="*", metavar="SERVER", help=f"of: {', '.join(kinds)}")
     parser.add_argument("--check", action="append", choices=[*CHECKS], help="only this check")
     parser.add_argument("--write", action="store_true", help="write the matrix into docs/servers.md")
-    parser.add_argument("--detailed", action="store_true", help="print tracebacks")
+    parser.add_argument("--detailed", action="store_true", help="print tracebacks and protocols")
     given = parser.parse_args(arguments)
     if unknown := [name for name in given.servers if name not in kinds]:
         parser.error(f"unknown server: {unknown[0]}; there are: {', '.join(kinds)}")

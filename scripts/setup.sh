@@ -6,6 +6,7 @@ SERVER_PACKAGES=(fuse3 dovecot-imapd)
 TOOL_PACKAGES=(rsync attr libglib2.0-bin vim nano ed emacs-nox inotify-tools systemd groff-base)
 KEYRING_PACKAGES=(dbus-daemon gnome-keyring)
 PEER_PACKAGES=(isync)
+GO_PACKAGES=(golang-go golang-github-emersion-go-imap-dev golang-github-emersion-go-imap-idle-dev)
 WINDOW_PACKAGES=(xvfb pcmanfm xdotool imagemagick)
 PICTURE_PACKAGES=(xterm adwaita-icon-theme fonts-dejavu-core fonts-noto-color-emoji fonts-wqy-microhei)
 
@@ -39,6 +40,9 @@ have_package() {
         gnome-keyring) command -v gnome-keyring-daemon >/dev/null ;;
         isync) command -v mbsync >/dev/null ;;
         inotify-tools) command -v inotifywait >/dev/null ;;
+        golang-go) command -v go >/dev/null ;;
+        golang-github-emersion-go-imap-dev) [[ -d /usr/share/gocode/src/github.com/emersion/go-imap ]] ;;
+        golang-github-emersion-go-imap-idle-dev) [[ -d /usr/share/gocode/src/github.com/emersion/go-imap-idle ]] ;;
         xvfb) command -v Xvfb >/dev/null ;;
         adwaita-icon-theme) [[ -e /usr/share/icons/Adwaita/index.theme ]] ;;
         fonts-dejavu-core) [[ -e /usr/share/fonts/truetype/dejavu/DejaVuSansMono.ttf ]] ;;
@@ -225,4 +229,29 @@ first_available() {
             return
         fi
     done
+}
+
+# Servers that are Python packages, in a virtual environment of their own.
+set_up_python_servers() {
+    local wanted directory=.servers/python list=tests/support/servers/programs/requirements.txt
+    wanted="$(python3 -c 'import sys; print(sys.version)') $PWD $(sha256sum <"$list")"
+    [[ -f $directory/stamp && $(<"$directory/stamp") == "$wanted" ]] && return
+    echo "setup: installing pymap, mail-devel and Twisted into $directory" >&2
+    rm -rf "$directory"
+    python3 -m venv "$directory" || return 1
+    "$directory/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$list" || return 1
+    echo "$wanted" >"$directory/stamp"
+}
+
+# The memory server of go-imap, built into .servers/go with the libraries that Debian packages.
+set_up_go_server() {
+    local directory=.servers/go source=tests/support/servers/programs/goimap.go
+    [[ $directory/goimap -nt $source ]] && return
+    (set_up_packages "${GO_PACKAGES[@]}") || return 1
+    echo "setup: building go-imap into $directory" >&2
+    mkdir -p "$directory"
+    GO111MODULE=off GOPATH=/usr/share/gocode GOCACHE=$PWD/$directory/cache go build -o "$directory/goimap" "$source" ||
+        return 1
+    rm -rf "$directory/cache"
+    dpkg-query -W -f '${source:Upstream-Version}' golang-github-emersion-go-imap-dev >"$directory/version"
 }

@@ -20,6 +20,8 @@ BEGIN: Final = "<!-- what scripts/servers --write printed -->"
 END: Final = "<!-- the end of it -->"
 _WHY: Final = 300
 """Maximum number of characters that say why a check failed."""
+_TAIL: Final = 200
+"""Lines of a log that are printed of a check that failed, if details are wanted."""
 
 
 class Cell(NamedTuple):
@@ -48,7 +50,7 @@ def run_server(
 ) -> Row:
     """Run the checks ``names`` on one server, and ``tell`` what came of each.
 
-    ``detailed`` tells the traceback as well.
+    ``detailed`` also prints tracebacks and what was said to the server.
     """
     with tempfile.TemporaryDirectory(prefix="imapfs-servers-") as made:
         directory = Path(made)
@@ -90,13 +92,15 @@ def _run_check(peer: Peer, name: str, directory: Path, detailed: bool) -> tuple[
     try:
         with contextlib.ExitStack() as stack:
             outside = stack.enter_context(peer.outside())
-            trial = Trial(peer, name, directory, stack, outside)
+            trial = Trial(peer, name, directory, stack, outside, detailed=detailed)
             CHECKS[name](trial)
     except Lacks as error:
         cell = Cell("lacks", str(error))
     except Exception as error:
         if detailed:
             traceback.print_exc()
+            for mounted in trial.mounts if trial else []:
+                print(*mounted.log_text().splitlines()[-_TAIL:], sep="\n")
         cell = Cell("fails", _line(error))
     return [f"{name}: {complaint}" for complaint in (trial.complaints() if trial else [])], cell
 
@@ -105,7 +109,9 @@ def _line(error: BaseException) -> str:
     """Return one line that says what went wrong, and where a check does not say so itself."""
     text = " ".join(str(error).split())
     if not isinstance(error, AssertionError):
-        text = f"{type(error).__name__}: {text}"
+        # An OSError names paths, which are others in each run.
+        said = (error.strerror or text) if isinstance(error, OSError) else text
+        text = f"{type(error).__name__}: {said}"
     elif not text:
         frames = traceback.extract_tb(error.__traceback__)
         text = f"not so: {frames[-1].line}"

@@ -62,8 +62,9 @@ class Outside:
         uids = self._client.search("ALL")
         items = ["FLAGS", "INTERNALDATE", "RFC822.SIZE", "BODY.PEEK[]"]
         found = self._client.fetch(uids, items) if uids else {}
-        # Courier takes nothing in while a mailbox is selected that was opened for reading.
-        self._client.close_folder()
+        # Courier takes nothing in while a mailbox is selected opened for reading; pymap refuses CLOSE.
+        with contextlib.suppress(IMAPClient.Error):
+            self._client.close_folder()
         return [_message(uid, data) for uid, data in sorted(found.items())]
 
     def everywhere(self, content: bytes) -> list[str]:
@@ -90,6 +91,13 @@ class Outside:
             self._client.select_folder(self._name(mailbox))
             self._client.remove_flags([uid], ["Probe"])
         return kept
+
+    def renames_within(self, mailbox: str) -> bool:
+        """Tell by a try below ``mailbox`` whether RENAME takes along the mailboxes within."""
+        self.make(f"{mailbox}/Probe")
+        self.make(f"{mailbox}/Probe/Within")
+        self._client.rename_folder(self._name(f"{mailbox}/Probe"), self._name(f"{mailbox}/Probed"))
+        return f"{mailbox}/Probed/Within" in self.mailboxes()
 
     def delete(self, mailbox: str, uid: int) -> None:
         """Delete one message for good."""

@@ -176,7 +176,3 @@ class CyrusPeer(FrontedPeer):
 
 def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-PEERS: tuple[type[Peer], ...] = (DovecotPeer, CourierPeer, CyrusPeer)
-"""All of them, in the order of the matrix."""

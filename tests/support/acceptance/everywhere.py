@@ -1,0 +1,17 @@
+"""All servers of the acceptance."""
+
+from typing import Final
+
+from tests.support.acceptance.light import GoImapPeer, MailDevelPeer, PymapPeer, TwistedPeer
+from tests.support.acceptance.peers import CourierPeer, CyrusPeer, DovecotPeer, Peer
+
+PEERS: Final[tuple[type[Peer], ...]] = (
+    DovecotPeer,
+    CyrusPeer,
+    CourierPeer,
+    PymapPeer,
+    MailDevelPeer,
+    TwistedPeer,
+    GoImapPeer,
+)
+"""In the order of the matrix."""

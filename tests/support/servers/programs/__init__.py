@@ -1,0 +1,1 @@
+"""Programs that become servers, run with packages of their own in .servers."""
