@@ -539,6 +539,9 @@ class Uploader:
 
         The search needs no lock: who waits for the mailbox does not wait for that.
         """
+        # What the cache knows under a UID counts for another message. After a power cut, or on a restored
+        # server, that may be out of date.
+        await self._look_if_lost(directory)
         search = await self._search(uncertain)
         if any(answer.is_restored or attempt.accepted for _, attempt, answer in search.answers):
             # The UID of the upload may have been that of another message, which the cache still has.

@@ -274,6 +274,43 @@ def test_an_upload_that_is_cut_on_a_restored_server_is_found(
         mounted.unmount()
 
 
+def test_an_upload_is_found_although_a_power_cut_took_what_the_cache_knew_of_a_restored_server(
+    own: Account, mount: Mounts, tmp_path: Path
+) -> None:
+    """The cache knew another message under the UID of the upload, which was then uploaded again."""
+    own.deliver("Sent", [(mail("one"), DATE, "")])
+    everything(own)
+    own.back_up(tmp_path / "backup")
+    with Proxy(own.server) as proxy:
+        mounted = mount(proxy.account(own))
+        (mounted.path / "Sent" / "lost.eml").write_bytes(mail("lost"))
+        settle(mounted)
+        assert contents(mounted.path / "Sent") == [mail("lost"), mail("one")]
+        mounted.unmount()
+        before = {path: path.read_bytes() for path in mounted.cache.glob("*/cache.db*")}
+        own.server.stop()
+        own.restore(tmp_path / "backup")
+        own.server.start_again()
+        mounted = mount(proxy.account(own), cache=mounted.cache)
+        wait_until(lambda: contents(mounted.path / "Sent") == [mail("one")], "what the server has is shown")
+        # It is on the server, and no answer says so.
+        fault = proxy.fault(rb"APPEND", "cut", at="answer")
+        (mounted.path / "Sent" / "new.eml").write_bytes(mail("new"))
+        fault.wait_hit()
+        proxy.refuse()
+        mounted.kill()
+        for path in mounted.cache.glob("*/cache.db*"):
+            path.unlink()
+        for path, content in before.items():
+            path.write_bytes(content)
+        proxy.accept()
+        mounted = mount(proxy.account(own), cache=mounted.cache)
+        settle(mounted)
+        wait_until(lambda: not waiting(mounted), "it is sent")
+        assert on_server(own, mail("new")) == ["Sent"]
+        mounted.unmount()
+
+
 def test_edits_replace_their_messages_on_a_restored_server(
     own: Account, mount: Mounts, tmp_path: Path
 ) -> None:
