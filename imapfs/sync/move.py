@@ -332,6 +332,8 @@ class _Transfer:
             log.info("the server refuses MOVE, trying COPY: %s", error)
             self._by_copy = True
             if not self._settle(session, uid):
+                # The target is selected now, where the UID is another message's.
+                self._source.select(session, self._original)
                 self._copy(session, uid)
 
     def _named(self, copy: MessageRef | None) -> bool:

@@ -224,15 +224,19 @@ async def test_remove_follows_the_policy(
     }
 
 
+@pytest.mark.parametrize(
+    ("target", "there"), [("Work", [message(1), message(3)]), ("Trash", [message(1)])], ids=["full", "empty"]
+)
 @pytest.mark.trio
 async def test_move_that_is_offered_and_refused_becomes_a_copy(
-    filled: Account, whole: Proxy, tmp_path: Path
+    filled: Account, whole: Proxy, tmp_path: Path, target: str, there: list[Held]
 ) -> None:
+    """What the journal notes of the original is of the original, not of what has its UID in the target."""
     async with mirror(whole.account(filled), tmp_path) as here:
-        await here.refresh("Work")
+        await here.refresh(target)
         whole.fault(b"UID MOVE", b"NO Unknown command", at="command", times=None)
-        await mover(here).move(await inode(here, 1), here.ino("Work"), b"x.eml")
-    assert everything(filled) == {"INBOX": [message(2)], "Work": in_order(message(1), message(3))}
+        await mover(here).move(await inode(here, 1), here.ino(target), b"x.eml")
+    assert everything(filled) == {"INBOX": [message(2)], "Work": [message(3)], target: in_order(*there)}
 
 
 @pytest.mark.trio
