@@ -332,8 +332,6 @@ class _Transfer:
             log.info("the server refuses MOVE, trying COPY: %s", error)
             self._by_copy = True
             if not self._settle(session, uid):
-                # The target is selected now, where the UID is another message's.
-                self._source.select(session, self._original)
                 self._copy(session, uid)
 
     def _named(self, copy: MessageRef | None) -> bool:
@@ -404,7 +402,10 @@ class _Transfer:
             self.entry = None
 
     def _settle(self, session: Session, uid: Uid) -> bool:
-        """Look at the outcome of the move; return whether nothing is left to do."""
+        """Look at the outcome of the move; return whether nothing is left to do.
+
+        If something is, the original's mailbox is selected.
+        """
         self.uid, self.is_proven = None, False
         try:
             self._source.select(session, self._original, afresh=True)
@@ -419,10 +420,10 @@ class _Transfer:
         self.uid = find_same(
             session, self._original, self._target.name, self._uidnext, self._wanted, self._is_known
         )
+        self._source.select(session, self._original)
         if self.uid is None:
             return False
         self.is_proven = True
-        self._source.select(session, self._original)
         self._delete_original(session, uid, None)
         return True
 

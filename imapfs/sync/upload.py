@@ -453,6 +453,10 @@ class Uploader:
         known = self._cache.mailbox(mailbox)
         if known is None or not known.complete or self._sync.is_current(mailbox):
             return
+        await self._synchronise(mailbox)
+
+    async def _synchronise(self, mailbox: Ino) -> None:
+        """Synchronise a mailbox. Raises ConnectionLost, Throttled, AuthenticationFailed."""
         refresh = self._sync.refresh_mailbox(mailbox, 0)
         if refresh is not None:
             await refresh.finished()
@@ -538,6 +542,8 @@ class Uploader:
         """Find out whether an earlier attempt has uploaded these drafts, and adopt those that it has.
 
         The search needs no lock: who waits for the mailbox does not wait for that.
+
+        Raises ConnectionLost, Throttled, AuthenticationFailed if it has to wait.
         """
         # What the cache knows under a UID counts for another message. After a power cut, or on a restored
         # server, that may be out of date.
@@ -545,9 +551,7 @@ class Uploader:
         search = await self._search(uncertain)
         if any(answer.is_restored or attempt.accepted for _, attempt, answer in search.answers):
             # The UID of the upload may have been that of another message, which the cache still has.
-            refresh = self._sync.refresh_mailbox(directory, 0)
-            if refresh is not None:
-                await refresh.finished()
+            await self._synchronise(directory)
             search = await self._search(uncertain)
         if search.is_mailbox_missing:
             # If it was renamed, its notes follow it, and it is searched under its new name. To take the

@@ -182,9 +182,7 @@ def test_an_edit_that_waits_removes_nothing_else_from_a_restored_server(
         proxy.cut_all()
         edited = mail("one", "edited")
         path.write_bytes(edited)
-        own.server.stop()
-        own.restore(tmp_path / "backup")
-        own.server.start_again()
+        own.restart_from(tmp_path / "backup")
         own.append("INBOX", mail("innocent"), DATE + 1)
         proxy.accept()
         wait_until(lambda: not waiting(mounted), "the edit is sent")
@@ -205,9 +203,7 @@ def test_a_restored_server_gets_a_message_once(own: Account, mount: Mounts, tmp_
         proxy.refuse()
         proxy.cut_all()
         (mounted.path / "Sent" / "new.eml").write_bytes(mail("new"))
-        own.server.stop()
-        own.restore(tmp_path / "backup")
-        own.server.start_again()
+        own.restart_from(tmp_path / "backup")
         proxy.accept()
         wait_until(lambda: on_server(own, mail("new")), "it is sent")
         settle(mounted)
@@ -232,9 +228,7 @@ def test_a_restored_server_gives_the_uid_of_a_moved_message_to_another(
         assert contents(work) == [mail("first"), mail("moved")]
         proxy.refuse()
         proxy.cut_all()
-        own.server.stop()
-        own.restore(tmp_path / "backup")
-        own.server.start_again()
+        own.restart_from(tmp_path / "backup")
         others = [mail(f"other {n}") for n in range(3)]
         for n, content in enumerate(others):
             own.append("Work", content, DATE + n)
@@ -256,9 +250,7 @@ def test_an_upload_that_is_cut_on_a_restored_server_is_found(
         os.listdir(mounted.path / "Sent")
         proxy.refuse()
         proxy.cut_all()
-        own.server.stop()
-        own.restore(tmp_path / "backup")
-        own.server.start_again()
+        own.restart_from(tmp_path / "backup")
         new = [mail(f"new {n}") for n in range(3)]
         for n, content in enumerate(new):
             (mounted.path / "Sent" / f"new{n}.eml").write_bytes(content)
@@ -288,9 +280,7 @@ def test_an_upload_is_found_although_a_power_cut_took_what_the_cache_knew_of_a_r
         assert contents(mounted.path / "Sent") == [mail("lost"), mail("one")]
         mounted.unmount()
         before = {path: path.read_bytes() for path in mounted.cache.glob("*/cache.db*")}
-        own.server.stop()
-        own.restore(tmp_path / "backup")
-        own.server.start_again()
+        own.restart_from(tmp_path / "backup")
         mounted = mount(proxy.account(own), cache=mounted.cache)
         wait_until(lambda: contents(mounted.path / "Sent") == [mail("one")], "what the server has is shown")
         # It is on the server, and no answer says so.
@@ -330,9 +320,7 @@ def test_edits_replace_their_messages_on_a_restored_server(
         proxy.cut_all()
         for path, content in zip(paths, after, strict=True):
             path.write_bytes(content)
-        own.server.stop()
-        own.restore(tmp_path / "backup")
-        own.server.start_again()
+        own.restart_from(tmp_path / "backup")
         proxy.accept()
         wait_until(
             lambda: all(on_server(own, content) == ["Trash"] for content in before),
@@ -361,9 +349,7 @@ def test_a_restored_server_whose_numbers_are_as_before_shows_what_it_has(
             mounted.unmount()
         proxy.refuse()
         proxy.cut_all()
-        own.server.stop()
-        own.restore(tmp_path / "backup")
-        own.server.start_again()
+        own.restart_from(tmp_path / "backup")
         own.append("Sent", mail("other"), DATE + 1)
         proxy.accept()
         if not is_mounted:
@@ -397,9 +383,7 @@ def test_a_server_that_is_restored_to_what_was_last_listed_shows_what_it_has(
         (sent / "new.eml").write_bytes(mail("new"))
         settle(mounted)
         assert on_server(own, mail("new")) == ["Sent"]
-        own.server.stop()
-        own.restore(tmp_path / "backup")
-        own.server.start_again()
+        own.restart_from(tmp_path / "backup")
 
         wait_until(lambda: contents(sent) == [mail("one"), mail("two")], "what the server has is shown")
         mounted.unmount()

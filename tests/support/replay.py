@@ -220,7 +220,7 @@ class Replay:
 
     def judge(self, wreck: Wreck) -> None:
         """Mount what a wreck has left, and compare. Raises Wrong."""
-        self._put_back_server()
+        self._user.restart_from(self._copy)
         self.disk.put(self._states[wreck])
         if wreck != "kill":
             for note in self.disk.root.rglob("boot"):
@@ -255,11 +255,6 @@ class Replay:
                 raise Wrong(f"{path} was closed, and waits for a person")
         if missing := [one for one in held if one not in shown]:
             raise Wrong(f"on the server, and not shown: {missing}; shown: {shown}")
-
-    def _put_back_server(self) -> None:
-        self._user.server.stop()
-        self._user.restore(self._copy)
-        self._user.server.start_again()
 
     def _drain(self, mount: Mount) -> None:
         def done() -> bool:

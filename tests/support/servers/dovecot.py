@@ -457,6 +457,12 @@ class Account(ImapAccount):
         shutil.rmtree(self._maildir)
         subprocess.run(["cp", "-a", copy, self._maildir], check=True)
 
+    def restart_from(self, copy: Path) -> None:
+        """Stop the server, `restore`, and start it again, at another port."""
+        self.server.stop()
+        self.restore(copy)
+        self.server.start_again()
+
     def start_trace(self) -> None:
         """Record what is said on the connections that log in from now on."""
         for path in (self._trace.parent, self._trace):
