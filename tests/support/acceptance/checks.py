@@ -64,7 +64,7 @@ class Trial:
         stack: contextlib.ExitStack,
         outside: Outside,
         *,
-        detailed: bool = False,
+        detailed: bool,
     ) -> None:
         self._arguments = [*POLL, *(("-v", "-v") if detailed else ())]
         self.peer = peer

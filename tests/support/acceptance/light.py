@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar
 
-from tests.support.acceptance.peers import FrontedPeer
+from tests.support.acceptance.peers import Peer
 from tests.support.requirements import Missing
 from tests.support.servers.process import Program, free_ports
 
@@ -18,10 +18,11 @@ GO_SERVER = _SERVERS / "go" / "goimap"
 _PROGRAMS = Path(__file__).parents[1] / "servers" / "programs"
 
 
-class LightPeer(FrontedPeer):
+class LightPeer(Peer):
     """One program on one port. Memory is lost with the process, so a restart ends all connections only."""
 
-    keeps_mail = False
+    keeps_mail: ClassVar[bool] = False
+    """Whether mail outlives the process."""
     distribution: ClassVar[str]
     """The package whose version is that of the server."""
 
@@ -30,7 +31,7 @@ class LightPeer(FrontedPeer):
         (found,) = PYTHON.glob(f"lib/python*/site-packages/{self.distribution}-*.dist-info")
         return f"{self.distribution.replace('_', '-')} {found.name.split('-')[1].removesuffix('.dist')}"
 
-    def _start_server(self, stack: ExitStack) -> None:
+    def _start(self, stack: ExitStack) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="imapfs-light-")))
         port, spare = free_ports(2)
         self._program = Program(self._command(port, spare, directory), port, directory / "log")

@@ -43,10 +43,10 @@ class Row:
 
 def run_server(
     kind: type[Peer],
-    names: Iterable[str] = CHECKS,
-    tell: Callable[[str], object] = lambda _: None,
+    names: Iterable[str],
+    tell: Callable[[str], object],
     *,
-    detailed: bool = False,
+    detailed: bool,
 ) -> Row:
     """Run the checks ``names`` on one server, and ``tell`` what came of each.
 

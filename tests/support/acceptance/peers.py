@@ -6,41 +6,31 @@ import subprocess
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Self
 
 from tests.support.acceptance.outside import Outside, outside
 from tests.support.servers import courier, cyrus
-from tests.support.servers.account import Dependents
 from tests.support.servers.courier import Courier
 from tests.support.servers.cyrus import Cyrus
 from tests.support.servers.dovecot import Dovecot
-from tests.support.servers.front import Front
+from tests.support.servers.relay import Relay
 from tests.support.servers.tls import CertificateAuthority
 
 
-class Door(Protocol):
-    """What a mount connects to: a `Front` or a `Proxy`."""
-
-    host: str
-    port: int
-    authority: CertificateAuthority
-    dependents: Dependents
-
-
 class Peer(ABC):
-    """A running server while the ``with`` block lasts; for a mount it is the account as well.
+    """A running server behind a `Relay` while the ``with`` block lasts; a mount uses it as its account.
 
     Raises Missing where it cannot be run.
     """
 
     key: ClassVar[str]
     """What it is called on the command line."""
-    keeps_mail: ClassVar[bool] = True
-    """Whether mail outlives the process. Where it does not, a restart ends all connections and no more."""
+    tls: ClassVar[bool] = True
+    """Whether the relay speaks TLS, since the server does not."""
 
     name = "acceptance"
     password = "secret"
-    server: Door
+    server: Relay
 
     def __init__(self, authority: CertificateAuthority) -> None:
         self.authority = authority
@@ -49,6 +39,7 @@ class Peer(ABC):
     def __enter__(self) -> Self:
         with self._stack:
             self._start(self._stack)
+            self.server = self._stack.enter_context(Relay(self.authority, self._port, tls=self.tls))
             self._stack = self._stack.pop_all()
         return self
 
@@ -64,48 +55,26 @@ class Peer(ABC):
 
     @abstractmethod
     def _start(self, stack: ExitStack) -> None:
-        """Start it, set `server`, and have it ended by ``stack``."""
-
-    @abstractmethod
-    def stop(self) -> None:
-        """End the server, or as much of it as can end without the loss of its mail."""
-
-    @abstractmethod
-    def start_again(self) -> None:
-        """Start after `stop`: the same mail at the same port."""
-
-    def outside(self) -> AbstractContextManager[Outside]:
-        """Log in as a second client."""
-        return outside(self.server, self.name, self.password)
-
-
-class FrontedPeer(Peer):
-    """A server behind a `Front`, which is all that ends when it stops, unless a subclass ends more."""
-
-    tls: ClassVar[bool] = True
-    """Whether the front speaks TLS, since the server does not."""
-    server: Front
-
-    def _start(self, stack: ExitStack) -> None:
-        self._start_server(stack)
-        self.server = stack.enter_context(Front(self.authority, self._port, tls=self.tls))
-
-    @abstractmethod
-    def _start_server(self, stack: ExitStack) -> None:
-        """Start what is behind the front."""
+        """Start what is behind the relay, and have it ended by ``stack``."""
 
     @abstractmethod
     def _port(self) -> int:
         """Return the port of the server as it runs now."""
 
     def stop(self) -> None:
+        """End all connections and refuse new ones. A subclass also ends a server that keeps its mail."""
         self.server.refuse()
 
     def start_again(self) -> None:
+        """Start after `stop`: the same mail at the same port."""
         self.server.accept()
 
+    def outside(self) -> AbstractContextManager[Outside]:
+        """Log in as a second client."""
+        return outside(self.server, self.name, self.password)
 
-class DovecotPeer(FrontedPeer):
+
+class DovecotPeer(Peer):
     key = "dovecot"
     tls = False
 
@@ -113,7 +82,7 @@ class DovecotPeer(FrontedPeer):
     def title(self) -> str:
         return f"Dovecot {_output('dovecot', '--version').split()[0]}"
 
-    def _start_server(self, stack: ExitStack) -> None:
+    def _start(self, stack: ExitStack) -> None:
         self._dovecot = stack.enter_context(Dovecot(self.authority, password=self.password))
         self._dovecot.account(self.name)
 
@@ -129,7 +98,7 @@ class DovecotPeer(FrontedPeer):
         super().start_again()
 
 
-class CourierPeer(FrontedPeer):
+class CourierPeer(Peer):
     """Each session is a process of its own, which ends with its connection."""
 
     key = "courier"
@@ -140,7 +109,7 @@ class CourierPeer(FrontedPeer):
         with gzip.open(courier.UNPACKED / "usr/share/doc/courier-imap/changelog.gz", "rt") as lines:
             return f"Courier {next(lines).strip()}"
 
-    def _start_server(self, stack: ExitStack) -> None:
+    def _start(self, stack: ExitStack) -> None:
         self._courier = stack.enter_context(Courier(self.authority, password=self.password))
         self._courier.account(self.name).make()
 
@@ -148,7 +117,7 @@ class CourierPeer(FrontedPeer):
         return self._courier.port
 
 
-class CyrusPeer(FrontedPeer):
+class CyrusPeer(Peer):
     key = "cyrus"
     tls = False
 
@@ -159,7 +128,7 @@ class CyrusPeer(FrontedPeer):
             version = re.search(r"\((.*?)-", next(lines))
         return f"Cyrus {version[1] if version else ''}"
 
-    def _start_server(self, stack: ExitStack) -> None:
+    def _start(self, stack: ExitStack) -> None:
         self._cyrus = stack.enter_context(Cyrus(self.authority, self.name, self.password))
 
     def _port(self) -> int:

@@ -12,7 +12,6 @@ import asyncio
 import base64
 import binascii
 import os
-import pwd
 import re
 import shutil
 import socket
@@ -25,6 +24,7 @@ from types import TracebackType
 
 from tests.support.servers.account import DEADLINE, Dependents, ImapAccount, run_as
 from tests.support.servers.loop import BUFFER, LoopThread, Port, abort, accept, accept_tls, server_context
+from tests.support.servers.process import copy_programs, server_user
 from tests.support.servers.tls import CertificateAuthority
 
 UNPACKED = Path(__file__).parents[3] / ".servers" / "courier"
@@ -64,7 +64,7 @@ class Courier:
         self.dependents = Dependents()
         self.password = password
         self.port = 0
-        user = pwd.getpwnam("nobody") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
+        user = server_user()
         self.uid = user.pw_uid
         self.gid = user.pw_gid
         self._tls = server_context(certificate or authority.issue())
@@ -135,10 +135,7 @@ class Courier:
             path.chmod(0o755)
             self.own(path)
         programs = [UNPACKED / "usr/bin/imapd", *UNPACKED.glob("usr/**/gam_server")]
-        for source in (*programs, *UNPACKED.rglob("lib*.so*")):
-            copy = self.directory / "bin" / source.name
-            shutil.copyfile(source, copy)
-            copy.chmod(0o755)
+        copy_programs(programs, UNPACKED, self.directory / "bin")
         (self.directory / "log").touch()
 
     def _start(self, *command: str, **environment: str) -> tuple[subprocess.Popen[bytes], socket.socket]:

@@ -4,7 +4,6 @@ It is not installed, because its packages conflict with Dovecot's: ``scripts/ser
 """
 
 import os
-import pwd
 import shutil
 import subprocess
 import tempfile
@@ -13,7 +12,7 @@ from types import TracebackType
 
 from tests.support.requirements import Missing
 from tests.support.servers.account import run_as
-from tests.support.servers.process import Program, free_ports
+from tests.support.servers.process import Program, copy_programs, free_ports, server_user
 from tests.support.servers.tls import CertificateAuthority
 
 UNPACKED = Path(__file__).parents[3] / ".servers" / "cyrus"
@@ -32,7 +31,7 @@ class Cyrus:
         self._certificate = authority.issue()
         self._user = user
         self._password = password
-        self._account = pwd.getpwnam("nobody") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
+        self._account = server_user()
 
     def __enter__(self) -> "Cyrus":
         if not (UNPACKED / "stamp").exists():
@@ -85,10 +84,7 @@ class Cyrus:
         for name in ("bin", "spool", "tmp", *(f"conf/{name}" for name in below)):
             (self.directory / name).mkdir(parents=True)
         programs = [path for name in _PROGRAMS for path in UNPACKED.glob(f"usr/**/{name}")]
-        for source in (*programs, *UNPACKED.rglob("lib*.so*")):
-            copy = self.directory / "bin" / source.name
-            shutil.copyfile(source, copy)
-            copy.chmod(0o755)
+        copy_programs(programs, UNPACKED, self.directory / "bin")
         for name, source in zip(("server.pem", "server.key"), self._certificate, strict=True):
             shutil.copyfile(source, self.directory / name)
         subprocess.run(

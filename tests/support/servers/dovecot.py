@@ -9,7 +9,6 @@ What Dovecot serves is not always what lies in the Maildir: see `as_served`.
 import base64
 import grp
 import os
-import pwd
 import re
 import shutil
 import signal
@@ -24,7 +23,7 @@ from types import TracebackType
 
 from tests.support.requirements import SBIN, demand_dovecot
 from tests.support.servers.account import DEADLINE, Dependents, ImapAccount, modified_utf7, run_as
-from tests.support.servers.process import free_ports
+from tests.support.servers.process import free_ports, server_user
 from tests.support.servers.tls import CertificateAuthority
 
 SPECIAL_USE = ("Drafts", "Sent", "Trash", "Junk")
@@ -81,7 +80,7 @@ class Dovecot:
         self._tokens = tokens
         self._quota = quota
         self._max_userip_connections = max_userip_connections
-        user = pwd.getpwnam("nobody") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
+        user = server_user()
         self.uid = user.pw_uid
         self.gid = user.pw_gid
         self._user = user.pw_name

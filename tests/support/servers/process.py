@@ -1,15 +1,30 @@
-"""Servers that are programs of their own: free ports, and a process group that is started and ended."""
+"""Servers that are programs of their own: user, free ports, programs, and a process group that is run."""
 
 import os
+import pwd
+import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from tests.support.servers.account import DEADLINE, Identity
+
+
+def server_user() -> pwd.struct_passwd:
+    """Return the user that a server runs as: who runs the tests, and ``nobody`` if that is root."""
+    return pwd.getpwnam("nobody") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
+
+
+def copy_programs(programs: Iterable[Path], unpacked: Path, to: Path) -> None:
+    """Copy programs into the directory ``to``, with all libraries of the packages that are ``unpacked``."""
+    for source in (*programs, *unpacked.rglob("lib*.so*")):
+        copy = to / source.name
+        shutil.copyfile(source, copy)
+        copy.chmod(0o755)
 
 
 def free_ports(count: int) -> list[int]:

@@ -18,17 +18,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from imaplib import IMAP4_SSL
-from types import TracebackType
 from typing import Literal
 
-from tests.support.servers.account import DEADLINE, Dependents, Endpoint, ImapAccount
+from tests.support.servers.account import DEADLINE, Endpoint, ImapAccount
 from tests.support.servers.hiding import Hidden
+from tests.support.servers.intermediary import Intermediary
 from tests.support.servers.loop import (
     BUFFER,
-    LoopThread,
-    Port,
     abort,
-    accept,
     accept_tls,
     server_context,
     tell_when_sent,
@@ -142,7 +139,7 @@ class ProxiedAccount:
             yield client
 
 
-class Proxy:
+class Proxy(Intermediary):
     """Stands before ``server`` while the ``with`` block lasts.
 
     ``hide`` are extensions that are neither announced nor understood, see `Hidden`; COMPRESS is always
@@ -154,11 +151,9 @@ class Proxy:
     ``latency`` (seconds, one way) and ``bandwidth`` (bytes per second in each direction, None for no limit)
     may be changed at any time and hold for what is sent from then on. Where ``server`` starts again on
     another port, new connections go there.
-
-    Leaving the block raises what broke in the proxy itself.
     """
 
-    host = "localhost"
+    thread_name = "proxy"
 
     def __init__(
         self,
@@ -170,10 +165,8 @@ class Proxy:
         latency: float = 0.0,
         bandwidth: int | None = None,
     ) -> None:
-        self.authority = server.authority
-        self.dependents = Dependents()
+        super().__init__(server.authority)
         self.server = server
-        self.port = 0
         self.latency = latency
         self.bandwidth = bandwidth
         self.hidden = Hidden([*hide, "COMPRESS"])
@@ -187,26 +180,6 @@ class Proxy:
         self._faults: list[Fault] = []
         self._commands: list[bytes] = []
         self._connections: dict[_Connection, asyncio.Task[None]] = {}
-        self._accepting: asyncio.Task[None] | None = None
-
-    def __enter__(self) -> "Proxy":
-        self._port = Port()
-        self.port = self._port.number
-        self._thread = LoopThread("proxy")
-        self.accept()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        try:
-            self.dependents.__exit__(kind, error, where)
-        finally:
-            try:
-                self._thread.run(self._refuse())
-                self._thread.close()
-            finally:
-                self._port.close()
 
     def account(self, account: ImapAccount) -> ProxiedAccount:
         """Return ``account`` as it is seen through the proxy."""
@@ -288,14 +261,6 @@ class Proxy:
         """End what `stall` and the faults that stall have begun; nothing was lost."""
         self._thread.run(self._set_flowing(True))
 
-    def refuse(self) -> None:
-        """Refuse new connections, as a server that is not running does."""
-        self._thread.run(self._refuse())
-
-    def accept(self) -> None:
-        """Accept connections again after `refuse`."""
-        self._thread.run(self._accept())
-
     def take(self, at: Point, command: bytes = b"") -> Fault | None:
         """Return the fault that shall strike at this point of this command."""
         return next((fault for fault in self._faults if fault.at == at and fault.takes(command)), None)
@@ -340,23 +305,8 @@ class Proxy:
         else:
             self.flowing.clear()
 
-    async def _accept(self) -> None:
-        if self._accepting is None:
-            self._accepting = self._thread.spawn(self._accept_from(self._port.listen()))
-
-    async def _refuse(self) -> None:
-        if self._accepting is not None:
-            self._accepting.cancel()
-            await asyncio.gather(self._accepting, return_exceptions=True)
-            self._accepting = None
-
-    async def _accept_from(self, listener: socket.socket) -> None:
-        with listener:
-            while True:
-                accepted = await accept(listener)
-                self._serve(_Connection(self, accepted), accepted)
-
-    def _serve(self, connection: "_Connection", accepted: socket.socket) -> None:
+    def _serve(self, accepted: socket.socket) -> None:
+        connection = _Connection(self, accepted)
         task = self._thread.spawn(connection.run(), owned=accepted)
         with self._changed:
             self._connections[connection] = task
