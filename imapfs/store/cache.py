@@ -417,14 +417,17 @@ class Cache:
             )
 
     def learn_uidvalidity(self, mailbox: Ino, uidvalidity: UidValidity) -> None:
-        """Note the UIDVALIDITY of a mailbox that was never synchronised, before a message is added to it.
+        """Note the UIDVALIDITY that the server has named for a message, before this is added to a mailbox.
 
-        Without it, the first synchronisation would take the message for one of another mailbox.
+        Without it, the next synchronisation would take the message for one of another mailbox. A mailbox of
+        which messages are known keeps its UIDVALIDITY, as these are of that one.
         """
         with self._database.write() as db:
-            db.execute(
-                "UPDATE mailbox SET uidvalidity = ? WHERE ino = ? AND uidvalidity = 0", (uidvalidity, mailbox)
-            )
+            (known,) = db.execute("SELECT uidvalidity FROM mailbox WHERE ino = ?", (mailbox,)).fetchone()
+            if known == 0:
+                db.execute("UPDATE mailbox SET uidvalidity = ? WHERE ino = ?", (uidvalidity, mailbox))
+            elif known != uidvalidity and not self.counts(mailbox)[0]:
+                self._empty(db, mailbox, uidvalidity)
 
     def reset(self, mailbox: Ino, uidvalidity: UidValidity) -> list[Node]:
         """Remove all messages of a mailbox, whose UIDVALIDITY is another one now; return them."""

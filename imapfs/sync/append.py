@@ -131,9 +131,13 @@ class AppendBatch:
             if limit is not None and len(upload.data) > limit
         }
         wanted = [upload for i, upload in enumerate(self._uploads) if i not in refused]
-        outcomes = iter(
-            session.append(self._mailbox.name, wanted, self.uidnext, self._list)[0] if wanted else []
-        )
+        named: list[int | Refused | None] = []
+        if wanted:
+            named, state = session.append(self._mailbox.name, wanted, self.uidnext, self._list)
+            if any(isinstance(outcome, int) for outcome in named):
+                # Courier invents UIDVALIDITY at each EXAMINE, until a message is in the mailbox.
+                self.uidvalidity = state.uidvalidity
+        outcomes = iter(named)
         self.outcomes = [refused.get(i) or next(outcomes) for i in range(len(self._uploads))]
 
     def _list(self, data: FetchData) -> None:

@@ -480,6 +480,7 @@ class Uploader:
         await self._notes.note(mailbox, batch.uidnext, [(p.draft, p.payload) for p in ready])
         try:
             await self._pool.run(batch.run, mailbox.name, repeat=False)
+            mailbox = replace(mailbox, uidvalidity=batch.uidvalidity)
         except ConnectionLost as error:
             if error.by_server:
                 for prepared in ready:

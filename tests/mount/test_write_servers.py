@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -184,6 +185,24 @@ def test_cp_keeps_date_flags_and_name(kind: Kind, start: Callable[..., Mount]) -
     assert visible(mounted, "Work") == [new.content] * 3
     mounted.unmount()
     assert everything(kind.account) == contents(kind, INBOX=[ONE, TWO], Work=[new] * 3)
+
+
+def test_cp_keeps_the_name_although_uidvalidity_is_not_kept_yet(
+    kind: Kind, start: Callable[..., Mount]
+) -> None:
+    """Courier names the time of each EXAMINE as UIDVALIDITY, until a message is in the mailbox."""
+    mounted = start()
+    assert os.listdir(mounted.path / "Work") == []
+    listed = int(time.time())
+    wait_until(lambda: int(time.time()) > listed + 1, "another second")
+    put(mounted.path / "Work" / "new.eml", message(3, LATER))
+    drain(mounted)
+    wait_until(lambda: visible(mounted, "Work") == [plain(3)], "it is listed")
+    assert os.listdir(mounted.path / "Work") == ["new.eml"]
+    mounted.unmount()
+    again = start(cache=mounted.cache)
+    assert os.listdir(again.path / "Work") == ["new.eml"]
+    again.unmount()
 
 
 def test_edit_replaces_the_message(kind: Kind, start: Callable[..., Mount]) -> None:
