@@ -7,14 +7,14 @@ from dataclasses import replace
 
 from imapfs.atomic import replace_file
 from imapfs.imap.grammar import FetchData
-from imapfs.model import Ino, Uid
+from imapfs.model import Ino, MessageRef, Uid
 from imapfs.store.bodies import BodyStore
 from imapfs.store.cache import Cache
-from imapfs.store.journal import Attempt
 from imapfs.store.rows import NewMessage, Node
 from imapfs.store.spool import MAX_TIME, Base, Draft, Spool
 from imapfs.sync.append import Payload
 from imapfs.sync.changes import ChangeHub, Changes
+from imapfs.sync.identify import is_other
 from imapfs.sync.locate import ServerMailbox
 from imapfs.sync.mailbox import new_message
 from imapfs.sync.pending_upload import PendingUpload
@@ -46,14 +46,15 @@ class Adopter:
         self._hub = hub
         self._pending = pending
 
-    def is_other(self, draft: Draft, attempt: Attempt, uid: Uid) -> bool:
+    def is_other(self, draft: Draft, ref: MessageRef) -> bool:
         """Return whether a message is known to be another one than a draft may have become."""
-        if draft.base is not None and draft.base.ref == attempt.ref(uid):
-            return True
-        mailbox = self._cache.mailbox_named(attempt.mailbox)
-        if mailbox is None or not self._cache.is_named(mailbox.ino, uid):
+        base = draft.base and draft.base.ref
+        if base is not None and base == ref and not is_other(base, ref.date, ref.size):
+            return True  # the old version, and not what has its UID in a mailbox that was restored
+        mailbox = self._cache.mailbox_named(ref.mailbox)
+        if mailbox is None or not self._cache.is_named(mailbox.ino, ref.uid):
             return False
-        node = self._cache.message(mailbox.ino, uid)
+        node = self._cache.message(mailbox.ino, ref.uid)
         return node is None or node.ino != draft.ino
 
     def was_removed(self, mailbox: ServerMailbox, draft: Draft, uid: Uid, payload: Payload) -> None:

@@ -15,7 +15,7 @@ import trio
 from imapfs.errors import ConnectionLost, MailboxGone, Refused
 from imapfs.imap.grammar import FetchData
 from imapfs.imap.session import Session, Upload
-from imapfs.model import Uid
+from imapfs.model import MessageRef
 from imapfs.store.journal import Attempt
 from imapfs.store.spool import Draft
 from imapfs.sync.identify import Sought, Whereabouts, digest, find_uploads, is_clean, message_id_of
@@ -152,11 +152,10 @@ class AppendBatch:
 class UploadSearch:
     """Searches the server, in a thread, for what attempts of unknown outcome may have uploaded.
 
-    ``is_other(draft, attempt, uid)``: whether that message is known to be another one. Called on the trio
-    thread.
+    ``is_other(draft, ref)``: whether that message is known to be another one. Called on the trio thread.
     """
 
-    def __init__(self, drafts: Sequence[Draft], is_other: Callable[[Draft, Attempt, Uid], bool]) -> None:
+    def __init__(self, drafts: Sequence[Draft], is_other: Callable[[Draft, MessageRef], bool]) -> None:
         self._sought = [(draft, draft.attempt) for draft in drafts if draft.attempt is not None]
         self._is_other = is_other
         self.answers: list[tuple[Draft, Attempt, Whereabouts]] = []
@@ -178,8 +177,8 @@ class UploadSearch:
             self.answers += [(*one, answer) for one, answer in zip(group, answers, strict=True)]
 
     def _sought_as(self, draft: Draft, attempt: Attempt) -> Sought:
-        def is_other(uid: Uid) -> bool:
-            return trio.from_thread.run_sync(self._is_other, draft, attempt, uid)
+        def is_other(ref: MessageRef) -> bool:
+            return trio.from_thread.run_sync(self._is_other, draft, ref)
 
         def load() -> bytes | None:
             payload = make_payload(draft)

@@ -41,6 +41,7 @@ from imapfs.store.journal import Attempt
 from imapfs.store.rows import Mailbox, NewMessage, Node
 
 _NONE = ModSeq(0)
+_UNNAMED = UidValidity(0)
 _HEAD = 1 << 18
 """Bytes at the beginning of a message in which its header is expected to end."""
 
@@ -54,6 +55,13 @@ def is_other(ref: MessageRef, date: int | None, size: int | None) -> bool:
     0 stands for what the server did not say.
     """
     return any(known and found and known != found for known, found in ((ref.date, date), (ref.size, size)))
+
+
+def ref_of(mailbox: bytes, uidvalidity: UidValidity, data: FetchData) -> MessageRef:
+    """Return the identity of a message that the server has listed, with its date and announced size."""
+    return MessageRef(
+        mailbox, uidvalidity, data.uid or Uid(0), parse_date(data.date or b"")[0] or None, data.size
+    )
 
 
 def is_other_mailbox(uidvalidity: UidValidity, uidnext: int, modseq: ModSeq, state: MailboxState) -> bool:
@@ -201,8 +209,8 @@ class Sought:
     """An upload to look for."""
 
     attempt: Attempt
-    is_other: Callable[[Uid], bool]
-    """Whether a UID is known to be another message's."""
+    is_other: Callable[[MessageRef], bool]
+    """Whether this is known to be another message."""
     load: Callable[[], bytes | None]
     """Return the bytes that were uploaded, or None if they are not known any more."""
 
@@ -213,10 +221,12 @@ class Whereabouts:
 
     found: FetchData | None = None
     """The message, which has the bytes that were uploaded, but for what is in `ALTERATIONS`."""
+    uidvalidity: UidValidity = _UNNAMED
+    """UIDVALIDITY of the mailbox as it was searched."""
     perhaps: Uid | None = None
     """A message that may be the upload or another one: without proof, nobody may act on this."""
     is_restored: bool = False
-    """Whether the mailbox is an older one, so that what is known of its UIDs is wrong."""
+    """Whether the mailbox is another one than was noted, so that what is known of its UIDs is wrong."""
 
 
 def find_uploads(session: Session, sought: Sequence[Sought]) -> list[Whereabouts]:
@@ -225,14 +235,14 @@ def find_uploads(session: Session, sought: Sequence[Sought]) -> list[Whereabouts
     The proof is the digest of all bytes. If a server has altered the message, it is the same Message-ID, and
     bytes that differ in nothing but `ALTERATIONS`.
     """
-    answers = [Whereabouts() for _ in sought]
     first = sought[0].attempt
     state = session.examine(first.mailbox)
-    if state.uidvalidity != first.uidvalidity:
-        return answers
-    if any(0 < state.uidnext < one.attempt.uidnext for one in sought):
-        # The mailbox was restored from a backup: UIDNEXT of that time says nothing about the upload.
-        answers = [Whereabouts(is_restored=True) for _ in sought]
+    restored = any(is_other_mailbox(first.uidvalidity, one.attempt.uidnext, _NONE, state) for one in sought)
+    answers = [Whereabouts(uidvalidity=state.uidvalidity, is_restored=restored) for _ in sought]
+    if restored:
+        # UIDNEXT of that time says nothing about the upload, which may be there all the same: the server took
+        # it after it was restored, or it is Courier, where UIDVALIDITY is the time of each EXAMINE until a
+        # message is in the mailbox.
         sought = [replace(one, attempt=replace(one.attempt, uidnext=1)) for one in sought]
     equal: list[tuple[FetchData, list[int]]] = []
     altered: list[tuple[FetchData, list[int]]] = []
@@ -241,9 +251,10 @@ def find_uploads(session: Session, sought: Sequence[Sought]) -> list[Whereabouts
         candidates = [
             i
             for i, one in enumerate(sought)
-            if may_be_upload(one.attempt, uid, data.size, message_id) and not one.is_other(uid)
+            if may_be_upload(one.attempt, uid, data.size, message_id)
+            and not one.is_other(ref_of(first.mailbox, state.uidvalidity, data))
         ]
-        content = session.fetch_body(first.mailbox, first.uidvalidity, uid) if candidates else None
+        content = session.fetch_body(first.mailbox, state.uidvalidity, uid) if candidates else None
         if content is None:
             continue
         same = digest(content)

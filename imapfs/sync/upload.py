@@ -57,6 +57,7 @@ from imapfs.sync.append import AppendBatch, Payload, UploadSearch, make_payload
 from imapfs.sync.changes import ChangeHub
 from imapfs.sync.download import Downloader
 from imapfs.sync.flags import FlagChanger
+from imapfs.sync.identify import ref_of
 from imapfs.sync.locate import Locator
 from imapfs.sync.pending_upload import FIRST_RETRY, GRACE, MAX_RETRY, PendingUpload
 from imapfs.sync.replaced import ReplacedMessages
@@ -447,7 +448,7 @@ class Uploader:
     async def _look_if_lost(self, mailbox: Ino) -> None:
         """Synchronise a mailbox whose UIDNEXT may have gone back, as an upload could not be found by it then.
 
-        Raises ConnectionLost, Throttled, AuthenticationFailed.
+        Raises CacheError, ConnectionLost, Throttled, AuthenticationFailed.
         """
         self._pool.check_idle()
         known = self._cache.mailbox(mailbox)
@@ -456,11 +457,11 @@ class Uploader:
         await self._synchronise(mailbox)
 
     async def _synchronise(self, mailbox: Ino) -> None:
-        """Synchronise a mailbox. Raises ConnectionLost, Throttled, AuthenticationFailed."""
+        """Synchronise a mailbox. Raises CacheError, ConnectionLost, Throttled, AuthenticationFailed."""
         refresh = self._sync.refresh_mailbox(mailbox, 0)
         if refresh is not None:
             await refresh.finished()
-            if isinstance(refresh.error, ConnectionLost | AuthenticationFailed | Throttled):
+            if isinstance(refresh.error, CacheError | ConnectionLost | AuthenticationFailed | Throttled):
                 raise refresh.error
 
     async def _append(self, directory: Ino, ready: list[_Prepared]) -> None:
@@ -544,7 +545,7 @@ class Uploader:
 
         The search needs no lock: who waits for the mailbox does not wait for that.
 
-        Raises ConnectionLost, Throttled, AuthenticationFailed if it has to wait.
+        Raises CacheError, ConnectionLost, Throttled, AuthenticationFailed if it has to wait.
         """
         # What the cache knows under a UID counts for another message. After a power cut, or on a restored
         # server, that may be out of date.
@@ -576,12 +577,10 @@ class Uploader:
         for draft, attempt, answer in search.answers:
             if draft.attempt != attempt or self._spool.get(draft.ino) is not draft:
                 continue  # its mailbox was renamed meanwhile: searched again
-            if answer.found is not None and self._adopter.is_other(
-                draft, attempt, answer.found.uid or Uid(0)
-            ):
-                continue  # another task has found that this is the upload of an equal file: searched again
             if answer.found is not None:
-                mailbox = self._locator.named(attempt.mailbox, attempt.uidvalidity)
+                mailbox = self._locator.named(attempt.mailbox, answer.uidvalidity)
+                if self._adopter.is_other(draft, ref_of(mailbox.name, mailbox.uidvalidity, answer.found)):
+                    continue  # another task has found that it is the upload of an equal file: searched again
                 # Flags may have been set since: those of that time are not known, so none is removed.
                 data = await self._flags.bring(mailbox, draft, answer.found, ())
                 payload = await trio.to_thread.run_sync(make_payload, draft)

@@ -5,6 +5,7 @@ import itertools
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 from tests.support.disk import Disk
 from tests.support.mailboxes import everything, file_of, held, settle, waiting
 from tests.support.mounting import MailAccount, Mount, RobustMount, wait_until
+from tests.support.servers.account import ImapAccount
+from tests.support.servers.courier import Courier
 from tests.support.servers.dovecot import Account, Dovecot
 from tests.support.servers.proxy import Proxy
 from tests.support.servers.tls import CertificateAuthority
@@ -60,7 +63,7 @@ def boot(mount: Mount) -> None:
         note.write_text("0\n")
 
 
-def on_server(user: Account, content: bytes) -> list[str]:
+def on_server(user: ImapAccount, content: bytes) -> list[str]:
     """Return the mailboxes that have this message, one as often as it is in there."""
     return [place for place, ones in everything(user).items() for one in ones if one.content == content]
 
@@ -298,6 +301,26 @@ def test_an_upload_is_found_although_a_power_cut_took_what_the_cache_knew_of_a_r
         settle(mounted)
         wait_until(lambda: not waiting(mounted), "it is sent")
         assert on_server(own, mail("new")) == ["Sent"]
+        mounted.unmount()
+
+
+def test_an_upload_is_found_although_uidvalidity_was_not_kept_yet(
+    ca: CertificateAuthority, mount: Mounts
+) -> None:
+    """Courier names the time of each EXAMINE as UIDVALIDITY until a message is in the mailbox."""
+    with Courier(ca) as courier, Proxy(courier) as proxy:
+        user = courier.account("empty")
+        mounted = mount(proxy.account(user))
+        assert os.listdir(mounted.path / "Sent") == []
+        listed = int(time.time())
+        wait_until(lambda: int(time.time()) > listed + 1, "another second")
+        # It is on the server, and no answer says so.
+        fault = proxy.fault(rb"APPEND", "cut", at="answer")
+        (mounted.path / "Sent" / "new.eml").write_bytes(mail("new"))
+        fault.wait_hit()
+        wait_until(lambda: not waiting(mounted), "it is sent")
+        assert on_server(user, mail("new")) == ["INBOX.Sent"]
+        assert contents(mounted.path / "Sent") == [mail("new")]
         mounted.unmount()
 
 

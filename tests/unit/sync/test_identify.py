@@ -46,6 +46,7 @@ class Mailbox:
         self.messages = messages
         self.uidnext = uidnext
         self.uidvalidity = uidvalidity
+        self.highestmodseq = 0
         self.fetched: list[int] = []
         self.passes = 0
 
@@ -66,7 +67,7 @@ class Mailbox:
 
 def sought(sent: bytes, *others: int, uidnext: int = 10) -> Sought:
     attempt = Attempt(b"INBOX", UidValidity(1), uidnext, len(sent), digest(sent), message_id_of(sent))
-    return Sought(attempt, lambda uid: uid in others, lambda: sent)
+    return Sought(attempt, lambda ref: ref.uid in others, lambda: sent)
 
 
 def look(mailbox: Mailbox, *uploads: Sought) -> list[int | str | None]:
@@ -135,8 +136,12 @@ def test_in_a_mailbox_that_was_restored_an_upload_has_a_lower_uid() -> None:
     assert look(restored, sought(SENT)) == [4]
 
 
-def test_in_another_mailbox_of_this_name_there_is_nothing_to_find() -> None:
-    assert look(Mailbox({10: SENT}, uidvalidity=2), sought(SENT)) == [None]
+def test_an_upload_is_found_by_its_bytes_also_where_uidvalidity_is_another_one() -> None:
+    """It was uploaded again, and doubled. Its UIDNEXT says nothing in that mailbox."""
+    found = find_uploads(cast(Session, Mailbox({9: SENT}, uidvalidity=2)), [sought(SENT, uidnext=10)])
+    assert [(one.found and one.found.uid, one.uidvalidity, one.is_restored) for one in found] == [
+        (9, 2, True)
+    ]
 
 
 @pytest.mark.parametrize(
