@@ -448,7 +448,7 @@ class Uploader:
     async def _look_if_lost(self, mailbox: Ino) -> None:
         """Synchronise a mailbox whose UIDNEXT may have gone back, as an upload could not be found by it then.
 
-        Raises CacheError, ConnectionLost, Throttled, AuthenticationFailed.
+        Raises ImapfsError.
         """
         self._pool.check_idle()
         known = self._cache.mailbox(mailbox)
@@ -457,11 +457,11 @@ class Uploader:
         await self._synchronise(mailbox)
 
     async def _synchronise(self, mailbox: Ino) -> None:
-        """Synchronise a mailbox. Raises CacheError, ConnectionLost, Throttled, AuthenticationFailed."""
+        """Synchronise a mailbox, if it is there. Raises ImapfsError if that fails."""
         refresh = self._sync.refresh_mailbox(mailbox, 0)
         if refresh is not None:
             await refresh.finished()
-            if isinstance(refresh.error, CacheError | ConnectionLost | AuthenticationFailed | Throttled):
+            if refresh.error is not None and not isinstance(refresh.error, MailboxGone):
                 raise refresh.error
 
     async def _append(self, directory: Ino, ready: list[_Prepared]) -> None:
@@ -545,7 +545,8 @@ class Uploader:
 
         The search needs no lock: who waits for the mailbox does not wait for that.
 
-        Raises CacheError, ConnectionLost, Throttled, AuthenticationFailed if it has to wait.
+        Raises ImapfsError if that cannot be found out: ConnectionLost, Throttled, AuthenticationFailed if it
+        has to wait, CacheError if the disk is full.
         """
         # What the cache knows under a UID counts for another message. After a power cut, or on a restored
         # server, that may be out of date.

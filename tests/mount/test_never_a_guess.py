@@ -269,15 +269,17 @@ def test_an_upload_that_is_cut_on_a_restored_server_is_found(
         mounted.unmount()
 
 
+@pytest.mark.parametrize("full", [False, True], ids=["", "disk full"])
 def test_an_upload_is_found_although_a_power_cut_took_what_the_cache_knew_of_a_restored_server(
-    own: Account, mount: Mounts, tmp_path: Path
+    own: Account, mount: Mounts, tmp_path: Path, full: bool
 ) -> None:
     """The cache knew another message under the UID of the upload, which was then uploaded again."""
+    disk = Disk(tmp_path / "small")
     own.deliver("Sent", [(mail("one"), DATE, "")])
     everything(own)
     own.back_up(tmp_path / "backup")
     with Proxy(own.server) as proxy:
-        mounted = mount(proxy.account(own))
+        mounted = mount(proxy.account(own), cache=disk.root / "cache")
         (mounted.path / "Sent" / "lost.eml").write_bytes(mail("lost"))
         settle(mounted)
         assert contents(mounted.path / "Sent") == [mail("lost"), mail("one")]
@@ -296,8 +298,14 @@ def test_an_upload_is_found_although_a_power_cut_took_what_the_cache_knew_of_a_r
             path.unlink()
         for path, content in before.items():
             path.write_bytes(content)
+        mounted = mount(proxy.account(own), cache=mounted.cache, environment=disk.environment())
+        if full:
+            disk.fill()
+            proxy.forget_commands()
         proxy.accept()
-        mounted = mount(proxy.account(own), cache=mounted.cache)
+        if full:
+            proxy.wait_for_command(rb"EXAMINE .?Sent", 5)
+            disk.free()
         settle(mounted)
         wait_until(lambda: not waiting(mounted), "it is sent")
         assert on_server(own, mail("new")) == ["Sent"]
