@@ -145,16 +145,15 @@ def find_copy(
     mailbox: bytes,
     uidnext: int,
     wanted: Fingerprint,
-    is_known: Callable[[Uid], bool] = lambda _: False,
+    is_known: Callable[[MessageRef], bool] = lambda _: False,
 ) -> Uid | None:
     """Return the UID of what looks like the copy among messages with ``uidnext`` or a higher UID, or None.
 
-    This proves nothing about its bytes. ``is_known``: whether a UID is known to be another message's. Raises
-    MailboxGone.
+    This proves nothing about its bytes. ``is_known``: whether this was there before. Raises MailboxGone.
     """
-    session.examine(mailbox)
+    state = session.examine(mailbox)
     for uid, data in _arrived_since(session, uidnext):
-        if not is_known(uid) and wanted.matches(Fingerprint.of(data)):
+        if not is_known(ref_of(mailbox, state.uidvalidity, data)) and wanted.matches(Fingerprint.of(data)):
             return uid
     return None
 
@@ -165,7 +164,7 @@ def find_same(
     mailbox: bytes,
     uidnext: int,
     wanted: Fingerprint,
-    is_known: Callable[[Uid], bool] = lambda _: False,
+    is_known: Callable[[MessageRef], bool] = lambda _: False,
 ) -> Uid | None:
     """Return the UID of a message with the same bytes as ``original``; see `find_copy`.
 
@@ -176,7 +175,7 @@ def find_same(
         return None
     state = session.examine(mailbox)
     for uid, data in _arrived_since(session, uidnext):
-        if not is_known(uid) and wanted.matches(Fingerprint.of(data)):
+        if not is_known(ref_of(mailbox, state.uidvalidity, data)) and wanted.matches(Fingerprint.of(data)):
             other = session.fetch_body(mailbox, state.uidvalidity, uid)
             if other == content:
                 return uid

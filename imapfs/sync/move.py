@@ -219,8 +219,8 @@ class Mover:
             log.info("a move was interrupted, looking at its outcome: %s", error)
             await self._pool.run(transfer.run, source.name)
 
-    def _known(self, mailbox: Ino, uid: Uid) -> bool:
-        return self._cache.message(mailbox, uid) is not None
+    def _known(self, ref: MessageRef) -> bool:
+        return self._locator.find(ref) is not None
 
     # -- interrupted moves ---------------------------------------------------------------------------------
 
@@ -284,7 +284,7 @@ class _Transfer:
         original: MessageRef,
         details: Details,
         journal: Journal,
-        known: Callable[[Ino, Uid], bool],
+        known: Callable[[MessageRef], bool],
     ) -> None:
         self._source = source
         self._target = target
@@ -431,8 +431,8 @@ class _Transfer:
         """Return the UID of what looks like the message in the target, or None if nothing does."""
         return find_copy(session, self._target.name, self._uidnext, self._wanted, self._is_known)
 
-    def _is_known(self, uid: Uid) -> bool:
-        return trio.from_thread.run_sync(self._known, self._target.ino, uid)
+    def _is_known(self, ref: MessageRef) -> bool:
+        return trio.from_thread.run_sync(self._known, ref)
 
     def _fingerprint(self, session: Session, uid: Uid) -> Fingerprint:
         found = _metadata(session, [uid])

@@ -240,6 +240,34 @@ def test_a_restored_server_gives_the_uid_of_a_moved_message_to_another(
         mounted.unmount()
 
 
+def test_a_move_that_is_cut_on_a_restored_server_is_found(
+    own: Account, mount: Mounts, tmp_path: Path
+) -> None:
+    """The cache knew another message under the UID of the copy, which was then made again."""
+    own.deliver("INBOX", [(mail("moved"), DATE, "")])
+    own.deliver("Sent", [(mail("one"), DATE, "")])
+    everything(own)
+    own.back_up(tmp_path / "backup")
+    own.deliver("Sent", [(mail("lost"), DATE, "")])
+    with Proxy(own.server, hide=["MOVE"]) as proxy:
+        mounted = mount(proxy.account(own))
+        path = file_of(mounted, 1, "INBOX")
+        assert contents(mounted.path / "Sent") == [mail("lost"), mail("one")]
+        own.restart_from(tmp_path / "backup")
+        # It is copied, and no answer says so.
+        proxy.fault(rb"UID COPY", "cut", at="answer")
+        wait_until(lambda: renamed(path, mounted.path / "Sent" / path.name), "it is moved")
+        mounted.unmount()
+    assert (on_server(own, mail("moved")), on_server(own, mail("one"))) == (["Sent"], ["Sent"])
+
+
+def renamed(path: Path, target: Path) -> bool:
+    """Rename a file, unless the server is away."""
+    with contextlib.suppress(OSError):
+        path.rename(target)
+    return target.exists()
+
+
 def test_an_upload_that_is_cut_on_a_restored_server_is_found(
     own: Account, mount: Mounts, tmp_path: Path
 ) -> None:
