@@ -76,11 +76,20 @@ class Adopter:
         self._spool.forget(draft)
         self.finish(draft, altered=True)
 
-    def adopt(self, mailbox: ServerMailbox, draft: Draft, data: FetchData, payload: Payload | None) -> None:
+    def adopt(
+        self,
+        mailbox: ServerMailbox,
+        draft: Draft,
+        data: FetchData,
+        payload: Payload | None,
+        *,
+        is_same: bool = False,
+    ) -> None:
         """Make a message of a draft that is on the server, with all its flags.
 
         If the draft was written to since, ``payload`` is None or not current, and the draft goes on as a new
-        version of the message.
+        version of the message. ``is_same``: whether the server is known to have the bytes of the payload,
+        whatever size it announces.
         """
         current = payload is not None and payload.is_current(draft)
         message = new_message(data)
@@ -99,7 +108,7 @@ class Adopter:
         if draft.base is not None:
             # Before the draft goes: from here on only the journal knows that the old version has to go.
             self._replaced.note(draft.base.ref)
-        same = payload.clean and message.size == len(payload.data)
+        same = is_same or (payload.clean and message.size == len(payload.data))
         if same:
             if payload.converted:
                 replace_file(draft.file, payload.data, durable=False)

@@ -220,6 +220,8 @@ class Whereabouts:
 
     found: FetchData | None = None
     """The message, which has the bytes that were uploaded, but for what is in `ALTERATIONS`."""
+    is_same: bool = False
+    """Whether it has all of these bytes, and no others."""
     uidvalidity: UidValidity = _UNNAMED
     """UIDVALIDITY of the mailbox as it was searched."""
     perhaps: Uid | None = None
@@ -269,10 +271,11 @@ def find_uploads(session: Session, sought: Sequence[Sought]) -> list[Whereabouts
             unproven = proven
         for i in unproven:
             answers[i].perhaps = uid
-    for data, matching in [*equal, *altered]:
-        answer = next((answers[i] for i in matching if answers[i].found is None), None)
-        if answer is not None:
-            answer.found = data
+    for found, is_same in (equal, True), (altered, False):
+        for data, matching in found:
+            answer = next((answers[i] for i in matching if answers[i].found is None), None)
+            if answer is not None:
+                answer.found, answer.is_same = data, is_same
     return answers
 
 

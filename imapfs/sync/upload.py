@@ -587,7 +587,9 @@ class Uploader:
                 payload = await trio.to_thread.run_sync(make_payload, draft)
                 try:
                     same = payload.digest == attempt.digest
-                    self._adopter.adopt(mailbox, draft, data, payload if same else None)
+                    self._adopter.adopt(
+                        mailbox, draft, data, payload if same else None, is_same=answer.is_same
+                    )
                 finally:
                     payload.close()
                 settled.add(draft.ino)

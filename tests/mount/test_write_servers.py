@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -317,3 +318,23 @@ def test_a_trash_is_made_where_there_is_none(user: Account, mount: Mounter) -> N
         trashed.unlink()
         assert os.listdir(mounted.path / "Trash") == []
         mounted.unmount()
+
+
+def test_the_size_of_an_upload_is_true_where_the_server_announces_another_one(
+    user: Account, mount: Mounter
+) -> None:
+    """Exchange: a second rsync sent each file again. The search for the upload has compared all bytes."""
+
+    def announce(line: bytes) -> bytes:
+        return re.sub(rb"(?<=RFC822\.SIZE )\d+", lambda found: b"%d" % (int(found[0]) * 3 // 4), line)
+
+    with Proxy(user.server, hide=["UIDPLUS"], edits=[announce]) as proxy:
+        mounted = mount(proxy.account(user))
+        path = mounted.path / "Sent" / "new.eml"
+        path.write_bytes(plain(1))
+        drain(mounted)
+        assert path.stat().st_size == len(plain(1))
+        mounted.unmount()
+        again = mount(proxy.account(user), cache=mounted.cache)
+        assert (again.path / "Sent" / "new.eml").stat().st_size == len(plain(1))
+        again.unmount()
