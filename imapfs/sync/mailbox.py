@@ -301,7 +301,7 @@ class MailboxRun:
         there = sorted(session.present(ranges)) if ranges else []
         if not there:
             return list(ranges)
-        log.warning("%d messages that the server has called gone are there", len(there))
+        log.info("%d messages that the server has called gone are there", len(there))
         gone: list[tuple[int, int]] = []
         for low, high in ranges:
             for uid in there[bisect_left(there, low) : bisect_right(there, high)]:

@@ -78,10 +78,9 @@ async def test_a_message_of_which_the_server_says_nothing_is_shown(
 
 @pytest.mark.trio
 async def test_what_an_answer_leaves_out_is_not_taken_for_deleted(
-    ca: CertificateAuthority, tmp_path: Path, expected_log: ExpectedLog
+    ca: CertificateAuthority, tmp_path: Path
 ) -> None:
     """A mirror with ``--delete`` follows what is shown here."""
-    expected_log("2 messages that the server has called gone are there")
     made = LeavingOut(ca, lambda command: False)
     with made.server:
         async with mirror(made.server, tmp_path) as here:
@@ -93,11 +92,8 @@ async def test_what_an_answer_leaves_out_is_not_taken_for_deleted(
 
 
 @pytest.mark.trio
-async def test_vanished_is_believed_only_if_search_agrees(
-    ca: CertificateAuthority, tmp_path: Path, expected_log: ExpectedLog
-) -> None:
+async def test_vanished_is_believed_only_if_search_agrees(ca: CertificateAuthority, tmp_path: Path) -> None:
     """iCloud reports messages as vanished that are there."""
-    expected_log("1 messages that the server has called gone are there")
     there = [1, 2, 3, 4, 6, 7, 8]
     server = Scripted(ca, MESSAGES, capabilities=b"IMAP4rev1 AUTH=PLAIN ENABLE CONDSTORE QRESYNC")
 

@@ -46,6 +46,8 @@ class KeptMount(Mount):
     def __init__(self, peer: Peer, directory: Path, *arguments: str, cache: Path | None = None) -> None:
         super().__init__(peer, directory, *arguments, cache=cache)
         self.complaints: list[str] = []
+        for pattern in peer.expected:
+            self.expect_log(pattern)
 
     def _check_log(self) -> None:
         found = [_LOGGED.match(line) for line in self.log_text().splitlines()]

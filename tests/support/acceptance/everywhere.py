@@ -4,6 +4,7 @@ from typing import Final
 
 from tests.support.acceptance.light import GoImapPeer, MailDevelPeer, PymapPeer, TwistedPeer
 from tests.support.acceptance.peers import CourierPeer, CyrusPeer, DovecotPeer, Peer
+from tests.support.acceptance.providers import PROVIDERS
 
 PEERS: Final[tuple[type[Peer], ...]] = (
     DovecotPeer,
@@ -13,5 +14,6 @@ PEERS: Final[tuple[type[Peer], ...]] = (
     MailDevelPeer,
     TwistedPeer,
     GoImapPeer,
+    *PROVIDERS,
 )
 """In the order of the matrix."""

@@ -124,6 +124,8 @@ def outside(endpoint: Endpoint, name: str, password: str) -> Iterator[Outside]:
     client.normalise_times = False
     try:
         client.login(name, password)
+        if client.has_capability("ID"):
+            client.id_()
         yield Outside(client)
     finally:
         # The server may have ended the connection first.

@@ -4,6 +4,7 @@ import gzip
 import re
 import subprocess
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import ClassVar, Self
@@ -13,12 +14,14 @@ from tests.support.servers import courier, cyrus
 from tests.support.servers.courier import Courier
 from tests.support.servers.cyrus import Cyrus
 from tests.support.servers.dovecot import Dovecot
+from tests.support.servers.intermediary import Intermediary
 from tests.support.servers.relay import Relay
 from tests.support.servers.tls import CertificateAuthority
 
 
 class Peer(ABC):
-    """A running server behind a `Relay` while the ``with`` block lasts; a mount uses it as its account.
+    """A running server while the ``with`` block lasts, behind what keeps its port; a mount uses it as its
+    account.
 
     Raises Missing where it cannot be run.
     """
@@ -28,9 +31,12 @@ class Peer(ABC):
     tls: ClassVar[bool] = True
     """Whether the relay speaks TLS, since the server does not."""
 
+    expected: ClassVar[Sequence[str]] = ()
+    """What the log of a mount says because of it: regular expressions."""
+
     name = "acceptance"
     password = "secret"
-    server: Relay
+    server: Intermediary
 
     def __init__(self, authority: CertificateAuthority) -> None:
         self.authority = authority
@@ -39,7 +45,7 @@ class Peer(ABC):
     def __enter__(self) -> Self:
         with self._stack:
             self._start(self._stack)
-            self.server = self._stack.enter_context(Relay(self.authority, self._port, tls=self.tls))
+            self.server = self._stack.enter_context(self._before())
             self._stack = self._stack.pop_all()
         return self
 
@@ -56,6 +62,10 @@ class Peer(ABC):
     @abstractmethod
     def _start(self, stack: ExitStack) -> None:
         """Start what is behind the relay, and have it ended by ``stack``."""
+
+    def _before(self) -> Intermediary:
+        """Return what stands before the server."""
+        return Relay(self.authority, self._port, tls=self.tls)
 
     @abstractmethod
     def _port(self) -> int:
@@ -83,18 +93,18 @@ class DovecotPeer(Peer):
         return f"Dovecot {_output('dovecot', '--version').split()[0]}"
 
     def _start(self, stack: ExitStack) -> None:
-        self._dovecot = stack.enter_context(Dovecot(self.authority, password=self.password))
-        self._dovecot.account(self.name)
+        self.dovecot = stack.enter_context(Dovecot(self.authority, password=self.password))
+        self.dovecot.account(self.name)
 
     def _port(self) -> int:
-        return self._dovecot.port
+        return self.dovecot.port
 
     def stop(self) -> None:
         super().stop()
-        self._dovecot.stop()
+        self.dovecot.stop()
 
     def start_again(self) -> None:
-        self._dovecot.start_again()
+        self.dovecot.start_again()
         super().start_again()
 
 

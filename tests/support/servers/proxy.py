@@ -74,6 +74,7 @@ class Fault:
         nth: int,
         times: int | None,
         after: int,
+        unless: bytes | None,
     ) -> None:
         self.action = action
         self.at = at
@@ -82,6 +83,7 @@ class Fault:
         """How often it has struck."""
         self._changed = changed
         self._matches = _matcher(when) if isinstance(when, bytes) else when
+        self._excuses = _matcher(unless) if unless is not None else None
         self._skip = nth - 1
         self._left = times
 
@@ -96,10 +98,15 @@ class Fault:
         with self._changed:
             self._left = 0
 
-    def takes(self, command: bytes) -> bool:
-        """Tell whether it shall strike at this command, and count it."""
+    def takes(self, command: bytes, earlier: Iterable[bytes]) -> bool:
+        """Tell whether it shall strike at this command, and count it.
+
+        ``earlier`` are the first words of those before it on this connection.
+        """
         with self._changed:
             if self._left == 0 or not self._matches(command):
+                return False
+            if self._excuses is not None and any(map(self._excuses, earlier)):
                 return False
             if self._skip:
                 self._skip -= 1
@@ -145,8 +152,10 @@ class Proxy(Intermediary):
     ``hide`` are extensions that are neither announced nor understood, see `Hidden`; COMPRESS is always
     hidden. Each of ``edits`` is applied to what those before it made of a line.
 
-    ``alter`` is applied to each message that a client appends by a literal without waiting (LITERAL+), as
-    servers do that store something else than what they were given; not where a fault strikes in its bytes.
+    ``rephrase`` is applied to the first line of each command, without its tag, on its way to the server;
+    `commands` and faults see it as the client said it. ``alter`` is applied to each message that a client
+    appends by a literal without waiting (LITERAL+), as servers do that store something else than what they
+    were given; not where a fault strikes in its bytes.
 
     ``latency`` (seconds, one way) and ``bandwidth`` (bytes per second in each direction, None for no limit)
     may be changed at any time and hold for what is sent from then on. Where ``server`` starts again on
@@ -161,6 +170,7 @@ class Proxy(Intermediary):
         *,
         hide: Iterable[str] = (),
         edits: Iterable[Edit] = (),
+        rephrase: Callable[[bytes], bytes] | None = None,
         alter: Callable[[bytes], bytes] | None = None,
         latency: float = 0.0,
         bandwidth: int | None = None,
@@ -171,6 +181,7 @@ class Proxy(Intermediary):
         self.bandwidth = bandwidth
         self.hidden = Hidden([*hide, "COMPRESS"])
         self.edits = list(edits)
+        self.rephrase = rephrase
         self.alter = alter
         self.towards_client = server_context(self.authority.issue())
         self.towards_server = ssl.create_default_context(cafile=self.authority.certificate)
@@ -194,13 +205,15 @@ class Proxy(Intermediary):
         nth: int = 1,
         times: int | None = 1,
         after: int = 0,
+        unless: bytes | None = None,
     ) -> Fault:
         """Make ``action`` happen at the point ``at`` of the ``nth`` command from now on that is ``when``.
 
         ``when`` is a regular expression (matched from the start, whatever the case) or a function; it is
         given the first line of a command without its tag, and b"" at "connect" and "greeting". It goes on to
         happen at the matches that follow, ``times`` in all, None for ever. ``after`` is a number of bytes
-        that are passed on first, of the first literal (at "upload", "literal") that is longer than that.
+        that are passed on first, of the first literal (at "upload", "literal") that is longer than that. It
+        does not happen on a connection that has sent a command before whose first word matches ``unless``.
 
         Of several faults that match at the same point the first happens; the others do not count it.
         """
@@ -208,7 +221,7 @@ class Proxy(Intermediary):
             raise ValueError(f"nothing can be dropped at {at!r}")
         if isinstance(action, bytes) and at in ("upload", "literal"):
             raise ValueError(f"nothing can be said at {at!r}")
-        made = Fault(self._changed, when, action, at, nth, times, after)
+        made = Fault(self._changed, when, action, at, nth, times, after, unless)
         with self._changed:
             self._faults.append(made)
         return made
@@ -261,9 +274,11 @@ class Proxy(Intermediary):
         """End what `stall` and the faults that stall have begun; nothing was lost."""
         self._thread.run(self._set_flowing(True))
 
-    def take(self, at: Point, command: bytes = b"") -> Fault | None:
-        """Return the fault that shall strike at this point of this command."""
-        return next((fault for fault in self._faults if fault.at == at and fault.takes(command)), None)
+    def take(self, at: Point, command: bytes = b"", earlier: Iterable[bytes] = ()) -> Fault | None:
+        """Return the fault that shall strike at this point of this command; see `Fault.takes`."""
+        return next(
+            (fault for fault in self._faults if fault.at == at and fault.takes(command, earlier)), None
+        )
 
     def record(self, command: bytes) -> int:
         """Add to `commands` and return the place there."""
@@ -437,6 +452,8 @@ class _Connection:
         self.reset_at_end = False
         self._socket = accepted
         self._pending: dict[bytes, _Command] = {}
+        self._verbs: set[bytes] = set()
+        """The first words of the commands so far."""
         self._said_by_client: Literal["commands", "IDLE", "AUTHENTICATE"] = "commands"
         self._go_ahead: tuple[bytes, asyncio.Future[bool]] | None = None
         # Held within a response, so that no answer of the proxy's own gets into the middle of it.
@@ -543,7 +560,9 @@ class _Connection:
         text = rest.rstrip(b"\r\n")
         place = self.proxy.record(text)
         command = _Command(tag, text)
-        fault = self.proxy.take("command", text)
+        earlier = frozenset(self._verbs)
+        self._verbs.add(text.partition(b" ")[0])
+        fault = self.proxy.take("command", text, earlier)
         if fault and fault.action != "drop" and not isinstance(fault.action, bytes):
             await self._strike(fault)
         elif fault or self.proxy.hidden.refuses(text):
@@ -556,12 +575,14 @@ class _Connection:
                 fault.struck()
             return
         for at in ("upload", "answer", "literal"):
-            if taken := self.proxy.take(at, text):
+            if taken := self.proxy.take(at, text, earlier):
                 command.faults[at] = taken
         self._pending[tag] = command
         verb = text.partition(b" ")[0].upper()
         if verb in (b"IDLE", b"AUTHENTICATE"):
             self._said_by_client = "IDLE" if verb == b"IDLE" else "AUTHENTICATE"
+        if self.proxy.rephrase is not None:
+            line = tag + b" " + self.proxy.rephrase(rest)
         await self._pass_on(command, line, text, place)
 
     async def _pass_on(self, command: _Command, line: bytes, text: bytes, place: int) -> None:
