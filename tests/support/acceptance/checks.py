@@ -86,8 +86,8 @@ class Trial:
         return self._stack.enter_context(made)
 
     def mail(self, number: int) -> bytes:
-        """Return an ordinary message that no other check uses."""
-        return plain(self._first + number)
+        """Return an ordinary message that no other check uses, as the server keeps it."""
+        return plain(self._first + number).replace(b"\r\n", self.peer.line_end)
 
     def fill(self, numbers: range, mailbox: str | None = None) -> list[Message]:
         """Put plain messages into a mailbox, the check's own where none is named, and return them."""
@@ -333,7 +333,7 @@ def edit(trial: Trial) -> None:
     with path.open("ab") as file:
         file.write(b"edited\n")
     drain(mounted)
-    edited = one.content + b"edited\r\n"
+    edited = one.content + b"edited" + trial.peer.line_end
     assert path.stat().st_ino == inode, "another inode"
     assert path.read_bytes() == edited, "the file has other bytes"
     assert bytes_in(trial.path(mounted)) == sorted([edited, two.content]), "other files"

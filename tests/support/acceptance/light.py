@@ -58,6 +58,7 @@ class LightPeer(Peer):
 
 class PymapPeer(LightPeer):
     key = "pymap"
+    line_end = b"\n"
     keeps_mail = True
     distribution = "pymap"
 

@@ -62,9 +62,12 @@ class Outside:
         uids = self._client.search("ALL")
         items = ["FLAGS", "INTERNALDATE", "RFC822.SIZE", "BODY.PEEK[]"]
         found = self._client.fetch(uids, items) if uids else {}
-        # Courier takes nothing in while a mailbox is selected opened for reading; pymap refuses CLOSE.
-        with contextlib.suppress(IMAPClient.Error):
+        # Courier takes nothing in while a mailbox is opened for reading.
+        try:
             self._client.close_folder()
+        except IMAPClient.Error:
+            # pymap refuses CLOSE, and then everything once the selected mailbox was renamed.
+            self._client.select_folder("INBOX", readonly=True)
         return [_message(uid, data) for uid, data in sorted(found.items())]
 
     def everywhere(self, content: bytes) -> list[str]:
@@ -86,7 +89,8 @@ class Outside:
         """Tell by a try whether the server keeps keywords."""
         with contextlib.suppress(IMAPClient.Error):
             self.add_flags(mailbox, uid, "Probe")
-        kept = any("Probe" in message.flags for message in self.held(mailbox))
+        # go-imap makes small letters of them.
+        kept = any(flag.lower() == "probe" for message in self.held(mailbox) for flag in message.flags)
         if kept:
             self._client.select_folder(self._name(mailbox))
             self._client.remove_flags([uid], ["Probe"])

@@ -31,6 +31,8 @@ class Peer(ABC):
     tls: ClassVar[bool] = True
     """Whether the relay speaks TLS, since the server does not."""
 
+    line_end: ClassVar[bytes] = b"\r\n"
+    """What it makes of the line ends that it is given."""
     expected: ClassVar[Sequence[str]] = ()
     """What the log of a mount says because of it: regular expressions."""
 
