@@ -327,15 +327,20 @@ def parse_status(response: Response) -> tuple[bytes, dict[str, int]] | None:
     kind. Raises Malformed."""
     if response[0][:9].upper() != b"* STATUS ":
         return None
-    match values(response, 9):
-        case [bytes(name), [*items], *_]:
+    words: list[bytes] = []
+    for part in values(response, 9):
+        if isinstance(part, list) and words:
             numbers = {}
-            for key, value in zip(items[::2], items[1::2], strict=False):
+            for key, value in zip(part[::2], part[1::2], strict=False):
                 if not (isinstance(key, bytes) and isinstance(value, bytes)):
                     continue
                 with contextlib.suppress(Malformed):
                     numbers[key.decode("ascii", "replace").upper()] = number(value)
-            return name, numbers
+            # Twisted does not quote a name with spaces.
+            return b" ".join(words), numbers
+        if not isinstance(part, bytes):
+            break
+        words.append(part)
     raise Malformed(f"malformed STATUS response: {response[0][:80]!r}")
 
 

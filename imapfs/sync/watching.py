@@ -440,6 +440,8 @@ class Watching:
                 numbers = found.get(box.server_name or b"")
                 if numbers is not None:
                     self._compare(box.ino, numbers, started, box.ino in in_use)
+                elif box.ino in in_use:
+                    self._changed(box.ino)  # its STATUS could not be read
         except ImapfsError as error:
             log.debug("the server was not polled: %s", error)
         except Exception as error:

@@ -231,6 +231,20 @@ def test_refused_commands_are_done_without(user: Account, mount: Mounter, refuse
         wait_for_change(inbox, lambda: user.append("INBOX", plain(3), DATE))
 
 
+def test_a_mailbox_whose_status_cannot_be_read_is_polled_all_the_same(user: Account, mount: Mounter) -> None:
+    """What nobody can read says nothing about changes: while the mailbox is in use it is looked at."""
+    fill(user, "INBOX", "Lists")
+    with hiding(user, "NOTIFY", "IDLE") as proxy:
+        proxy.edits.append(lambda line: re.sub(rb"\A\* STATUS .*\(", b"* STATUS (", line))
+        mounted = mount(proxy.account(user), "--poll", "0.3")
+        for mailbox in ("INBOX", "Lists"):
+            directory = mounted.path / mailbox
+            assert len(os.listdir(directory)) == 3
+            wait_for_change(directory, lambda: user.append(mailbox, plain(3), DATE))  # noqa: B023
+            wait_for_change(directory, lambda: expunge(user, mailbox, 1))  # noqa: B023
+            assert len(os.listdir(directory)) == 3
+
+
 def test_most_recently_used_mailboxes_are_watched_within_the_budget(user: Account, mount: Mounter) -> None:
     fill(user, "INBOX", "a", "b", "c")
     with hiding(user, "NOTIFY") as proxy:

@@ -232,8 +232,17 @@ def test_status_response() -> None:
         {"MESSAGES": 3, "UIDNEXT": 4},
     )
     assert parse_status([b"* OK\r\n"]) is None
+
+
+def test_status_response_with_a_name_that_is_not_quoted() -> None:
+    """Twisted writes it so: the mailbox was never polled."""
+    assert parse_status([b"* STATUS Two Words (MESSAGES 3)\r\n"]) == (b"Two Words", {"MESSAGES": 3})
+
+
+@pytest.mark.parametrize("line", [b"x", b"(MESSAGES 3)", b"x NIL (MESSAGES 3)", b"a (b) ("])
+def test_malformed_status_response(line: bytes) -> None:
     with pytest.raises(ProtocolError):
-        parse_status([b"* STATUS x\r\n"])
+        parse_status([b"* STATUS " + line + b"\r\n"])
 
 
 # -- UID sets
