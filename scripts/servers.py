@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     show("\n" + "\n".join(lines) + "\n")
     if given.write:
         write(PAGE, lines)
-    return 1 if any(cell.verdict == "fails" for row in rows for cell in row.cells.values()) else 0
+    return 1 if any(row.fails for row in rows) else 0
 
 
 if __name__ == "__main__":

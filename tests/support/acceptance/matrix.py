@@ -39,6 +39,13 @@ class Row:
     cells: dict[str, Cell] = field(default_factory=dict)
     not_run: str = ""
     """Why there are no cells."""
+    is_broken: bool = False
+    """Whether that is because it did not start, although it is here."""
+
+    @property
+    def fails(self) -> bool:
+        """Whether anything is not as it should be."""
+        return self.is_broken or any(cell.verdict == "fails" for cell in self.cells.values())
 
 
 def run_server(
@@ -65,7 +72,7 @@ def run_server(
             if detailed:
                 traceback.print_exc()
             tell(f"{kind.key}: not run: {_line(error)}\n")
-            return Row(kind.key, not_run=_line(error))
+            return Row(kind.key, not_run=_line(error), is_broken=True)
 
 
 def _run_checks(
