@@ -243,6 +243,17 @@ set_up_python_servers() {
     echo "$wanted" >"$directory/stamp"
 }
 
+# A whole Debian 13 for its Dovecot 2.4, which only root can run there.
+set_up_new_dovecot() {
+    local directory=.servers/trixie
+    [[ ! -f $directory/stamp ]] || return 0
+    [[ $EUID -eq 0 ]] && (set_up_packages debootstrap) || return 1
+    echo "setup: unpacking Debian 13 with Dovecot 2.4 into $directory" >&2
+    rm -rf "$directory"
+    debootstrap --variant=minbase --include=dovecot-imapd trixie "$directory" >/dev/null || return 1
+    touch "$directory/stamp"
+}
+
 # The memory server of go-imap, built into .servers/go with the libraries that Debian packages.
 set_up_go_server() {
     local directory=.servers/go source=tests/support/servers/programs/goimap.go

@@ -177,7 +177,8 @@ def unmount(path: Path, timeout: float = 60.0) -> None:
         if pidfd is not None and not _has_ended(pidfd, timeout):
             raise ImapfsError(
                 f"{where} is unmounted, but its process {pid} still runs after {timeout:g} s: "
-                "wait for it before mounting with the same cache"
+                "wait for it before mounting with the same cache. A container or service that was started "
+                "meanwhile may have it mounted too"
             )
 
 

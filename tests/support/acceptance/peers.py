@@ -2,14 +2,15 @@
 
 import gzip
 import re
-import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
 from tests.support.acceptance.outside import Outside, outside
+from tests.support.requirements import Missing
 from tests.support.servers import courier, cyrus
 from tests.support.servers.courier import Courier
 from tests.support.servers.cyrus import Cyrus
@@ -89,13 +90,17 @@ class Peer(ABC):
 class DovecotPeer(Peer):
     key = "dovecot"
     tls = False
+    root: ClassVar[Path | None] = None
+    """See `Dovecot`."""
 
     @property
     def title(self) -> str:
-        return f"Dovecot {_output('dovecot', '--version').split()[0]}"
+        return f"Dovecot {self.dovecot.version().split()[0]}"
 
     def _start(self, stack: ExitStack) -> None:
-        self.dovecot = stack.enter_context(Dovecot(self.authority, password=self.password))
+        if self.root is not None and not (self.root / "stamp").exists():
+            raise Missing("the system that has it could not be unpacked")
+        self.dovecot = stack.enter_context(Dovecot(self.authority, password=self.password, root=self.root))
         self.dovecot.account(self.name)
 
     def _port(self) -> int:
@@ -108,6 +113,13 @@ class DovecotPeer(Peer):
     def start_again(self) -> None:
         self.dovecot.start_again()
         super().start_again()
+
+
+class NewDovecotPeer(DovecotPeer):
+    """The Dovecot of Debian 13."""
+
+    key = "dovecot-2.4"
+    root = Path(__file__).parents[3] / ".servers" / "trixie"
 
 
 class CourierPeer(Peer):
@@ -153,7 +165,3 @@ class CyrusPeer(Peer):
     def start_again(self) -> None:
         self._cyrus.start_again()
         super().start_again()
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

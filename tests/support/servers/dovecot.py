@@ -21,8 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from tests.support.requirements import SBIN, demand_dovecot
-from tests.support.servers.account import DEADLINE, Dependents, ImapAccount, modified_utf7, run_as
+from tests.support.requirements import SBIN, Missing, demand_dovecot
+from tests.support.servers.account import DEADLINE, Dependents, Identity, ImapAccount, modified_utf7, run_as
 from tests.support.servers.process import free_ports, server_user
 from tests.support.servers.tls import CertificateAuthority
 
@@ -40,7 +40,8 @@ class Dovecot:
     Dovecot's spelling; ``client_certificates`` makes it ask for one, whose common name is then the user.
     ``tokens`` is the URL of an introspection endpoint (RFC 7662), which is asked about access tokens; without
     one the password is the token. ``prefix`` is that of the personal namespace, such as ``INBOX.`` with
-    ``separator="."``. ``quota`` is the limit of each account in Dovecot's notation (``10M``). ``certificate``
+    ``separator="."``. ``root`` is a directory with another system, whose Dovecot is run, which
+    only root can do. ``quota`` is the limit of each account in Dovecot's notation (``10M``). ``certificate``
     (with its key) replaces the valid one for localhost and 127.0.0.1.
 
     Raises RuntimeError with the end of the server's log where it does not start, and Missing where it is not
@@ -64,6 +65,7 @@ class Dovecot:
         prefix: str = "",
         quota: str | None = None,
         max_userip_connections: int = 10,
+        root: Path | None = None,
     ) -> None:
         self.authority = authority
         self.dependents = Dependents()
@@ -80,6 +82,7 @@ class Dovecot:
         self._tokens = tokens
         self._quota = quota
         self._max_userip_connections = max_userip_connections
+        self._root = root
         user = server_user()
         self.uid = user.pw_uid
         self.gid = user.pw_gid
@@ -87,9 +90,15 @@ class Dovecot:
         self._group = grp.getgrgid(user.pw_gid).gr_name
 
     def __enter__(self) -> "Dovecot":
-        demand_dovecot()
+        if self._root is None:
+            demand_dovecot()
+        elif os.geteuid() != 0:
+            raise Missing("only root can run the Dovecot of another system")
         # Not TMPDIR: a socket path has at most 107 bytes, and a TMPDIR of root's may be closed to "nobody".
-        self.directory = Path(tempfile.mkdtemp(prefix="imapfs-dovecot-", dir="/tmp"))
+        temporary = "/tmp" if self._root is None else self._root / "tmp"
+        self.directory = Path(tempfile.mkdtemp(prefix="imapfs-dovecot-", dir=temporary))
+        self._there = Path("/tmp", self.directory.name)
+        """The same, as the server has it."""
         try:
             self._prepare()
             self._start()
@@ -139,9 +148,9 @@ class Dovecot:
     def doveadm(self, *arguments: str) -> str:
         """Run a doveadm command against this instance only and return its output."""
         done = subprocess.run(
-            ["doveadm", "-c", str(self.directory / "dovecot.conf"), *arguments],
+            self._command("doveadm", "-c", str(self._there / "dovecot.conf"), *arguments),
             env=_environment(),
-            **run_as(self.uid, self.gid),
+            **self._identity(),
             capture_output=True,
             text=True,
         )
@@ -182,11 +191,11 @@ class Dovecot:
             self.own(configuration)
             with (self.directory / "stderr").open("wb") as errors:
                 self._master = subprocess.Popen(
-                    ["dovecot", "-F", "-c", str(configuration)],
+                    self._command("dovecot", "-F", "-c", str(self._there / configuration.name)),
                     env=_environment(),
                     # So that Ctrl-C in the terminal does not reach it, and that stopping reaches all of it.
                     start_new_session=True,
-                    **run_as(self.uid, self.gid),
+                    **self._identity(),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=errors,
@@ -247,10 +256,27 @@ class Dovecot:
                 found.append(int(entry.name))
         return found
 
-    def _configuration(self) -> str:
-        version = subprocess.run(
-            ["dovecot", "--version"], env=_environment(), capture_output=True, text=True, check=True
+    def _command(self, *words: str) -> list[str]:
+        """Return how to run one of Dovecot's programs; see `_identity` for the user."""
+        if self._root is None:
+            return list(words)
+        return ["chroot", f"--userspec={self.uid}:{self.gid}", str(self._root), *words]
+
+    def _identity(self) -> Identity:
+        return {} if self._root is not None else run_as(self.uid, self.gid)
+
+    def version(self) -> str:
+        """Return what it says of its version."""
+        return subprocess.run(
+            self._command("dovecot", "--version"),
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
+
+    def _configuration(self) -> str:
+        version = self.version()
         # Any byte may be in a password, and only base64 has none that the configuration would interpret.
         password = "{PLAIN.B64}" + base64.b64encode(self.password.encode()).decode()
         if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) >= (2, 4):
@@ -263,9 +289,9 @@ class Dovecot:
             for name in SPECIAL_USE
         )
         return f"""\
-base_dir = {self.directory}/run
-state_dir = {self.directory}/state
-log_path = {self.directory}/log
+base_dir = {self._there}/run
+state_dir = {self._there}/state
+log_path = {self._there}/log
 protocols = imap
 listen = 127.0.0.1
 ssl = {"yes" if self._tls else "no"}
@@ -334,7 +360,7 @@ plugin {{
         certificates = passdbs = ""
         if self._client_certificates:
             certificates = (
-                f"ssl_ca = <{self.directory}/ca.pem\nssl_verify_client_cert = yes\nssl_require_crl = no\n"
+                f"ssl_ca = <{self._there}/ca.pem\nssl_verify_client_cert = yes\nssl_require_crl = no\n"
             )
             passdbs = "passdb {\n  driver = static\n  mechanisms = external\n  args = nopassword\n}\n"
         if self._tokens is not None:
@@ -345,14 +371,15 @@ plugin {{
             )
             self.own(settings)
             passdbs += (
-                f"passdb {{\n  driver = oauth2\n  mechanisms = xoauth2 oauthbearer\n  args = {settings}\n}}\n"
+                "passdb {\n  driver = oauth2\n  mechanisms = xoauth2 oauthbearer\n"
+                f"  args = {self._there / settings.name}\n}}\n"
             )
         return f"""\
-{certificates}ssl_cert = <{self.directory}/server.pem
-ssl_key = <{self.directory}/server.key
+{certificates}ssl_cert = <{self._there}/server.pem
+ssl_key = <{self._there}/server.key
 disable_plaintext_auth = no
 mail_location = maildir:~/Maildir:LAYOUT=fs
-rawlog_dir = {self.directory}/trace/%u
+rawlog_dir = {self._there}/trace/%u
 service imap-login {{
   service_count = 0
 }}
@@ -362,7 +389,7 @@ service imap-login {{
 }}
 userdb {{
   driver = static
-  args = uid={self.uid} gid={self.gid} home={self.directory}/mail/%u allow_all_users=yes
+  args = uid={self.uid} gid={self.gid} home={self._there}/mail/%u allow_all_users=yes
 }}
 {quota}"""
 
@@ -386,7 +413,7 @@ quota "User quota" {{
         certificates = passdbs = ""
         if self._client_certificates:
             certificates = (
-                f"ssl_server_ca_file = {self.directory}/ca.pem\nssl_server_request_client_cert = yes\n"
+                f"ssl_server_ca_file = {self._there}/ca.pem\nssl_server_request_client_cert = yes\n"
                 "ssl_server_require_crl = no\n"
             )
             passdbs = (
@@ -402,13 +429,13 @@ quota "User quota" {{
         return f"""\
 dovecot_config_version = 2.4.0
 dovecot_storage_version = 2.4.0
-{certificates}ssl_server_cert_file = {self.directory}/server.pem
-ssl_server_key_file = {self.directory}/server.key
+{certificates}ssl_server_cert_file = {self._there}/server.pem
+ssl_server_key_file = {self._there}/server.key
 auth_allow_cleartext = yes
 mail_driver = maildir
 mail_path = ~/Maildir
 mailbox_list_layout = fs
-rawlog_dir = {self.directory}/trace/%{{user}}
+rawlog_dir = {self._there}/trace/%{{user}}
 service imap-login {{
   restart_request_count = unlimited
 }}
@@ -420,7 +447,7 @@ userdb static {{
   fields {{
     uid = {self.uid}
     gid = {self.gid}
-    home = {self.directory}/mail/%{{user}}
+    home = {self._there}/mail/%{{user}}
   }}
 }}
 {quota}"""
