@@ -137,8 +137,8 @@ class MountConfig:
     """Maximum bytes per day that are prefetched; 0 for none."""
     names: str
     """A template of `message_names.NameTemplate`, or a short form of one."""
-    own_mail: frozenset[str]
-    """Paths of the mailboxes that the configuration calls Sent or Drafts."""
+    own_mail: Mapping[str, str]
+    """Path of a mailbox that the configuration calls Sent or Drafts -> its RFC 6154 attribute."""
     list_attributes: bool
     """Whether extended attributes are listed that cannot be set."""
     delete: DeletePolicy

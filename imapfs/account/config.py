@@ -257,7 +257,11 @@ def resolve(source: str, mountpoint: Path, options: Mapping[str, object], config
         "read_only": read_only,
         "fuse_options": fuse_options,
         "trash": located.options.get("trash"),
-        "own_mail": frozenset(filter(None, map(located.options.get, ("sent", "drafts")))),
+        "own_mail": {
+            path: use
+            for option, use in (("sent", "\\Sent"), ("drafts", "\\Drafts"))
+            if (path := located.options.get(option))
+        },
         "spool_dir": None if is_elsewhere else platformdirs.user_data_path("imapfs"),
     }
     return Resolved(MountConfig(**fields), located.credentials, located.options.get("log-file"))

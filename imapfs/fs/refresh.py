@@ -9,6 +9,7 @@ from typing import Final
 
 import trio
 
+from imapfs.errors import Offline
 from imapfs.fs.tree import Entry, MailTree
 from imapfs.imap.pool import SessionPool
 from imapfs.model import Ino
@@ -90,7 +91,8 @@ class DirectoryRefresher:
     async def appears(self, directory: Ino, name: bytes, *, is_message: bool) -> Entry | None:
         """Ask the server for an unknown name. Return its entry, or None if none is found in time.
 
-        If the directory was never listed, raises the error of the attempt to list it.
+        If the directory was never listed, raises the error of the attempt to list it; but while the server is
+        away the name counts as free, so that a file can be put there.
         """
         refresh, known = self._news_of(directory, is_message=is_message)
         found = None
@@ -100,8 +102,9 @@ class DirectoryRefresher:
                     await refresh.progress()
                     found = self._tree.child(directory, name)
         found = found or self._tree.child(directory, name)
-        if found is None and not known and refresh is not None and refresh.error is not None:
-            raise refresh.error.with_traceback(None)
+        error = None if refresh is None or known else refresh.error
+        if found is None and error is not None and not isinstance(error, Offline):
+            raise error.with_traceback(None)
         return found
 
     def _news_of(self, directory: Ino, *, is_message: bool) -> tuple[Refresh | None, bool]:

@@ -123,10 +123,12 @@ class Replacer:
     # -- messages ------------------------------------------------------------------------------------------
 
     def make_version(self, draft: Draft, old: Node) -> None:
-        """Have a draft replace a message when it is uploaded. It takes over the flags if it has none."""
+        """Have a draft replace a message when it is uploaded. It takes over the flags if it got none."""
         if (found := self._tree.reference(old)) is not None:
+            keeps = draft.flagged or draft.base is not None
             draft.base, flags = found
-            draft.flags = draft.flags or flags
+            if not (keeps and draft.flags):
+                draft.flags = flags
 
     async def remove(self, message: Node) -> None:
         """Remove a message whose successor is in place: now, or as soon as the server can be reached."""

@@ -402,7 +402,8 @@ class SessionPool:
         self._backoff.throttled(error.wait, why, max(1, self._open), now)
         if was is not Connectivity.THROTTLED:
             pause = (self._backoff.retry_at(now) or now) - now
-            log.warning("slowing down for %.2g s, to %d connections: %s", pause, self.current_limit, why)
+            seconds = max(1, round(pause))
+            log.warning("slowing down for %d s, to %d connections: %s", seconds, self.current_limit, why)
         while self._watching and self._open - len(self._recalled) > self.current_limit:
             self._recall_watcher()
         while self._idle and self._open - len(self._recalled) > self.current_limit:

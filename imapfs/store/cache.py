@@ -15,7 +15,7 @@ hides and removes messages, and the other way round. Types of rows and the colum
 
 import errno
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -61,24 +61,24 @@ class Cache:
     ================================================================  =============================
     """
 
-    def __init__(self, database: Database, names: NameTemplate, own_mail: Collection[str]) -> None:
+    def __init__(self, database: Database, names: NameTemplate, own_mail: Mapping[str, str]) -> None:
         self._database = database
         self._names = names
-        self._own_mail = {tuple(path.encode().split(b"/")) for path in own_mail}
+        self._own_mail = {tuple(path.encode().split(b"/")): use for path, use in own_mail.items()}
         self._reserved = 0
         """The highest inode number that a draft has, even if the database does not know it."""
         self.directory = database.directory
         self.bodies = BodyTable(database)
 
     @classmethod
-    def open(cls, directory: Path, names: str, own_mail: Collection[str] = ()) -> "Cache":
+    def open(cls, directory: Path, names: str, own_mail: Mapping[str, str] | None = None) -> "Cache":
         """Open the cache in ``directory``, with message names by the template ``names``.
 
-        ``own_mail`` has paths of mailboxes that are Sent or Drafts even if the server does not mark them. If
-        messages were named by other rules, all are renamed, except those that a user has named. If the disk
-        is full, a later mount renames them.
+        ``own_mail`` has paths of mailboxes that are Sent or Drafts even if the server does not mark them,
+        each with its RFC 6154 attribute. If messages were named by other rules, all are renamed, except those
+        that a user has named. If the disk is full, a later mount renames them.
         """
-        cache = cls(Database.open(directory), NameTemplate.parse(names), own_mail)
+        cache = cls(Database.open(directory), NameTemplate.parse(names), own_mail or {})
         try:
             cache._use_names()
             cache._shorten_names()
@@ -161,6 +161,11 @@ class Cache:
                 f"SELECT {MAILBOX_COLUMNS} FROM mailbox WHERE server_name IS NOT NULL ORDER BY ino"
             ).fetchall()
         return [Mailbox._make(row) for row in rows]
+
+    def use(self, mailbox: Ino) -> str:
+        """Return what a mailbox is for: an RFC 6154 attribute of the configuration, of the server, or ""."""
+        box = self.mailbox(mailbox)
+        return "" if box is None else self._own_mail.get(self.path(mailbox), box.special_use)
 
     def special_use(self, use: str) -> Ino | None:
         """Return the directory of the mailbox with this attribute (RFC 6154)."""
@@ -797,10 +802,7 @@ class Cache:
 
     def _is_own(self, mailbox: Ino) -> bool:
         """Return whether the messages in a mailbox are the user's own: whether it is Sent or Drafts."""
-        box = self.mailbox(mailbox)
-        return box is not None and (
-            box.special_use in ("\\Sent", "\\Drafts") or self.path(mailbox) in self._own_mail
-        )
+        return self.use(mailbox) in {"\\Sent", "\\Drafts"}
 
     def _use_names(self) -> None:
         """Rename the messages that were named by another template, or when their mailbox had another use."""

@@ -93,6 +93,8 @@ class Draft:
     """The last known `size`; not on disk."""
     writes: int = 0
     """Number of changes of its bytes; not on disk."""
+    flagged: bool = False
+    """Whether a program has said which flags it has."""
     rescued: bool = False
     """Whether its description was damaged; not on disk."""
 
@@ -131,6 +133,7 @@ class Draft:
         add, remove = change(flags)
         gone = {flag.lower() for flag in remove}
         self.flags = " ".join([flag for flag in flags if flag.lower() not in gone] + sorted(add))
+        self.flagged = True
         self.save()
 
     def save(self) -> None:
@@ -442,6 +445,7 @@ def _describe(draft: Draft) -> dict[str, Any]:
         "timed": draft.timed,
         "ctime": draft.ctime,
         "flags": draft.flags,
+        "flagged": draft.flagged,
         "state": "sending" if closed else draft.state,
         "error": draft.error,
         "dirty": draft.dirty and not closed,
@@ -530,4 +534,5 @@ def _restore(spool: Spool, ino: Ino, found: dict[str, Any]) -> Draft:
         restore_attempt(attempt) if attempt else None,
         _home(found.get("home")),
         _is(bool, found["dirty"]),
+        flagged=_is(bool, found.get("flagged", False)),  # earlier versions did not note it
     )

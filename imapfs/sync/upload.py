@@ -67,6 +67,8 @@ from imapfs.waiting import Delays
 
 log = logging.getLogger(__name__)
 
+_FLAGS_OF_NEW: Final = {"\\Drafts": "\\Draft", "\\Sent": "\\Seen"}
+"""Use of a mailbox -> flags of a new message there, unless a program has said which. Clients do the same."""
 _MAX_BATCH: Final = 100
 """Drafts that are appended together."""
 _MAX_BATCH_BYTES: Final = 4 << 20
@@ -139,6 +141,8 @@ class Uploader:
         if now:
             pending.hurry()
         draft.state, draft.error = "sending", ""
+        if draft.base is None and not (draft.flagged or draft.flags):
+            draft.flags = _FLAGS_OF_NEW.get(self._cache.use(draft.parent), "")
         self._wake(draft.parent)
         draft.save()
         return pending

@@ -84,7 +84,7 @@ def look(tmp_path: Path) -> Callable[..., Report]:
             cache_size=1 << 20,
             fetch_ahead=0,
             names="subject",
-            own_mail=frozenset(),
+            own_mail={},
             list_attributes=False,
             delete="trash",
             trash=None,

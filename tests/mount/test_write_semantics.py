@@ -64,6 +64,75 @@ def fetches(account: Account) -> list[bytes]:
 # ---- new messages
 
 
+@pytest.mark.parametrize(
+    ("mailbox", "flags"),
+    [("Drafts", {"\\Draft"}), ("Sent", {"\\Seen"}), ("Work", set()), ("Mine", {"\\Draft"})],
+)
+def test_a_new_message_has_the_flags_of_its_mailbox(
+    filled: Account, mount: Mounter, mailbox: str, flags: set[str]
+) -> None:
+    filled.deliver("Mine", [])
+    mounted = mount(filled, "--drafts", "Mine")
+    directory = mounted.path / mailbox
+    write(directory / "new.eml", plain(10))
+    write(directory / ".tmp", plain(11))
+    os.rename(directory / ".tmp", directory / "saved.eml")
+    settle(mounted)
+    assert [flags_of(directory / name) for name in ("new.eml", "saved.eml")] == [flags, flags]
+    mounted.unmount()
+    assert [set(one.flags) for one in held(filled, mailbox).values()] == [flags, flags]
+
+
+def test_a_new_message_has_the_flags_that_it_was_given(filled: Account, mount: Mounter) -> None:
+    mounted = mount(filled)
+    for name, attribute, value in (("a", "user.imap.flagged", b"1"), ("b", "user.imap.draft", b"0")):
+        with (mounted.path / "Drafts" / f"{name}.eml").open("wb", buffering=0) as file:
+            file.write(plain(10))
+            os.setxattr(file.fileno(), attribute, value)
+    settle(mounted)
+    assert flags_of(mounted.path / "Drafts" / "a.eml") == {"\\Flagged"}
+    assert flags_of(mounted.path / "Drafts" / "b.eml") == set()
+    mounted.unmount()
+
+
+def test_a_new_version_has_the_flags_of_the_old_one(filled: Account, mount: Mounter) -> None:
+    """Also where a file that waits, and has the flags of new messages there, is renamed to its name."""
+    filled.deliver("Drafts", [(plain(1), DATE, "F")])
+    with Proxy(filled.server) as proxy:
+        mounted = mount(proxy.account(filled))
+        old = file_of(mounted, 1, "Drafts")
+        assert flags_of(old) == {"\\Flagged"}
+        mounted.expect_log("offline")
+        proxy.refuse()
+        proxy.cut_all()
+        write(mounted.path / "Drafts" / "new.eml", plain(2))
+        os.rename(mounted.path / "Drafts" / "new.eml", old)
+        proxy.accept()
+        wait_until(lambda: not waiting(mounted), "it is sent")
+        assert flags_of(old) == {"\\Flagged"}
+        assert old.read_bytes() == plain(2)
+        mounted.unmount()
+
+
+def test_a_file_for_a_mailbox_that_was_never_listed_waits_for_the_server(
+    filled: Account, mount: Mounter
+) -> None:
+    with Proxy(filled.server) as proxy:
+        mounted = mount(proxy.account(filled))
+        assert "Work" in os.listdir(mounted.path)
+        mounted.expect_log("offline")
+        proxy.refuse()
+        proxy.cut_all()
+        new = mounted.path / "Work" / "new.eml"
+        subprocess.run(["cp", "/dev/stdin", new], input=plain(10), check=True)
+        assert new.read_bytes() == plain(10)
+        proxy.accept()
+        wait_until(lambda: not waiting(mounted), "it is sent")
+        assert new.read_bytes() == plain(10)
+        mounted.unmount()
+    assert [one.content for one in held(filled, "Work").values()] == [plain(10)]
+
+
 def test_a_file_is_sent_when_the_last_writer_closes_it(filled: Account, mount: Mounter) -> None:
     mounted = mount(filled)
     target = mounted.path / "Work" / "new.eml"

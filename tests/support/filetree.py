@@ -299,7 +299,7 @@ class ModelTree(FileTree):
             cache_size=1 << 30,
             fetch_ahead=0,
             names="subject",
-            own_mail=frozenset(),
+            own_mail={},
             list_attributes=False,
             delete=delete,
             trash=None,

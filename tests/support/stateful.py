@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from tests.support.mailboxes import Held, everything, mailboxes, settle, waiting
 from tests.support.mounting import DEADLINE, Mount, RobustMount, wait_until
@@ -32,6 +33,8 @@ TRASH = "Trash"
 LOCAL = ".bak"
 """The end of the names of files that are not for the server."""
 FIXED = {"INBOX", "Drafts", "Sent", "Trash", "Junk"}
+NO_FLAGS: Final[frozenset[str]] = frozenset()
+FLAGS_OF_NEW: Final = {"Drafts": frozenset({"\\Draft"}), "Sent": frozenset({"\\Seen"})}
 _MARK = re.compile(rb"^X-Version: (\d+)\r?$", re.M)
 _CHANGING = rb"APPEND|UID MOVE|UID COPY|UID STORE|UID EXPUNGE|CREATE|DELETE|RENAME"
 _ANY = _CHANGING + rb"|UID FETCH|EXAMINE|SELECT|LIST|STATUS"
@@ -166,7 +169,9 @@ class World:
                 self._header() + mark,
             )
             content += b"text\r\n" * self.random.choice([0, 1, 50, 2000])
-        version = Version(content, {place}, {frozenset()}, altered=self._altered(content))
+        version = Version(
+            content, {place}, {FLAGS_OF_NEW.get(place, NO_FLAGS)}, altered=self._altered(content)
+        )
         self._versions[number] = version
         return number, version
 
@@ -403,6 +408,9 @@ class World:
         )
         if path.parent.name != place:
             self._went(version, path.parent.name, place, surely=error is None)
+            if not version.settled and version.flags is not None:
+                # Not on the server yet, it may become a new message there.
+                version.flags |= {has | FLAGS_OF_NEW.get(place, NO_FLAGS) for has in version.flags}
         if over:
             self._deleted(over[2], place, surely=error is None)
             if not version.settled:
@@ -502,7 +510,7 @@ class World:
     def other_delivers(self) -> None:
         place = self._place()
         number, version = self._new(place)
-        version.settled = True
+        version.settled, version.flags = True, {NO_FLAGS}
         self.figures.operations["other"] += 1
         self.history.append(f"other client appends {number} to {place}")
         self._user.append(place, version.content, 1_700_000_000 + number)

@@ -330,7 +330,7 @@ def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         4,
         30.0,
     )
-    assert (mount.read_only, mount.fuse_options, mount.own_mail) == (False, frozenset(), frozenset())
+    assert (mount.read_only, mount.fuse_options, mount.own_mail) == (False, frozenset(), {})
     assert (resolved.credentials.command, resolved.credentials.file, resolved.log_file) == (None, None, None)
 
 
@@ -365,7 +365,7 @@ def test_command_line_wins_over_the_entry_and_adds_mount_options(
     assert resolved.mount.spool_dir is None, "beside that cache"
     assert (resolved.mount.names, resolved.mount.timeout, resolved.mount.read_only) == ("subject", 5.0, True)
     assert resolved.mount.fuse_options == {"dev", "noatime", "noexec"}
-    assert resolved.mount.own_mail == {"a/Gesendet", "Entwürfe"}
+    assert resolved.mount.own_mail == {"a/Gesendet": "\\Sent", "Entwürfe": "\\Drafts"}
     assert (resolved.credentials.command, resolved.credentials.file) == (None, tmp_path / "pw")
     assert resolved.log_file == tmp_path / "log"
 

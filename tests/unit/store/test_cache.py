@@ -185,9 +185,9 @@ def test_a_cache_for_which_a_full_disk_has_no_room_is_kept_in_memory(
     expected_log("is the disk full|keeps it in memory")
     monkeypatch.setattr(database, "_connect", refuse)
     with pytest.raises(CacheError, match="cannot open the cache"):
-        Cache.open(tmp_path / "cache", "subject", ())
+        Cache.open(tmp_path / "cache", "subject")
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse_file)
-    cache = Cache.open(tmp_path / "cache", "subject", ())
+    cache = Cache.open(tmp_path / "cache", "subject")
     assert cache.new_ino() > 1 << 50
     assert cache.children(ROOT, 0, 1) == []
     cache.close()
@@ -254,7 +254,7 @@ def test_mailboxes_of_own_mail_may_be_configured(tmp_path: Path) -> None:
     tree = [Directory(path, b"/".join(path), b"/", True, "") for path in paths]
     found = []
     for own_mail in ((), ("a/Gesendet",), ("a/Gesendet", "a"), ("Gesendet", "INBOX")):
-        cache = Cache.open(tmp_path / "cache", "{from}.{uid}", own_mail)
+        cache = Cache.open(tmp_path / "cache", "{from}.{uid}", dict.fromkeys(own_mail, "\\Sent"))
         cache.set_tree(tree)
         boxes = [cache.directory_at(path) for path in paths]
         for box in boxes:
