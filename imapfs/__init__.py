@@ -1,3 +1,3 @@
 """imapfs: an IMAP account mounted as a directory."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -3,11 +3,14 @@
 Heavy modules are imported inside functions, as in all modules of commands.
 """
 
+# For CompletionItem, which is not generic in click 8.1 either.
+from __future__ import annotations
+
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -15,13 +18,20 @@ from click.shell_completion import CompletionItem
 from imapfs.account.settings import BY_KEY, SETTINGS, Setting
 from imapfs.errors import ImapfsError
 
+if TYPE_CHECKING:
+    _PathType = click.ParamType[Path]
+    _StringType = click.ParamType[str]
+else:
+    # Not generic in click 8.1, which Debian 13 has.
+    _PathType = _StringType = click.ParamType
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # A shell would interpret these characters, and click passes a completion on without quotes.
 _NEEDS_QUOTES = re.compile(r"[^\w@%+=:,./~-]")
 
 
-class _Path(click.ParamType[Path]):
+class _Path(_PathType):
     """A path that is not looked at: click's own type calls stat(), and a stuck mount never answers."""
 
     def __init__(self, name: str) -> None:
@@ -51,7 +61,7 @@ class _LiveMount(_Path):
         )
 
 
-class _Source(click.ParamType[str]):
+class _Source(_StringType):
     """A URL or the name of an account; names are completed."""
 
     name = "source"
