@@ -206,6 +206,9 @@ class World:
         """It left a directory, unless another client has taken it from there before."""
         after = {target if place == source else place for place in version.places}
         version.places = after if surely else version.places | after
+        if not version.settled and version.flags is not None:
+            # Not on the server yet, it may become a new message there.
+            version.flags |= {has | FLAGS_OF_NEW.get(target, NO_FLAGS) for has in version.flags}
 
     def _deleted(self, version: Version, directory: str, *, surely: bool) -> None:
         """It went the way of rm; what never got to the server leaves nothing."""
@@ -408,9 +411,6 @@ class World:
         )
         if path.parent.name != place:
             self._went(version, path.parent.name, place, surely=error is None)
-            if not version.settled and version.flags is not None:
-                # Not on the server yet, it may become a new message there.
-                version.flags |= {has | FLAGS_OF_NEW.get(place, NO_FLAGS) for has in version.flags}
         if over:
             self._deleted(over[2], place, surely=error is None)
             if not version.settled:
