@@ -20,7 +20,7 @@ class ServerMailbox:
     name: bytes
     """As the server spells it."""
     uidvalidity: UidValidity
-    """0 until the mailbox was synchronised."""
+    """0 until a message of it is known: before that, Courier names another one each time."""
     uidnext: int
     """As of the last synchronisation; 0 until then. A search for what has come since begins here."""
     modseq: ModSeq
@@ -55,7 +55,8 @@ class Locator:
         name = mailbox and mailbox.selectable_name
         if mailbox is None or name is None:
             raise MailboxGone("this directory is no mailbox")
-        return self._as_known(mailbox, name, mailbox.uidvalidity)
+        is_empty = not self._cache.last_uid(ino)
+        return self._as_known(mailbox, name, UidValidity(0) if is_empty else mailbox.uidvalidity)
 
     def named(self, name: bytes, uidvalidity: int) -> ServerMailbox:
         """Return the mailbox of that name on the server, with the given UIDVALIDITY. Raises MailboxGone."""

@@ -206,6 +206,29 @@ def test_cp_keeps_the_name_although_uidvalidity_is_not_kept_yet(
     again.unmount()
 
 
+def test_mv_keeps_the_name_although_uidvalidity_is_not_kept_yet(
+    kind: Kind, start: Callable[..., Mount]
+) -> None:
+    """See above: what was moved to an empty mailbox got another name and inode at the next look."""
+    mounted = start()
+    assert os.listdir(mounted.path / "Work") == []
+    listed = int(time.time())
+    wait_until(lambda: int(time.time()) > listed + 1, "another second")
+    path, moved = the_file(mounted.path / "INBOX", ONE), mounted.path / "Work" / "moved.eml"
+    inode = path.stat().st_ino
+    path.rename(moved)
+    drain(mounted)
+    wait_until(lambda: visible(mounted, "Work") == [ONE.content], "it is listed")
+    assert (os.listdir(mounted.path / "Work"), moved.stat().st_ino) == (["moved.eml"], inode)
+    mounted.unmount()
+    again = start(cache=mounted.cache)
+    assert (os.listdir(again.path / "Work"), (again.path / "Work" / "moved.eml").stat().st_ino) == (
+        ["moved.eml"],
+        inode,
+    )
+    again.unmount()
+
+
 def test_edit_replaces_the_message(kind: Kind, start: Callable[..., Mount]) -> None:
     mounted = start("--delete", "expunge")
     path = the_file(mounted.path / "INBOX", ONE)
