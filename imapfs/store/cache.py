@@ -199,6 +199,13 @@ class Cache:
                 names.append(row[1])
         return tuple(reversed(names))
 
+    def shown(self, ino: Ino) -> str:
+        """Return the path of a directory for people, from the account's root. Raises nothing."""
+        try:
+            return b"/".join(self.path(ino)).decode("utf-8", "replace")
+        except CacheError:
+            return f"directory {ino}"
+
     def directory_at(self, path: tuple[bytes, ...]) -> Ino | None:
         """Return the directory with this path from the root."""
         ino = ROOT
@@ -677,6 +684,32 @@ class Cache:
             ).fetchall()
         n = len(Node._fields)
         return [(Node._make(row[:n]), Details._make(row[n:])) for row in rows]
+
+    def same_messages(self, inos: Iterable[Ino]) -> dict[Ino, Node]:
+        """Return for each message that the server calls the same as one whose body is cached, that one.
+
+        It has the same EMAILID or X-GM-MSGID, INTERNALDATE and announced size, and its true size is that.
+        """
+        found = {}
+        with self._database.read() as db:
+            for ino in inos:
+                known = db.execute(
+                    "SELECT date, object_id, announced, ino FROM node"
+                    " WHERE ino = ? AND object_id IS NOT NULL",
+                    (ino,),
+                ).fetchone()
+                row = (
+                    known
+                    and db.execute(
+                        f"SELECT {NODE_COLUMNS} FROM node WHERE date = ? AND uid IS NOT NULL"
+                        " AND object_id = ? AND announced = ? AND ino <> ? AND size = announced"
+                        " AND crc IS NOT NULL LIMIT 1",
+                        known,
+                    ).fetchone()
+                )
+                if row:
+                    found[ino] = Node._make(row)
+        return found
 
     def relocate(self, ino: Ino, mailbox: Ino, message: NewMessage, *, same_bytes: bool) -> bytes:
         """Move a message to the mailbox where the server lists it as ``message``; return its new name.

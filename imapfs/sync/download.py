@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -39,11 +39,13 @@ from imapfs.store.cache import Cache
 from imapfs.store.rows import Body, Mailbox, Node
 from imapfs.sync.changes import ChangeHub, Changes
 from imapfs.sync.identify import is_other, is_other_mailbox
+from imapfs.sync.same_bodies import SameBodies
 from imapfs.sync.synchroniser import Synchroniser
 from imapfs.waiting import Signal
 
 log = logging.getLogger(__name__)
 
+_CHUNK: Final = 1 << 20
 _MAX_CONTRADICTIONS: Final = 3
 """Bodies of a wrong size after which the announced sizes of an account are not believed any more."""
 
@@ -125,6 +127,7 @@ class Downloader:
         self._sync = sync
         self._hub = hub
         self._downloads: dict[Ino, Download] = {}
+        self._same = SameBodies(cache, bodies)
         self._contradictions = 0
         """Bodies that had another size than the announced one, also when they were asked for again."""
         # One connection stays free for bodies that a reader waits for.
@@ -190,7 +193,9 @@ class Downloader:
                 batch = _Batch(self, self._bodies, pack, name, mailbox, downloads)
                 about = (name, downloads[0].node.uid) if len(downloads) == 1 else None
                 try:
-                    await self._pool.run(batch.run, name, about=about)
+                    await self._copy_same(batch, downloads)
+                    if batch.is_wanting:
+                        await self._pool.run(batch.run, name, about=about)
                     if batch.begin_again():
                         await self._pool.run(batch.run, name, about=about, fresh=True)
                 finally:
@@ -206,13 +211,33 @@ class Downloader:
                 for download in waited_for:
                     self._nursery.start_soon(self._run, directory, [download])
                 downloads = [download for download in downloads if download not in waited_for]
-            error = report(failure, f"{len(downloads)} messages of mailbox {directory} were not fetched")
+            shown = self._cache.shown(directory)
+            error = report(failure, f"{len(downloads)} messages of {shown} were not fetched")
             if isinstance(failure, MailboxGone):
                 self._sync.look_again(directory)
         finally:
             for download in downloads:
                 if not download.done:
                     self._finish(download, error or ConnectionLost("the mount is ending"))
+
+    async def _copy_same(self, batch: "_Batch", downloads: Sequence[Download]) -> None:
+        """Take the bodies that the cache has as those of other messages; see `SameBodies`."""
+        found = self._same.find([download.node for download in downloads])
+        for download in downloads:
+            other = found.get(download.node.ino)
+            if other is None:
+                continue
+            data = self._bodies.load(other)
+            fd = None if data is not None else await self._bodies.open(other)
+            if data is not None:
+                batch.take(download, len(data), [data])
+            elif fd is not None:
+                try:
+                    await trio.to_thread.run_sync(batch.take, download, other.size, _chunks(fd))
+                finally:
+                    os.close(fd)
+            await trio.lowlevel.checkpoint()
+        batch.deliver()
 
     @property
     def sizes_prove(self) -> bool:
@@ -275,6 +300,7 @@ class Downloader:
         for download, incoming, body in arrived:
             if download.node.announced not in {None, incoming.size} and not download.node.exact:
                 self._contradictions += 1
+            self._same.arrived(download.node.ino, incoming)
             if body is None or not cached:
                 # Not in the cache, but those who wait now can read it.
                 self.sized(download, incoming)
@@ -339,6 +365,23 @@ class _Batch:
         arrived = [self._arrived.popleft() for _ in range(len(self._arrived))]
         if arrived:
             self._downloader.arrived(arrived)
+
+    @property
+    def is_wanting(self) -> bool:
+        """Whether any message is still to be fetched."""
+        return bool(self._wanted)
+
+    def take(self, download: Download, size: int, chunks: Iterable[bytes]) -> None:
+        """Take the bytes of a message from the cache instead. If the disk is full, it stays wanted."""
+        uid = int(download.node.uid or 0)
+        try:
+            sink = self._open(uid, size)
+            for chunk in chunks:
+                sink.write(chunk)
+            self._close(uid, b"")
+        except CacheError as error:
+            report(error, f"message {uid} was not copied within the cache")
+            self._drop()
 
     def run(self, session: Session) -> None:
         """Fetch the messages that are still wanted. One that the server does not have stays wanted.
@@ -451,6 +494,13 @@ class _Batch:
         if self._incoming is not None:
             self._incoming.discard()
             self._incoming = None
+
+
+def _chunks(fd: int) -> Iterator[bytes]:
+    at = 0
+    while data := os.pread(fd, _CHUNK, at):
+        yield data
+        at += len(data)
 
 
 class _Dropped:

@@ -7,7 +7,8 @@ is removed, and no cached bytes are shown as a message's, on likeness. That need
 - the same mailbox, UIDVALIDITY and UID, with the INTERNALDATE and announced size that are known
   (`select_known`). The true size proves nothing, since servers announce wrong ones;
 - equal bytes (`find_same`, `find_uploads`);
-- an identity that the server gives: EMAILID and MAILBOXID (RFC 8474), X-GM-MSGID.
+- an identity that the server gives: EMAILID and MAILBOXID (RFC 8474), X-GM-MSGID. Whether a server keeps its
+  word is tried before the bytes of one message are shown as another's (`imapfs.sync.same_bodies`).
 
 Without it nothing is removed, and what can be shown twice is shown twice. The questions are about:
 

@@ -106,6 +106,8 @@ class MailboxRun:
     ) -> None:
         self._cache = cache
         self.ino = ino
+        self.shown = cache.shown(ino)
+        """Its path, for people."""
         self._refresh = refresh
         self._hub = hub
         self._moves = moves
@@ -163,7 +165,7 @@ class MailboxRun:
             else:
                 self._from_nothing(session, name)
         except _Stale:
-            log.info("mailbox %d was created again on the server: it is listed from the start", self.ino)
+            log.info("%s was created again on the server: it is listed from the start", self.shown)
             self._from_nothing(session, name)
 
     @contextlib.contextmanager
@@ -187,7 +189,7 @@ class MailboxRun:
         if suspect and suspect == self._suspect:
             self._unreadable.add(suspect)
             self._progress = True
-            log.warning("the server cannot read message %d of mailbox %d", suspect, self.ino)
+            log.warning("the server cannot read message %d of %s", suspect, self.shown)
         self._suspect = suspect
 
     def _by_qresync(self, session: Session, name: bytes, box: Mailbox, last: int) -> None:
@@ -286,9 +288,9 @@ class MailboxRun:
             left &= session.present()
         if left:
             log.warning(
-                "the server says nothing about %d messages of mailbox %d, the first with UID %d: they have"
+                "the server says nothing about %d messages of %s, the first with UID %d: they have"
                 " no date, size and subject",
-                len(left), self.ino, min(left),
+                len(left), self.shown, min(left),
             )  # fmt: skip
         self._take_all(FetchData(Uid(uid), flags="", size=0, date=b"") for uid in sorted(left))
 

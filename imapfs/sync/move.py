@@ -117,7 +117,7 @@ class Mover:
         found = await self._find_trash() if self._policy == "trash" else None
         trash = found and found.ino
         if found is not None and not found.is_sure and self._is_within(node.parent, found.ino):
-            path = b"/".join(self._cache.path(found.ino)).decode("utf-8", "replace")
+            path = self._cache.shown(found.ino)
             raise NotPermitted(
                 f"{path} is taken for the Trash because of its name: to delete in it for good, set trash = "
                 f'"{path}" in the configuration file'

@@ -201,7 +201,7 @@ class Synchroniser:
                 await self._list_messages(run, name)
             self.freshness.listed(ino, started)
         except Exception as failure:
-            error = report(failure, f"mailbox {ino} was not refreshed")
+            error = report(failure, f"{self._cache.shown(ino)} was not refreshed")
             if isinstance(failure, MailboxGone):
                 # Perhaps it was renamed or deleted: the list of mailboxes shows it.
                 self.refresh_tree(0)
@@ -217,7 +217,7 @@ class Synchroniser:
             except (ConnectionLost, Refused) as error:
                 if not run.can_continue(error):
                     raise
-                log.info("mailbox %d: continuing where the listing ended: %s", run.ino, error)
+                log.info("%s: continuing where the listing ended: %s", run.shown, error)
 
     # -- exclusive use -------------------------------------------------------------------------------------
 

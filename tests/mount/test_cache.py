@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import resource
 import sqlite3
 import stat
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.acceptance.providers import GmailPeer
 from tests.support.compare import contents, served, shown
 from tests.support.mail import plain, wild
 from tests.support.mounting import DEADLINE, Mounter, MountFailed, wait_until
 from tests.support.servers.dovecot import Account
+from tests.support.servers.tls import CertificateAuthority
 
 DATE = 1_700_000_000
 
@@ -332,3 +335,51 @@ def test_disk_full_in_the_middle_of_a_message_fails_that_read_only(user: Account
     assert not list(mounted.cache.glob("*/bodies/tmp/*"))
     limit_files(mounted.pid, resource.RLIM_INFINITY)
     assert files[1].read_bytes() == plain(1, 10_000_000)
+
+
+def bodies_fetched(peer: GmailPeer) -> int:
+    """Count the messages whose bodies were asked for."""
+    asked = [command for command in peer.proxy.commands() if b"BODY.PEEK[])" in command]
+    return sum(len(expanded(command.split()[2])) for command in asked)
+
+
+def expanded(uid_set: bytes) -> list[int]:
+    ranges = [part.partition(b":") for part in uid_set.split(b",")]
+    return [uid for low, _, high in ranges for uid in range(int(low), int(high or low) + 1)]
+
+
+LARGE = plain(9, 600_000)
+
+
+@pytest.mark.parametrize("lies", [False, True], ids=["", "the server lies"])
+def test_a_body_serves_all_messages_that_the_server_calls_the_same(
+    ca: CertificateAuthority, mount: Mounter, lies: bool
+) -> None:
+    """Gmail has each message in several mailboxes. Not before two of them were compared is it believed."""
+    with GmailPeer(ca) as peer:
+        account = peer.dovecot.account(peer.name)
+        account.deliver("INBOX", [*((plain(n), DATE + n, "") for n in range(6)), (LARGE, DATE, "")])
+        account.deliver("All", [])
+        with account.client() as client:
+            client.select("INBOX")
+            client.uid("COPY", "1:7", "All")
+        if lies:
+            # Messages of the same size and date that are not the same.
+            account.deliver("Other", [(plain(n + 10), DATE + n, "") for n in range(6)])
+            peer.proxy.edits.append(lambda line: re.sub(rb"X-GM-MSGID \d+", rb"X-GM-MSGID 7", line))
+        mounted = mount(peer, "--fetch-ahead", "0")
+        first = {path.name: path.read_bytes() for path in (mounted.path / "INBOX").iterdir()}
+        assert sorted(first.values()) == sorted([*(plain(n) for n in range(6)), LARGE])
+        before = bodies_fetched(peer)
+        shown = "Other" if lies else "All"
+        second = sorted(path.read_bytes() for path in (mounted.path / shown).iterdir())
+        if lies:
+            assert second == sorted(plain(n + 10) for n in range(6))
+            assert bodies_fetched(peer) - before == 6
+        else:
+            assert second == sorted(first.values())
+            assert bodies_fetched(peer) - before == 1
+        mounted.unmount()
+        again = mount(peer, "--fetch-ahead", "0", cache=mounted.cache)
+        assert sorted(path.read_bytes() for path in (again.path / shown).iterdir()) == second
+        again.unmount()

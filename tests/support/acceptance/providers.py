@@ -44,8 +44,10 @@ class ProviderPeer(DovecotPeer):
     def title(self) -> str:
         return f"{self.shown} (emulated)"
 
+    proxy: Proxy
+
     def _before(self) -> Intermediary:
-        proxy = Proxy(self.dovecot, hide=self.hidden, edits=[self._announce, *self._edits()])
+        proxy = self.proxy = Proxy(self.dovecot, hide=self.hidden, edits=[self._announce, *self._edits()])
         proxy.rephrase = self._rephrase
         for refusal in self.refusals:
             proxy.fault(
