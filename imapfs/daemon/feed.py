@@ -8,7 +8,7 @@ import contextlib
 import json
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -55,10 +55,14 @@ class _Reader:
 
 
 class Feed:
-    """Sends events to any number of processes of the user who mounted."""
+    """Sends events to any number of processes of the user who mounted.
 
-    def __init__(self, directory: Path) -> None:
+    ``on_reader`` is called for each of them when it begins.
+    """
+
+    def __init__(self, directory: Path, on_reader: Callable[[], None]) -> None:
         self._directory = directory
+        self._on_reader = on_reader
         self._readers: set[_Reader] = set()
 
     def offer(self, event: Event) -> None:
@@ -84,6 +88,7 @@ class Feed:
         reader = _Reader()
         self._readers.add(reader)
         reader.put(_line(event="watching"))
+        self._on_reader()
         try:
             async with stream, trio.open_nursery() as nursery:
                 nursery.start_soon(_until_closed, stream, nursery.cancel_scope)

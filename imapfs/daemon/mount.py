@@ -221,7 +221,7 @@ async def _run(model: Model, background: trio.Nursery, observer: Observer) -> No
         model.fs, model.files, model.xattrs, status, kernel, announcer, events,
         timeout=config.timeout, read_only=config.read_only,
     )  # fmt: skip
-    feed = Feed(cache.directory)
+    feed = Feed(cache.directory, model.watching.follow_inbox)
     port = StatusPort(status.in_full)
     status.socket = port.name
     try:

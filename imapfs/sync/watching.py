@@ -175,6 +175,14 @@ class Watching:
         ]
         return sorted(known, key=self.rank, reverse=True)[: self._pool.watch_limit]
 
+    def follow_inbox(self) -> None:
+        """Have INBOX listed and watched, although no program has looked into it."""
+        for box in self._mailboxes():
+            if _is_inbox(box):
+                self.used(box.ino)
+                if not box.complete:
+                    self._sync.refresh_mailbox(box.ino, 0)
+
     def _mailboxes(self) -> list[Mailbox]:
         """Return the mailboxes that hold messages and are mounted."""
         return [box for box in self._cache.mailboxes() if box.selectable and self._is_mounted(box.ino)]

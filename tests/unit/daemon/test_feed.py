@@ -23,7 +23,7 @@ async def test_a_reader_that_finds_the_socket_can_connect(tmp_path: Path) -> Non
     for _ in range(ROUNDS):
         with trio.fail_after(DEADLINE):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(Feed(tmp_path).serve)
+                nursery.start_soon(Feed(tmp_path, lambda: None).serve)
                 while not path.exists():
                     await trio.lowlevel.checkpoint()
                 with trio.socket.socket(socket.AF_UNIX) as reader, address(tmp_path) as short:
@@ -40,7 +40,7 @@ async def test_sockets_that_a_kill_left_are_replaced(tmp_path: Path) -> None:
             left.bind(str(tmp_path / name))
     with trio.fail_after(DEADLINE):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(Feed(tmp_path).serve)
+            nursery.start_soon(Feed(tmp_path, lambda: None).serve)
             with address(tmp_path) as short:
                 while True:
                     with trio.socket.socket(socket.AF_UNIX) as reader:
@@ -59,7 +59,7 @@ def event(number: int) -> Event:
 
 @pytest.mark.trio
 async def test_reader_that_is_slow_is_told_what_it_lost(tmp_path: Path) -> None:
-    feed = Feed(tmp_path)
+    feed = Feed(tmp_path, lambda: None)
     count, records = 30_000, []
     with trio.fail_after(DEADLINE):
         async with trio.open_nursery() as nursery:
