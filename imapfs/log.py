@@ -23,6 +23,11 @@ def one_line(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+def shown_path(path: Iterable[bytes]) -> str:
+    """Return a path for people, of the names from the top down."""
+    return b"/".join(path).decode("utf-8", "replace")
+
+
 def printable(text: str, maximum: int = 500) -> str:
     """Return a text from outside for a person: one line, cut, without what would steer a terminal or turn the
     direction of writing. Characters that join others, as in emoji, stay."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
+from imapfs.log import shown_path
 from imapfs.model import Ino, Uid
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Place(NamedTuple):
     name: bytes
 
     def __str__(self) -> str:
-        return b"/".join((*self.path, self.name)).decode("utf-8", "replace")
+        return shown_path((*self.path, self.name))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,13 @@ beside the spool, and that is durable before a program is told that the director
 
 import json
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 from imapfs.atomic import replace_file
 from imapfs.errors import CacheError, NotPermitted
 from imapfs.fs.tree import MailTree
-from imapfs.log import report
+from imapfs.log import report, shown_path
 from imapfs.model import Ino
 from imapfs.names import as_bytes, as_text, is_file_name
 from imapfs.store.cache import Cache
@@ -64,7 +63,7 @@ class ScratchDirectories:
             try:
                 found[path] = self._restore(path, found.get(path[:-1]))
             except CacheError as error:
-                report(error, f"the scratch directory {_shown(path)} is not shown")
+                report(error, f"the scratch directory {shown_path(path)} is not shown")
         self._paths = {ino: path for path, ino in found.items()}
         self.follow()
 
@@ -124,9 +123,10 @@ class ScratchDirectories:
                 try:
                     self._cache.move_local_directory(ino, root, name)
                 except CacheError as error:
-                    report(error, f"the scratch directory {_shown(path)} is not shown")
+                    report(error, f"the scratch directory {shown_path(path)} is not shown")
                     continue
-                log.warning("%s: its mailbox was deleted; it is now at the top of the mount", _shown(path))
+                shown = shown_path(path)
+                log.warning("%s: its mailbox was deleted; it is now at the top of the mount", shown)
                 self._hub.publish(Changes(root, added=[(ino, name)]))
         self.follow()
 
@@ -178,7 +178,3 @@ def _load(file: Path) -> set[_Path]:
         log.warning("%s cannot be read (%s): what is in scratch directories is at the top", file, error)
         return set()
     return paths
-
-
-def _shown(path: Iterable[bytes]) -> str:
-    return b"/".join(path).decode("utf-8", "replace")

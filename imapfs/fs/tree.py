@@ -19,6 +19,7 @@ from typing import Final, NamedTuple, Protocol
 
 from imapfs.errors import MessageGone, NotADirectory
 from imapfs.fs.events import Place
+from imapfs.log import shown_path
 from imapfs.model import ROOT, Ino, MessageRef
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Node
@@ -128,7 +129,7 @@ class MailTree:
     def path_of(self, draft: Draft) -> str:
         """Return the path of a draft, relative to the mountpoint."""
         path = (*draft.path, draft.name)[len(self._cache.path(self._root)) :]
-        return b"/".join(path).decode("utf-8", "replace")
+        return shown_path(path)
 
     # -- entries -------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from imapfs import __version__
 from imapfs.fs.tree import MailTree
 from imapfs.imap.pool import SessionPool
 from imapfs.kernel.invalidation import KernelCache
-from imapfs.log import printable
+from imapfs.log import printable, shown_path
 from imapfs.model import MountConfig
 from imapfs.store.cache import Cache
 from imapfs.store.spool import Spool
@@ -91,7 +91,7 @@ class MountStatus:
             path = self._tree.path(box.ino) if box.complete else None
             if path:
                 messages, unseen = self._cache.counts(box.ino)
-                shown = printable(b"/".join(path).decode("utf-8", "replace"))
+                shown = printable(shown_path(path))
                 found.append({"path": shown, "messages": messages, "unseen": unseen})
         return sorted(found, key=lambda one: (-int(str(one["unseen"])), str(one["path"])))
 

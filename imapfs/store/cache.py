@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from imapfs.errors import CacheError
-from imapfs.log import report
+from imapfs.log import report, shown_path
 from imapfs.message_names import NameTemplate, variant
 from imapfs.model import ROOT, Ino, MessageRef, ModSeq, Uid, UidValidity
 from imapfs.names import MAX_NAME, shortened
@@ -202,7 +202,7 @@ class Cache:
     def shown(self, ino: Ino) -> str:
         """Return the path of a directory for people, from the account's root. Raises nothing."""
         try:
-            return b"/".join(self.path(ino)).decode("utf-8", "replace")
+            return shown_path(self.path(ino))
         except CacheError:
             return f"directory {ino}"
 

@@ -24,9 +24,16 @@ import trio
 
 from imapfs.atomic import replace_file, sync_path
 from imapfs.errors import CacheError
-from imapfs.log import report
+from imapfs.log import report, shown_path
 from imapfs.model import ROOT, Ino, MessageRef, Uid, UidValidity
-from imapfs.names import MAX_NAME, as_bytes, as_text, is_file_name, renamed, shortened
+from imapfs.names import (
+    MAX_NAME,
+    as_bytes,
+    as_text,
+    is_file_name,
+    renamed,
+    shortened,
+)
 from imapfs.store.journal import Attempt, Journal, restore_attempt
 
 log = logging.getLogger(__name__)
@@ -118,7 +125,7 @@ class Draft:
     @property
     def shown(self) -> str:
         """Return its path from the account's root, for people."""
-        return b"/".join((*self.path, self.name)).decode("utf-8", "replace")
+        return shown_path((*self.path, self.name))
 
     def touch(self) -> None:
         """Note that its bytes have just changed."""

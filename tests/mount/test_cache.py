@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from imapfs.imap.grammar import parse_sequence_set
 from tests.support.acceptance.providers import GmailPeer
 from tests.support.compare import contents, served, shown
 from tests.support.mail import plain, wild
@@ -340,12 +341,8 @@ def test_disk_full_in_the_middle_of_a_message_fails_that_read_only(user: Account
 def bodies_fetched(peer: GmailPeer) -> int:
     """Count the messages whose bodies were asked for."""
     asked = [command for command in peer.proxy.commands() if b"BODY.PEEK[])" in command]
-    return sum(len(expanded(command.split()[2])) for command in asked)
-
-
-def expanded(uid_set: bytes) -> list[int]:
-    ranges = [part.partition(b":") for part in uid_set.split(b",")]
-    return [uid for low, _, high in ranges for uid in range(int(low), int(high or low) + 1)]
+    ranges = [found for command in asked for found in parse_sequence_set(command.split()[2])]
+    return sum(last - first + 1 for first, last in ranges)
 
 
 LARGE = plain(9, 600_000)

@@ -5,7 +5,6 @@ import itertools
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 
 from tests.support.disk import Disk
 from tests.support.mailboxes import everything, file_of, held, settle, waiting
-from tests.support.mounting import MailAccount, Mount, RobustMount, wait_until
+from tests.support.mounting import MailAccount, Mount, RobustMount, wait_for_another_second, wait_until
 from tests.support.servers.account import ImapAccount
 from tests.support.servers.courier import Courier
 from tests.support.servers.dovecot import Account, Dovecot
@@ -348,8 +347,7 @@ def test_an_upload_is_found_although_uidvalidity_was_not_kept_yet(
         user = courier.account("empty")
         mounted = mount(proxy.account(user))
         assert os.listdir(mounted.path / "Sent") == []
-        listed = int(time.time())
-        wait_until(lambda: int(time.time()) > listed + 1, "another second")
+        wait_for_another_second()
         # It is on the server, and no answer says so.
         fault = proxy.fault(rb"APPEND", "cut", at="answer")
         (mounted.path / "Sent" / "new.eml").write_bytes(mail("new"))

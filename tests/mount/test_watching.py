@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 
 from tests.support.mail import plain
 from tests.support.mailboxes import file_of, settle
-from tests.support.mounting import DEADLINE, Mount, Mounter, wait_until
+from tests.support.mounting import DEADLINE, Mount, Mounter, wait_for_another_second, wait_until
 from tests.support.servers.account import ImapAccount
 from tests.support.servers.courier import Courier
 from tests.support.servers.dovecot import Account
@@ -49,12 +48,6 @@ def push(mount: Mount) -> dict[str, object]:
 def wait_for_watch(mount: Mount, *mailboxes: str) -> None:
     """Wait until exactly these are watched by IDLE."""
     wait_until(lambda: sorted(push(mount)["idle"]) == sorted(mailboxes), f"a watch of {mailboxes}")  # type: ignore[call-overload]
-
-
-def wait_for_another_second() -> None:
-    """Of two changes within a second Dovecot may tell one only, or list for good what is not there."""
-    over = time.monotonic() + 1.2
-    wait_until(lambda: time.monotonic() > over, "another second")
 
 
 @contextlib.contextmanager

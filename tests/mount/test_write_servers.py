@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import pytest
 
 from tests.support.mail import plain
 from tests.support.mailboxes import Held, everything, in_order, mailboxes, settle, waiting
-from tests.support.mounting import Mount, Mounter, wait_until
+from tests.support.mounting import Mount, Mounter, wait_for_another_second, wait_until
 from tests.support.servers.account import ImapAccount
 from tests.support.servers.courier import Courier
 from tests.support.servers.dovecot import Account
@@ -188,14 +187,19 @@ def test_cp_keeps_date_flags_and_name(kind: Kind, start: Callable[..., Mount]) -
     assert everything(kind.account) == contents(kind, INBOX=[ONE, TWO], Work=[new] * 3)
 
 
+def start_beside_empty(start: Callable[..., Mount]) -> Mount:
+    """Mount, list the empty Work, and let a second pass: Courier names another UIDVALIDITY now."""
+    mounted = start()
+    assert os.listdir(mounted.path / "Work") == []
+    wait_for_another_second()
+    return mounted
+
+
 def test_cp_keeps_the_name_although_uidvalidity_is_not_kept_yet(
     kind: Kind, start: Callable[..., Mount]
 ) -> None:
     """Courier names the time of each EXAMINE as UIDVALIDITY, until a message is in the mailbox."""
-    mounted = start()
-    assert os.listdir(mounted.path / "Work") == []
-    listed = int(time.time())
-    wait_until(lambda: int(time.time()) > listed + 1, "another second")
+    mounted = start_beside_empty(start)
     put(mounted.path / "Work" / "new.eml", message(3, LATER))
     drain(mounted)
     wait_until(lambda: visible(mounted, "Work") == [plain(3)], "it is listed")
@@ -210,10 +214,7 @@ def test_mv_keeps_the_name_although_uidvalidity_is_not_kept_yet(
     kind: Kind, start: Callable[..., Mount]
 ) -> None:
     """See above: what was moved to an empty mailbox got another name and inode at the next look."""
-    mounted = start()
-    assert os.listdir(mounted.path / "Work") == []
-    listed = int(time.time())
-    wait_until(lambda: int(time.time()) > listed + 1, "another second")
+    mounted = start_beside_empty(start)
     path, moved = the_file(mounted.path / "INBOX", ONE), mounted.path / "Work" / "moved.eml"
     inode = path.stat().st_ino
     path.rename(moved)

@@ -327,6 +327,16 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.01)
 
 
+def wait_for_another_second() -> None:
+    """Wait for servers that tell two things apart by the second.
+
+    Of two changes within one, Dovecot may tell one only, or list for good what is not there. Courier names
+    the second of an EXAMINE as UIDVALIDITY.
+    """
+    over = time.monotonic() + 1.2
+    wait_until(lambda: time.monotonic() > over, "another second")
+
+
 @contextlib.contextmanager
 def mounter(directory: Path) -> Iterator[Mounter]:
     """Unmount all that was mounted when the block ends, the last first."""

@@ -13,6 +13,7 @@ from imapfs.errors import ImapfsError
 from imapfs.imap.connect import tls_context
 from imapfs.imap.grammar import ListEntry
 from imapfs.imap.session import Session
+from imapfs.log import shown_path
 from imapfs.model import CredentialProvider, MountConfig
 from imapfs.store.rows import Directory
 from imapfs.sync.mailbox_list import display_name, plan_tree
@@ -113,7 +114,7 @@ class AccountSteps:
                 "failed", f"there is no mailbox {wanted}", f"choose another; those at the top are: {top}"
             )
         uses = {
-            use: "/".join(part.decode("utf-8", "replace") for part in directory.path)
+            use: shown_path(directory.path)
             for directory in reversed(tree)
             if (use := directory.special_use) and directory.selectable
         }
@@ -135,7 +136,7 @@ class AccountSteps:
         found = known_by_name(directory.path for directory in tree if directory.selectable)
         if found is None:
             return Result("ok", "the server has no Trash: the first rm makes one")
-        path = b"/".join(found).decode("utf-8", "replace")
+        path = shown_path(found)
         return Result(
             "warning",
             f"no mailbox is marked as \\Trash: rm moves to {path}, because of its name",

@@ -7,7 +7,7 @@ where deleting from one leaves the message in the others, and limits of a day.
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Final, NamedTuple
+from typing import ClassVar, Final
 
 from tests.support.acceptance.peers import DovecotPeer
 from tests.support.servers.intermediary import Intermediary
@@ -20,16 +20,6 @@ _FIELDS: Final = re.compile(rb"(?<=HEADER\.FIELDS \()([^)\"]*)(?=\))")
 _BODY_60: Final = rb"UID FETCH (?:\S+,)?(?:\d+:)?60(?:,\S+)? \(UID .*PEEK\[\]"
 
 
-class Refusal(NamedTuple):
-    """What is answered in place of the server; see `Proxy.fault`."""
-
-    command: bytes
-    answer: bytes
-    nth: int = 1
-    times: int | None = None
-    unless: bytes | None = None
-
-
 class ProviderPeer(DovecotPeer):
     """Dovecot with the words and the habits of a provider."""
 
@@ -38,26 +28,20 @@ class ProviderPeer(DovecotPeer):
     """Its capabilities after a login, as it says them."""
     hidden: ClassVar[Sequence[str]]
     """Extensions that it does not understand."""
-    refusals: ClassVar[Sequence[Refusal]] = ()
+    proxy: Proxy
 
     @property
     def title(self) -> str:
         return f"{self.shown} (emulated)"
 
-    proxy: Proxy
-
     def _before(self) -> Intermediary:
-        proxy = self.proxy = Proxy(self.dovecot, hide=self.hidden, edits=[self._announce, *self._edits()])
-        proxy.rephrase = self._rephrase
-        for refusal in self.refusals:
-            proxy.fault(
-                refusal.command,
-                refusal.answer,
-                nth=refusal.nth,
-                times=refusal.times,
-                unless=refusal.unless,
-            )
-        return proxy
+        edits = [self._announce, *self._edits()]
+        self.proxy = Proxy(self.dovecot, hide=self.hidden, edits=edits, rephrase=self._rephrase)
+        self._refuse()
+        return self.proxy
+
+    def _refuse(self) -> None:
+        """Have the proxy refuse what the provider refuses."""
 
     def _announce(self, line: bytes) -> bytes:
         return _CAPABILITIES.sub(lambda found: found[1] + b"CAPABILITY " + self.announced, line, count=1)
@@ -101,15 +85,15 @@ class ExchangePeer(ProviderPeer):
     hidden = (
         "CONDSTORE", "ENABLE", "NOTIFY", "LIST-EXTENDED", "ESEARCH", "MULTIAPPEND", "SORT", "THREAD",
     )  # fmt: skip
-    refusals = (
+
+    def _refuse(self) -> None:
         # As imapfs writes it: the second client is not asked to wait.
-        Refusal(
+        self.proxy.fault(
             rb"UID FETCH \S+ \(UID ",
             b"NO Request is throttled. Suggested Backoff Time: 300 milliseconds",
             nth=7,
             times=3,
-        ),
-    )
+        )
 
     def _edits(self) -> Iterable[Edit]:
         return (_without_uids, _with_wrong_sizes)
@@ -143,10 +127,12 @@ class YahooPeer(ProviderPeer):
         b" SPECIAL-USE APPENDLIMIT=41697280"
     )
     hidden = ("NOTIFY", "CONDSTORE", "ENABLE", "LIST-EXTENDED", "ESEARCH", "MULTIAPPEND")
-    refusals = (
-        Refusal(_BODY_60, b"NO [UNAVAILABLE] UID FETCH Server error - Please try again later"),
-        Refusal(b".*(CONDSTORE|MODSEQ|CHANGEDSINCE)", b"BAD [CLIENTBUG] Command Argument Error. 11"),
-    )
+
+    def _refuse(self) -> None:
+        server_error = b"NO [UNAVAILABLE] UID FETCH Server error - Please try again later"
+        self.proxy.fault(_BODY_60, server_error, times=None)
+        argument_error = b"BAD [CLIENTBUG] Command Argument Error. 11"
+        self.proxy.fault(rb".*(CONDSTORE|MODSEQ|CHANGEDSINCE)", argument_error, times=None)
 
     def _edits(self) -> Iterable[Edit]:
         return (_with_modseq, _with_lower_inbox)
@@ -164,9 +150,10 @@ class NetEasePeer(ProviderPeer):
         "NOTIFY", "CONDSTORE", "ENABLE", "ESEARCH", "MULTIAPPEND", "IDLE", "MOVE", "NAMESPACE", "UNSELECT",
         "CHILDREN", "LIST-EXTENDED",
     )  # fmt: skip
-    refusals = (
-        Refusal(b"(SELECT|EXAMINE) ", b"NO SELECT Unsafe Login. Please contact us for help", unless=b"ID"),
-    )
+
+    def _refuse(self) -> None:
+        unsafe = b"NO SELECT Unsafe Login. Please contact us for help"
+        self.proxy.fault(rb"(SELECT|EXAMINE) ", unsafe, times=None, unless=b"ID")
 
     def _edits(self) -> Iterable[Edit]:
         return (_with_quoted_fields,)
