@@ -51,12 +51,17 @@ class DaemonDead(ImapfsError):
 def read_status(path: Path, timeout: float = 5.0) -> dict[str, Any]:
     """Return the status that the daemon of the mount at ``path`` reports.
 
-    Raises UsageError if imapfs is not mounted there, DaemonDead, and ImapfsError if the daemon does not
-    answer within ``timeout`` seconds, or does not answer this user.
+    It is short, without the files, if the daemon runs where its socket cannot be reached. Raises UsageError
+    if imapfs is not mounted there, DaemonDead, and ImapfsError if the daemon does not answer within
+    ``timeout`` seconds, or does not answer this user.
     """
     status = _read_attribute(path, timeout)
     socket = status.pop("socket", None)
-    whole = status_port.read(socket, timeout) if isinstance(socket, str) else None
+    try:
+        whole = status_port.read(socket, timeout) if isinstance(socket, str) and socket else None
+    except (OSError, ValueError, RecursionError) as error:
+        # Who asks would take the files that are not named for sent.
+        raise ImapfsError(f"{path}: the daemon does not tell its status ({error}); try again") from None
     return status if whole is None or whole.get("pid") != status.get("pid") else whole
 
 

@@ -222,8 +222,6 @@ async def _run(model: Model, background: trio.Nursery, observer: Observer) -> No
         timeout=config.timeout, read_only=config.read_only,
     )  # fmt: skip
     feed = Feed(cache.directory, model.watching.follow_inbox)
-    port = StatusPort(status.in_full)
-    status.socket = port.name
     try:
         await start(model, background)
         # Not earlier: what the first listing finds is not new.
@@ -231,6 +229,8 @@ async def _run(model: Model, background: trio.Nursery, observer: Observer) -> No
         events.subscribe(feed.offer)
         adapter.mount(config.mountpoint, _mount_options(config))
         try:
+            port = StatusPort(status.in_full)
+            status.socket = port.name
             log.info("mounted %s on %s", config.account.url, config.mountpoint)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(announcer.run)

@@ -26,21 +26,29 @@ _MAX_SIZE: Final = 64 << 20
 
 
 class StatusPort:
-    """Answers each connection with ``status()``. Any number of processes of the user may ask."""
+    """Answers each connection with ``status()``. Any number of processes of the user may ask.
+
+    From the constructor on, who connects is answered as soon as `serve` runs.
+    """
 
     def __init__(self, status: Callable[[], bytes]) -> None:
+        """Raises nothing: the mount works without it."""
         self._status = status
         self.name = f"imapfs-{os.getpid()}-{secrets.token_hex(8)}"
-
-    async def serve(self) -> None:
-        """Answer until cancelled. Raises nothing: the mount works without it."""
+        self._listener: socket.socket | None = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-                await listener.bind("\0" + self.name)
-                listener.listen()
-                await trio.serve_listeners(self._answer, [trio.SocketListener(listener)])
+            self._listener.bind("\0" + self.name)
+            self._listener.listen()
         except OSError as error:
             log.warning("'imapfs status' shows no files of this mount: %s", error)
+            self._listener.close()
+            self._listener, self.name = None, ""
+
+    async def serve(self) -> None:
+        """Answer until cancelled."""
+        if self._listener is not None:
+            with trio.socket.from_stdlib_socket(self._listener) as listener:
+                await trio.serve_listeners(self._answer, [trio.SocketListener(listener)])
 
     async def _answer(self, stream: trio.SocketStream) -> None:
         with contextlib.suppress(trio.BrokenResourceError):
@@ -57,19 +65,23 @@ def belongs_to_us(connection: Any) -> bool:
 
 
 def read(name: str, timeout: float) -> dict[str, Any] | None:
-    """Return the status that the socket ``name`` gives within ``timeout`` seconds; None if it gives none.
+    """Return the status that the socket ``name`` gives within ``timeout`` seconds.
 
-    None as well if the socket is not the user's own: its name came from the file system.
+    None if there is no such socket here (a container may have a network of its own), or if it is not the
+    user's own: its name came from the file system. Raises OSError and ValueError if it gives no status.
     """
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(timeout)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout)
+        try:
             connection.connect("\0" + name)
-            if not belongs_to_us(connection):
-                return None
-            data = bytearray()
-            while len(data) < _MAX_SIZE and (more := connection.recv(1 << 16)):
-                data += more
-        found = json.loads(data)
-        return found if isinstance(found, dict) else None
-    return None
+        except ConnectionRefusedError:
+            return None
+        if not belongs_to_us(connection):
+            return None
+        data = bytearray()
+        while len(data) < _MAX_SIZE and (more := connection.recv(1 << 16)):
+            data += more
+    found = json.loads(data)
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found

@@ -29,6 +29,7 @@ from typing import Final
 
 import trio
 
+from imapfs import mountinfo
 from imapfs.errors import NotFound, NotPermitted
 from imapfs.fs.events import Event, EventKind, Place
 from imapfs.fs.filesystem import Filesystem
@@ -117,6 +118,10 @@ class Announcer:
                 try:
                     await self._run()
                 except (OSError, ValueError, trio.BrokenResourceError) as error:
+                    if not self._is_mounted():
+                        # Programs that have a file open keep a detached mount alive.
+                        log.info("inotify reports nothing in a mount that is detached")
+                        return
                     self._failures += 1
                     log.info("inotify did not report a change: %s", error)
                     await self._end_process()
@@ -128,6 +133,10 @@ class Announcer:
             self._waiting.clear()
             if self._process is not None:
                 self._process.kill()
+
+    def _is_mounted(self) -> bool:
+        mount = mountinfo.mount_at(self._mountpoint)
+        return mount is not None and mount.fstype == mountinfo.FSTYPE
 
     async def end(self) -> None:
         """End the helper process. Call this once the mount has ended: before, it may wait for an answer."""

@@ -322,6 +322,22 @@ def test_daemon_that_is_ended_amid_announcements_ends(burst: Mount, number: sign
     wait_until(lambda: callers(burst) == [], "the end of the process that announces")
 
 
+def test_nothing_is_announced_in_a_mount_that_is_detached(user: Account, mount: Mounter) -> None:
+    """What is at the mountpoint then is not the mount, which a program keeps alive: that was a warning."""
+    user.deliver("INBOX", [(plain(1), DATE, "")])
+    mounted = mount(user)
+    assert contents(mounted.path / "INBOX")
+    inbox = os.open(mounted.path / "INBOX", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        subprocess.run(["fusermount3", "-u", "-z", mounted.path], check=True)
+        user.deliver("INBOX", [(plain(2), DATE, "")])
+        wait_until(lambda: len(os.listdir(inbox)) == 2, "the new message is shown")
+        wait_until(lambda: "inotify reports nothing" in mounted.log_text(), "the announcement is given up")
+    finally:
+        os.close(inbox)
+    mounted.wait_ended()
+
+
 def test_announcements_go_on_with_another_process(user: Account, mount: Mounter) -> None:
     user.deliver("INBOX", [(plain(0), DATE, "")])
     mounted = mount(user, "--names", "uid")
