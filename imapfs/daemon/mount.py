@@ -139,7 +139,7 @@ def build_model(
     reporter = SpaceReporter(pool, cache.directory, background, config.timeout)
     fs = Filesystem(
         tree, refresher, files, drafts, scratch, replacer, reporter, cache, spool, pool, sync, locator, mover,
-        folders, uploader, replaced, config.timeout,
+        folders, uploader, replaced,
     )  # fmt: skip
     xattrs = ExtendedAttributes(tree, refresher, cache, spool, pool, flags, uploader, config.list_attributes)
     return Model(

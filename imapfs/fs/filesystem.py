@@ -15,11 +15,8 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-import trio
-
 from imapfs.errors import (
     CacheError,
-    ConnectionLost,
     CrossDevice,
     Exists,
     ImapfsError,
@@ -32,7 +29,6 @@ from imapfs.errors import (
     NotFound,
     NotPermitted,
     Refused,
-    Throttled,
 )
 from imapfs.fs.drafts import Drafts
 from imapfs.fs.files import Files, Opening
@@ -49,6 +45,7 @@ from imapfs.names import MAX_NAME, MESSAGE_SUFFIX, is_inbox, is_message_name, se
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Mailbox, Node
 from imapfs.store.spool import Base, Draft, DraftState, Spool
+from imapfs.sync.append import check_is_message
 from imapfs.sync.changes import Renamed
 from imapfs.sync.folders import Folders
 from imapfs.sync.locate import Locator
@@ -59,8 +56,6 @@ from imapfs.sync.upload import Uploader
 
 log = logging.getLogger(__name__)
 
-_ANSWER_IN_TIME: Final = 0.2
-"""Fraction of a request's timeout that is reserved for the answer after the wait for an upload."""
 _NOISE: Final = {b"RCS", b"CVS", b"SCCS", b"BitKeeper", b"autorun.inf", b"desktop.ini"}
 """Names that programs look up in every directory, and that no mailbox is likely to have."""
 
@@ -77,7 +72,7 @@ class _Before:
 
 
 class Filesystem:
-    """The operations on one mounted account. ``timeout`` limits a request, in seconds."""
+    """The operations on one mounted account."""
 
     def __init__(
         self,
@@ -97,7 +92,6 @@ class Filesystem:
         folders: Folders,
         uploader: Uploader,
         replaced: ReplacedMessages,
-        timeout: float,
     ) -> None:
         self._tree = tree
         self._refresher = refresher
@@ -115,7 +109,6 @@ class Filesystem:
         self._folders = folders
         self._uploader = uploader
         self._replaced = replaced
-        self._timeout = timeout
 
     @property
     def late_errno(self) -> int:
@@ -203,6 +196,7 @@ class Filesystem:
         is_mail = self._is_mail(directory, name)
         if is_mail:
             await self._make_selectable(directory)
+            await self._uploader.check_takes(directory)
         if self._tree.child(directory, name) is not None:
             raise Exists("a file with this name exists")
         path = self._cache.path(directory)
@@ -328,8 +322,8 @@ class Filesystem:
 
         A directory: RENAME. A message: MOVE to another mailbox; within its mailbox only its name changes,
         which is kept here. A draft: its place changes; if its new name is that of a message, it is complete,
-        and this waits for the upload. The file that had the new name before is replaced: if it is a message,
-        it is removed as by ``rm``, after everything else has succeeded.
+        and is uploaded once it is safe on this disk. The file that had the new name before is replaced: if it
+        is a message, it is removed as by ``rm``, after everything else has succeeded.
         """
         here, there = self._directory(parent, name), self._directory(new_parent, new_name)
         source, target = self._tree.child(here, name), self._tree.child(there, new_name)
@@ -378,6 +372,9 @@ class Filesystem:
         """Rename a draft. Return False if it has become a message, which the caller has to rename."""
         if self._is_mail(there, new_name):
             await self._make_selectable(there)
+            await self._check_takes(draft, there)
+            if self._spool.get(draft.ino) is not draft:
+                return False
         if self._cache.node(draft.ino) is not None and draft.parent != there:
             # A message with changes that are not on the server yet cannot move before they are.
             await self._settle(draft)
@@ -397,6 +394,15 @@ class Filesystem:
                 self._replacer.note_renamed_version(here, name, new_name, base, draft.flags)
             await self._replaced.discard(base.ref)
         return True
+
+    async def _check_takes(self, draft: Draft, there: Ino) -> None:
+        """Raise Invalid if a draft is no mail message, or why the server is known to take none there."""
+        if draft.state == "unsent" and draft.parent == there:
+            return  # only its name changes
+        if draft.size and not self._files.is_written(draft.ino):
+            check_is_message(draft)
+        if draft.state == "local" or draft.parent != there:
+            await self._uploader.check_takes(there)
 
     async def _place_draft(self, draft: Draft, replaced: Replacement, there: Ino, new_name: bytes) -> None:
         """Give a withdrawn draft another place, and upload it if that makes it complete."""
@@ -432,13 +438,11 @@ class Filesystem:
         if is_version:
             self._cache.rename(draft.ino, new_name)
         try:
-            if not self._files.is_written(draft.ino) and self._complete(draft, now=True):
-                await self._wait_for_server(draft)
-            else:
-                draft.save()
+            # Before it is uploaded: from then on it can be a message at any moment.
+            await draft.secure()
         except ImapfsError:
             # The draft goes back to where it was: a rename either succeeds or changes nothing.
-            draft.state = "unsent" if before.state == "sending" else before.state
+            draft.state = before.state
             draft.closed = False
             draft.base = before.base
             self._spool.rename(draft, before.parent, before.name, before.path)
@@ -449,22 +453,9 @@ class Filesystem:
             raise
         if is_version and target is not None:
             # The upload itself removes only the old version of the renamed message.
-            if self._spool.get(draft.ino) is draft:
-                await draft.secure()
             await self._replacer.remove(target)
-
-    async def _wait_for_server(self, draft: Draft) -> None:
-        """Wait until a draft is uploaded or refused, but not for a server that is away or slow."""
-        # The program needs its answer before the request times out.
-        deadline = trio.current_effective_deadline() - self._timeout * _ANSWER_IN_TIME
-        with trio.move_on_at(deadline):
-            try:
-                await self._uploader.deliver(draft)
-                return
-            except (ConnectionLost, Throttled) as error:
-                log.info("%s will be uploaded later: %s", draft.shown, error)
-        if self._spool.get(draft.ino) is draft:
-            await draft.secure()
+        if self._spool.get(draft.ino) is draft and not self._files.is_written(draft.ino):
+            self._complete(draft, now=True)
 
     async def _settle(self, draft: Draft) -> None:
         """Upload a new version of a message, or drop it if nothing was written. Raises Refused."""

@@ -12,7 +12,7 @@ from typing import Final
 
 import trio
 
-from imapfs.errors import ConnectionLost, MailboxGone, Refused
+from imapfs.errors import CacheError, ConnectionLost, Invalid, MailboxGone, Refused
 from imapfs.imap.grammar import FetchData
 from imapfs.imap.session import Session, Upload
 from imapfs.model import MessageRef
@@ -23,6 +23,8 @@ from imapfs.sync.locate import ServerMailbox
 
 _CHUNK: Final = 1 << 20
 """Bytes that are handled at once; a larger draft is copied into a file, not into memory."""
+_MAX_FIELD_NAME: Final = 76
+_HEADER_FIELD = re.compile(rb"[!-9;-~]{1,%d}[ \t]*:" % _MAX_FIELD_NAME)
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _APPENDLIMIT = re.compile(r"APPENDLIMIT=(\d+)")
 
@@ -50,6 +52,22 @@ class Payload:
         """Release the copy. The payload must not be used any more."""
         if isinstance(self.data, mmap.mmap):
             self.data.close()
+
+
+def is_message(head: bytes) -> bool:
+    """Return whether bytes that begin so are a mail message: whether they begin with a header field."""
+    return _HEADER_FIELD.match(head) is not None
+
+
+def check_is_message(draft: Draft) -> None:
+    """Raise Invalid if a draft is no mail message, CacheError if it cannot be read."""
+    try:
+        with draft.file.open("rb") as file:
+            head = file.read(2 * _MAX_FIELD_NAME)
+    except OSError as error:
+        raise CacheError.from_os_error(error, f"cannot read {draft.file}") from None
+    if not is_message(head):
+        raise Invalid("it is no mail message: the first line is no header field")
 
 
 def make_payload(draft: Draft) -> Payload:

@@ -21,7 +21,6 @@ becomes of a draft that is on the server in `imapfs.sync.adopt`.
 import contextlib
 import logging
 import mmap
-import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -53,7 +52,7 @@ from imapfs.store.journal import Attempt, Journal
 from imapfs.store.rows import Node
 from imapfs.store.spool import MAX_TIME, Draft, Spool
 from imapfs.sync.adopt import Adopter
-from imapfs.sync.append import AppendBatch, Payload, UploadSearch, make_payload
+from imapfs.sync.append import AppendBatch, Payload, UploadSearch, check_is_message, make_payload
 from imapfs.sync.changes import ChangeHub
 from imapfs.sync.download import Downloader
 from imapfs.sync.flags import FlagChanger
@@ -76,7 +75,10 @@ _MAX_BATCH_BYTES: Final = 4 << 20
 _MAX_ENDED: Final = 3
 """Attempts that the server ends without an answer, although other commands work, before that is a refusal."""
 _CHUNK: Final = 1 << 20
-_HEADER_FIELD = re.compile(rb"[!-9;-~]{1,76}[ \t]*:")
+_OF_MAILBOX: Final = frozenset({"NOPERM", "OVERQUOTA"})
+"""Response codes (RFC 5530) of a refusal that holds for other messages in the mailbox too."""
+_REFUSED_PAUSE: Final = 5.0
+"""Seconds after which such a refusal is put to the test again, if somebody puts a message there."""
 
 
 @dataclass(slots=True)
@@ -90,6 +92,17 @@ class _Prepared:
     @property
     def draft(self) -> Draft:
         return self.pending.draft
+
+
+@dataclass(slots=True)
+class _RefusedMailbox:
+    """A mailbox that takes no messages, as far as is known."""
+
+    error: Refused
+    drafts: dict[Ino, Draft]
+    """Those that were refused for that."""
+    retry: float
+    """When one of them may be tried again, as time.monotonic()."""
 
 
 class Uploader:
@@ -123,6 +136,7 @@ class Uploader:
         self._notes = UploadNotes(journal, spool)
         self._flags = flags
         self._adopter = Adopter(cache, bodies, spool, replaced, self._notes, hub, self._pending)
+        self._refused: dict[Ino, _RefusedMailbox] = {}
         self._workers: dict[Ino, trio.Event] = {}
         """Mailbox -> the event that wakes its worker."""
         self._claimed: dict[Ino, trio.Event] = {}
@@ -167,6 +181,37 @@ class Uploader:
         if pending is not None and pending.error is not None:
             return pending.error.with_traceback(None)
         return Refused(draft.error)
+
+    async def check_takes(self, mailbox: Ino) -> None:
+        """Raise why a mailbox takes no messages, if the server has refused one for that.
+
+        Every few seconds this tries one of those again. If the server takes it now, all are uploaded.
+        """
+        refused = self._refused.get(mailbox)
+        if refused is None:
+            return
+        refused.drafts = {ino: d for ino, d in refused.drafts.items() if self._is_refused(d, mailbox)}
+        if refused.drafts:
+            if time.monotonic() < refused.retry:
+                raise refused.error.with_traceback(None)
+            refused.retry = time.monotonic() + _REFUSED_PAUSE
+            # Some servers refuse a message only when they have all of it.
+            smallest = min(refused.drafts.values(), key=lambda draft: draft.size)
+            try:
+                await self.submit(smallest, now=True).wait()
+            except (ConnectionLost, AuthenticationFailed, Throttled) as error:
+                log.info("%s is tried again later: %s", smallest.shown, error)
+            except ImapfsError as error:
+                if isinstance(error, Refused) and error.code in _OF_MAILBOX:
+                    raise
+        self._refused.pop(mailbox, None)
+        for draft in refused.drafts.values():
+            if self._is_refused(draft, mailbox):
+                self.submit(draft)
+
+    def _is_refused(self, draft: Draft, mailbox: Ino) -> bool:
+        is_here = self._spool.get(draft.ino) is draft and draft.parent == mailbox
+        return is_here and draft.state == "unsent"
 
     def _wake(self, mailbox: Ino) -> None:
         news = self._workers.get(mailbox)
@@ -394,8 +439,7 @@ class Uploader:
             payload = await trio.to_thread.run_sync(make_payload, draft)
             if not payload.is_current(draft):
                 return None
-            if not _HEADER_FIELD.match(payload.data[:100]):
-                raise Invalid("it is no mail message: the first line is no header field")
+            check_is_message(draft)
             if draft.base is not None:
                 old = self._locator.find(draft.base.ref)
                 # If another client has deleted the old version, this is simply a new message.
@@ -509,6 +553,10 @@ class Uploader:
             elif isinstance(outcome, Refused):
                 self._notes.drop(draft)
                 self._refuse(prepared.pending, outcome)
+                if outcome.code in _OF_MAILBOX:
+                    retry = time.monotonic() + _REFUSED_PAUSE
+                    refused = self._refused.setdefault(directory, _RefusedMailbox(outcome, {}, retry))
+                    refused.drafts[draft.ino] = draft
             elif outcome is not None and (data := batch.listed(outcome)) is not None:
                 if draft.flags != prepared.message.flags:
                     flagged.append((prepared, data))

@@ -29,7 +29,7 @@ class Asked:
         files = Files(account.cache, unused, unused, unused, account.spool, account.tree, unused)
         fs = Filesystem(
             account.tree, unused, files, unused, unused, unused, unused, account.cache, account.spool,
-            unused, unused, unused, unused, unused, unused, unused, timeout=1,
+            unused, unused, unused, unused, unused, unused, unused,
         )  # fmt: skip
         announcer = Announcer(fs, account.tree, self.kernel, Path("/"), read_only=False)
         self.adapter = Adapter(
