@@ -1,12 +1,19 @@
-"""Replacing a file as a whole: after a kill it has either its old or its new contents."""
+"""Writing a file as a whole. One that is replaced has either its old or its new contents after a kill."""
 
 import mmap
 import os
 from pathlib import Path
 from typing import Final
 
+_NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
 TEMPORARY: Final = ".tmp"
 """Suffix of a file that is not complete. What has it after a kill is of no use."""
+
+
+def create_file(path: Path, data: bytes) -> None:
+    """Make a file, readable by its owner only. A kill can leave a part of it. Raises OSError."""
+    with os.fdopen(os.open(path, _NEW, 0o600), "wb") as file:
+        file.write(data)
 
 
 def replace_file(path: Path, data: bytes | mmap.mmap, *, durable: bool) -> None:
@@ -16,7 +23,7 @@ def replace_file(path: Path, data: bytes | mmap.mmap, *, durable: bool) -> None:
     are still there then.
     """
     temporary = path.with_name(path.name + TEMPORARY)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    fd = os.open(temporary, _NEW, 0o600)
     with os.fdopen(fd, "wb") as file:
         file.write(data)
         if durable:

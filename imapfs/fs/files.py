@@ -255,8 +255,11 @@ class Files:
         if not draft.dirty or draft.closed or draft.state in {"sending", "unsent"}:
             before = draft.dirty, draft.closed, draft.state
             draft.dirty, draft.closed = True, False
-            if draft.state != "local":
-                draft.state = "open"
+            if draft.state == "local":
+                return
+            draft.state = "open"
+            if before == (False, False, "open") and draft.base is None:
+                return  # a new file that was not written yet is never taken for a complete one
             try:
                 draft.save()
             except CacheError:
@@ -311,13 +314,15 @@ class Files:
     async def flush(self, ino: Ino) -> None:
         """Make what was written to a file survive a power cut. The result is that of close().
 
+        A temporary file is promised nothing before it is renamed, as on any other file system.
+
         Each close() of a descriptor makes a flush. If all writers have made one since the last write, the
         file is complete: what the kernel says later (RELEASE) may be lost with the mount or the machine.
         """
         file = self._open[ino]
         file.flushed = min(file.writers, file.flushed + 1)
         draft = self._spool.get(ino)
-        if draft is None or not draft.dirty:
+        if draft is None or not draft.dirty or draft.is_temporary:
             return
         if draft.state == "open" and file.flushed == file.writers and draft.size and not draft.closed:
             draft.closed = True

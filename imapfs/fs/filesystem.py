@@ -200,8 +200,8 @@ class Filesystem:
         if self._tree.child(directory, name) is not None:
             raise Exists("a file with this name exists")
         path = self._cache.path(directory)
-        draft = self._spool.create(self._cache.new_ino(), directory, name, path, mode)
-        draft.state = "open" if is_mail else "local"
+        state: DraftState = "open" if is_mail else "local"
+        draft = self._spool.create(self._cache.new_ino(), directory, name, path, mode, state=state)
         previous = self._replacer.just_renamed(directory, name)
         if previous is not None:
             self._replacer.make_version(draft, previous)
@@ -249,8 +249,13 @@ class Filesystem:
                 self._complete(draft)
 
     def complete_closed(self) -> None:
-        """Submit what programs have closed, but the kernel has not released before the mount ended."""
+        """Submit what programs have closed, but the kernel has not released before the mount ended.
+
+        The attributes of temporary files are saved, too.
+        """
         for draft in self._spool:
+            if draft.is_temporary:
+                self._spool.try_save(draft)
             if draft.closed and draft.state == "open":
                 try:
                     self._complete(draft)
@@ -295,8 +300,9 @@ class Filesystem:
     ) -> None:
         """Do what chmod, utimens (mtime in nanoseconds) and chown ask for.
 
-        Mode and mtime are kept here, because a server cannot store them. Raises NotPermitted for an owner or
-        a group that is not the user's own.
+        Mode and mtime are kept here, because a server cannot store them. Those of a temporary file are saved
+        when it is renamed, at fsync and at the end of the mount: rsync sets them for each file.
+        Raises NotPermitted for an owner or a group that is not the user's own.
         """
         if (owner is not None and owner != os.getuid()) or (
             group is not None and group not in {os.getgid(), *os.getgroups()}
@@ -311,7 +317,8 @@ class Filesystem:
         if mtime is not None:
             draft.mtime, draft.timed = mtime, True
         draft.ctime = time.time_ns()
-        draft.save()
+        if not draft.is_temporary:
+            draft.save()
 
     # -- mv ------------------------------------------------------------------------------------------------
 

@@ -196,7 +196,10 @@ class MailTree:
         within = self._spool.within(inside)
         names = {draft.name for draft in within}
         drafts = {draft.ino: draft for draft in within if after < draft.ino <= end}
-        page = [self._shown(node) for node in nodes if node.ino not in drafts and node.name not in names]
+        if not self._spool:
+            page = [Entry.of_node(node) for node in nodes]
+        else:
+            page = [self._shown(node) for node in nodes if node.ino not in drafts and node.name not in names]
         if drafts:
             page += [Entry.of_draft(draft) for draft in drafts.values()]
             page.sort(key=lambda entry: entry.ino)

@@ -226,22 +226,29 @@ class Adapter(pyfuse3.Operations):
 
     # -- attributes ----------------------------------------------------------------------------------------
 
-    def _entry(self, attributes: Entry) -> EntryAttributes:
+    def _new_entry(self) -> EntryAttributes:
+        """Return what the entries of all files have in common."""
         entry = EntryAttributes()
+        entry.st_nlink = 1
+        entry.st_uid, entry.st_gid = self._uid, self._gid
+        entry.st_blksize = _BLOCK
+        entry.entry_timeout = entry.attr_timeout = _TIMEOUT
+        return entry
+
+    def _entry(self, attributes: Entry, entry: EntryAttributes | None = None) -> EntryAttributes:
+        """Return attributes for the kernel; ``entry`` is one that is used again."""
+        entry = entry or self._new_entry()
+        size = attributes.size
         entry.st_ino = InodeT(attributes.ino)
         if attributes.is_dir:
             entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | self._dir_mode)
         else:
             mode = self._file_mode if attributes.mode is None else attributes.mode
             entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | mode)
-        entry.st_nlink = 1
-        entry.st_uid, entry.st_gid = self._uid, self._gid
-        entry.st_size = attributes.size
-        entry.st_blksize = _BLOCK
-        entry.st_blocks = (attributes.size + 511) // 512
+        entry.st_size = size
+        entry.st_blocks = (size + 511) // 512
         entry.st_atime_ns = entry.st_mtime_ns = attributes.mtime
         entry.st_ctime_ns = attributes.ctime
-        entry.entry_timeout = entry.attr_timeout = _TIMEOUT
         return entry
 
     @handler
@@ -302,9 +309,10 @@ class Adapter(pyfuse3.Operations):
                 listing.page, listing.index = await self._fs.readdir(listing.ino, position), 0
                 if not listing.page:
                     return
+            entry = self._new_entry()
             while listing.index < len(listing.page):
                 found = listing.page[listing.index]
-                if not pyfuse3.readdir_reply(token, found.name, self._entry(found), found.ino):
+                if not pyfuse3.readdir_reply(token, found.name, self._entry(found, entry), found.ino):
                     return
                 self._kernel.remember(found.ino)
                 listing.index += 1

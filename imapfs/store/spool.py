@@ -22,7 +22,7 @@ from typing import Any, Final, Literal, TypeVar, get_args
 
 import trio
 
-from imapfs.atomic import replace_file, sync_path
+from imapfs.atomic import create_file, replace_file, sync_path
 from imapfs.errors import CacheError
 from imapfs.log import report, shown_path
 from imapfs.model import ROOT, Ino, MessageRef, Uid, UidValidity
@@ -123,6 +123,11 @@ class Draft:
         return self.spool.is_written(self.ino)
 
     @property
+    def is_temporary(self) -> bool:
+        """Whether it is a local file that only a program knows: ``.new.eml.Xy12ab``, ``.new.eml.swp``."""
+        return self.state == "local" and self.name.startswith(b".")
+
+    @property
     def shown(self) -> str:
         """Return its path from the account's root, for people."""
         return shown_path((*self.path, self.name))
@@ -149,6 +154,7 @@ class Draft:
 
     async def secure(self) -> None:
         """Return when bytes and description survive a power cut. Raises CacheError."""
+        self.save()
         await trio.to_thread.run_sync(self.spool.sync, self.ino)
         self.secured = True
 
@@ -213,6 +219,9 @@ class Spool:
         """Return the drafts in a directory, ordered by inode number."""
         return sorted((d for d in self._drafts.values() if d.parent == parent), key=lambda d: d.ino)
 
+    def __len__(self) -> int:
+        return len(self._drafts)
+
     def __iter__(self) -> Iterator[Draft]:
         return iter(list(self._drafts.values()))
 
@@ -240,10 +249,11 @@ class Spool:
         path: tuple[bytes, ...],
         mode: int,
         base: Base | None = None,
+        state: DraftState = "open",
     ) -> Draft:
         """Create an empty draft. Raises CacheError."""
         assert is_file_name(name), name
-        draft = Draft(self, ino, parent, name, path, mode, base=base)
+        draft = Draft(self, ino, parent, name, path, mode, base=base, state=state)
         draft.touch()
         try:
             os.close(os.open(draft.file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600))
@@ -252,7 +262,7 @@ class Spool:
         try:
             self.save(draft)
         except CacheError:
-            draft.file.unlink(missing_ok=True)
+            self._unlink(ino)
             raise
         self._add(draft)
         return draft
@@ -379,7 +389,11 @@ class Spool:
         if described == draft.described:
             return  # it may be durable already, which a new one would not be
         try:
-            replace_file(self._description(draft.ino), described, durable=draft.secured)
+            if draft.described or draft.secured:
+                replace_file(self._description(draft.ino), described, durable=draft.secured)
+            else:
+                # A new draft has no bytes yet: nothing is lost with a description that is cut off.
+                create_file(self._description(draft.ino), described)
         except OSError as error:
             raise CacheError.from_os_error(error, f"cannot write to the spool {self.directory}") from None
         draft.described = described
@@ -425,7 +439,7 @@ class Spool:
             draft = Draft(self, ino, ROOT, b"rescued-%d" % ino, state="unsent", error=_RESCUED, rescued=True)
             draft.touch()
         if draft.state == "open" and draft.base is None and draft.size:
-            # Versions before this one said so only after the first write.
+            # The first write to a new file does not write its description.
             draft.dirty = True
         draft.secured = True
         never_written = draft.state == "open" and not draft.dirty and draft.base is not None

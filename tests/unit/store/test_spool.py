@@ -286,6 +286,7 @@ def full(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> Iterator[Spool]:
 
     with monkeypatch.context() as patched:
         patched.setattr("imapfs.store.spool.replace_file", no_space)
+        patched.setattr("imapfs.store.spool.create_file", no_space)
         yield spool
 
 
