@@ -5,7 +5,7 @@ BUILD_PACKAGES=(python3-venv python3-dev gcc pkg-config libfuse3-dev)
 SERVER_PACKAGES=(fuse3 dovecot-imapd)
 TOOL_PACKAGES=(rsync attr libglib2.0-bin vim nano ed emacs-nox inotify-tools systemd groff-base)
 KEYRING_PACKAGES=(dbus-daemon gnome-keyring)
-PEER_PACKAGES=(isync)
+PEER_PACKAGES=(isync bindfs sshfs rclone openssh-sftp-server)
 GO_PACKAGES=(golang-go golang-github-emersion-go-imap-dev golang-github-emersion-go-imap-idle-dev)
 WINDOW_PACKAGES=(xvfb pcmanfm xdotool imagemagick)
 PICTURE_PACKAGES=(xterm adwaita-icon-theme fonts-dejavu-core fonts-noto-color-emoji fonts-wqy-microhei)
@@ -27,7 +27,7 @@ have_package() {
     case $1 in
         python3-venv) python_is 'import ensurepip, venv' ;;
         python3-dev) python_is 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' ;;
-        gcc | pkg-config | rsync | vim | nano | ed | pcmanfm | xdotool | xterm) command -v "$1" >/dev/null ;;
+        gcc | pkg-config | bindfs | rclone | sshfs | rsync | vim | nano | ed | pcmanfm | xdotool | xterm) command -v "$1" >/dev/null ;;
         libfuse3-dev) pkg-config --exists fuse3 2>/dev/null ;;
         fuse3) command -v fusermount3 >/dev/null ;;
         dovecot-imapd) command -v dovecot >/dev/null && { [[ -x /usr/lib/dovecot/imap || -x /usr/libexec/dovecot/imap ]]; } ;;
@@ -38,6 +38,7 @@ have_package() {
         groff-base) command -v groff >/dev/null ;;
         dbus-daemon) command -v dbus-daemon >/dev/null ;;
         gnome-keyring) command -v gnome-keyring-daemon >/dev/null ;;
+        openssh-sftp-server) [[ -x /usr/lib/openssh/sftp-server ]] ;;
         isync) command -v mbsync >/dev/null ;;
         inotify-tools) command -v inotifywait >/dev/null ;;
         golang-go) command -v go >/dev/null ;;

@@ -19,17 +19,23 @@ from scripts.benchmark import report
 from scripts.benchmark.bench import Bench, surroundings
 from scripts.benchmark.results import ROWS, Result, Row, RowFailed, Settings
 
-_FULL = Settings(messages=10_000, crowd=100_000, few=1000, latency=50, repeat=5, limit=600)
-_QUICK = Settings(messages=1000, crowd=5000, few=30, latency=50, repeat=2, limit=15)
+_FULL = Settings(
+    messages=10_000, crowd=100_000, few=1000, million=1_000_000, latency=50, repeat=5, limit=1200
+)
+_QUICK = Settings(messages=1000, crowd=5000, few=30, million=10_000, latency=50, repeat=2, limit=15)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PROGRAMS = {
+    "bindfs": "bindfs",
     "dovecot": "dovecot-imapd",
     "find": "findutils",
     "fusermount3": "fuse3",
     "grep": "grep",
     "mbsync": "isync",
+    "rclone": "rclone",
     "rsync": "rsync",
     "setfattr": "attr",
+    "/usr/lib/openssh/sftp-server": "openssh-sftp-server",
+    "sshfs": "sshfs",
 }
 
 
@@ -44,6 +50,10 @@ _PROGRAMS = {
 @click.option(
     "--few", type=click.IntRange(1), help="Messages that are moved, flagged, put in.  [default: 1000]"
 )
+@click.option(
+    "--million", type=click.IntRange(1000), help="Messages in the largest account.  [default: 1000000]"
+)
+@click.option("--profile", is_flag=True, help="Show where a message's time goes in a cold scan, and end.")
 @click.option("--latency", type=click.FloatRange(1), metavar="MS", help="Round trip in ms.  [default: 50]")
 @click.option("--repeat", type=click.IntRange(1, 20), help="Repetitions of each row.  [default: 5]")
 @click.option("--limit", type=click.FloatRange(1), metavar="SECONDS", help="Longest wait for a program.")
@@ -54,8 +64,10 @@ _PROGRAMS = {
     show_default=True,
     help="Directory for benchmark.json and benchmark.svg.",
 )
-def main(quick: bool, rows: str | None, only_list: bool, output: Path, **given: int | float | None) -> None:
-    """Measure imapfs beside mbsync, a Maildir and IMAPClient on a private mail server.
+def main(
+    quick: bool, rows: str | None, only_list: bool, profile: bool, output: Path, **given: int | float | None
+) -> None:
+    """Measure imapfs beside mbsync, a Maildir, IMAPClient and other mounts, on a private mail server.
 
     Exit code 0 if every row was measured, whether its goal is met or not; 1 if a row failed or could not
     begin; 130 if interrupted (what was measured is shown).
@@ -68,7 +80,7 @@ def main(quick: bool, rows: str | None, only_list: bool, output: Path, **given: 
     _check_programs()
     base = _QUICK if quick else _FULL
     settings = replace(base, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    sys.exit(_run(chosen, settings, output))
+    sys.exit(_run(chosen, settings, None if profile else output))
 
 
 def _choose(names: str | None) -> list[Row]:
@@ -90,7 +102,8 @@ def _check_programs() -> None:
         raise click.ClickException(f"not installed: {', '.join(missing)}; scripts/bench installs them")
 
 
-def _run(rows: list[Row], settings: Settings, output: Path) -> int:
+def _run(rows: list[Row], settings: Settings, output: Path | None) -> int:
+    """Measure ``rows`` and write what came out to ``output``; without it, show a profile instead."""
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
     console = Console()
@@ -103,6 +116,9 @@ def _run(rows: list[Row], settings: Settings, output: Path) -> int:
     try:
         about = report.surroundings(directory)
         with surroundings(settings, directory) as bench:
+            if output is None:
+                report.show_profile(bench.profile(), settings, console)
+                return 0
             # A row that is interrupted is not shown: it could look complete.
             results.extend(_measure(row, bench, console) for row in rows)
     except KeyboardInterrupt:
@@ -113,7 +129,7 @@ def _run(rows: list[Row], settings: Settings, output: Path) -> int:
         # Through a mount that is still there, this would delete the mail instead.
         if not any(mount.mountpoint.is_relative_to(directory) for mount in mountinfo.all_mounts()):
             shutil.rmtree(directory)
-    if results:
+    if results and output is not None:
         report.show(results, about, console)
         for path in report.write(results, settings, about, output):
             console.print(Text(f"wrote {path}"))

@@ -1,7 +1,7 @@
 """The least that a pyfuse3 file system can be: files from memory, with handlers that do nothing.
 
-What its second ``grep -r`` takes is what no program on pyfuse3 can go below: the kernel has every byte and
-every name by then, and asks for open, flush and release only.
+It waits for requests as imapfs does. What its second ``grep -r`` takes is what the handlers of imapfs cannot
+go below: the kernel has every byte and every name by then, and asks for open, flush and release only.
 """
 
 import errno
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pyfuse3
 import trio
+
+from imapfs.kernel.loop import quick_requests
 
 _ROOT = pyfuse3.ROOT_INODE
 _FOREVER = 86400.0
@@ -71,7 +73,8 @@ def main() -> None:
     options = {"fsname=bare", "default_permissions", *(["ro"] if mode == "ro" else [])}
     pyfuse3.init(Bare(files, mode == "ro"), os.fspath(mountpoint), options)
     try:
-        trio.run(pyfuse3.main)
+        with quick_requests(pyfuse3):
+            trio.run(pyfuse3.main)
     finally:
         pyfuse3.close(unmount=False)
 

@@ -6,6 +6,7 @@ and their output is counted, so that nothing is quick because it did not do its 
 """
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -16,13 +17,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import imapclient
 
 from imapfs import mountinfo
+from imapfs.atomic import replace_file
 from imapfs.daemon import control
 from imapfs.errors import ImapfsError
 from scripts.benchmark.link import ROOT, Link
@@ -37,6 +41,9 @@ NEEDLE = b"needle-in-a-haystack"
 _EVERY = 50
 """Every how many messages there is a `NEEDLE`."""
 _EPOCH = 1_700_000_000
+_SFTP_SERVER = "/usr/lib/openssh/sftp-server"
+_BOXES = 100
+"""Mailboxes of the account with very many messages."""
 _DEADLINE = 20.0
 """Seconds in which a daemon must tell its status."""
 _RESTED = 12.0
@@ -64,10 +71,27 @@ class Mounted:
         texts = (path.read_text() for path in Path(f"/proc/{self.pid}").glob(of_all))
         return sum(int(found[1]) for text in texts if (found := pattern.search(text)))
 
-    def ticks(self) -> int:
-        """Processor time in units of ``SC_CLK_TCK``."""
+    def used(self) -> float:
+        """Seconds of processor time since the daemon began."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Million(NamedTuple):
+    """What an account with very many messages takes."""
+
+    first: float
+    """Seconds of the first listing of the first half of the mailboxes."""
+    second: float
+    """The same of the second half."""
+    peak: int
+    """Resident bytes of the daemon after that, at most."""
+    database: int
+    """Bytes."""
+    warm: list[float]
+    """Seconds of ``ls -R`` afterwards."""
+    remounted: list[float]
+    """Seconds of ``ls -R`` in a new mount with this cache."""
 
 
 class Bench:
@@ -200,18 +224,23 @@ class Bench:
         log = directory / "log"
         daemon: int | None = None
         try:
-            seconds = self.time(
-                sys.executable, "-m", "imapfs", "mount",
-                f"imaps://{account.name}@{self.server.host}:{port}", path,
-                "--ca-file", self.server.authority.certificate, "--password-file", self._password,
-                "--cache-dir", cache or directory / "cache", "--log-file", log, *options,
-            )  # fmt: skip
+            command = self._mount_command(account, port, path, cache or directory / "cache", log)
+            seconds = self.time(sys.executable, "-m", "imapfs", *command, *options)
             pid = control.read_status(path, _DEADLINE)["pid"]
             daemon = os.pidfd_open(pid)
             yield Mounted(path, pid, seconds)
         finally:
             _unmount(path, daemon)
             shutil.rmtree(directory)
+
+    def _mount_command(
+        self, account: Account, port: int, path: Path, cache: Path, log: Path
+    ) -> tuple[str | Path, ...]:
+        return (
+            "mount", f"imaps://{account.name}@{self.server.host}:{port}", path,
+            "--ca-file", self.server.authority.certificate, "--password-file", self._password,
+            "--cache-dir", cache, "--log-file", log,
+        )  # fmt: skip
 
     def fresh_cache(self) -> Path:
         """A cache directory that outlives the mount."""
@@ -235,24 +264,96 @@ class Bench:
             self.ls(mount.mailbox, self.settings.messages)
             yield mount.mailbox
 
-    @contextlib.contextmanager
-    def bare(self, mode: str) -> Iterator[Path]:
+    def bare(self, mode: str) -> contextlib.AbstractContextManager[Path]:
         """The files of `maildir` in a bare pyfuse3 file system, ``rw`` or ``ro``, read once."""
-        path = self._fresh("bare")
+        return self.peer_mount(
+            lambda path: (sys.executable, "-m", "scripts.benchmark.bare", path, self.maildir / "cur", mode)
+        )
+
+    def bindfs(self) -> contextlib.AbstractContextManager[Path]:
+        """The files of `maildir` in another directory by bindfs, read once."""
+        return self.peer_mount(lambda path: ("bindfs", "-f", "-o", "ro", self.maildir / "cur", path))
+
+    def rclone(self) -> contextlib.AbstractContextManager[Path]:
+        """The files of `maildir` by rclone, with its full cache of attributes and bytes, read once."""
+        cache = self._fresh("rclone")
+        return self.peer_mount(
+            lambda path: (
+                "rclone", "mount", self.maildir / "cur", path, "--read-only", "--vfs-cache-mode", "full",
+                "--dir-cache-time", "1h", "--attr-timeout", "1h", "--cache-dir", cache,
+                "--config", "/dev/null",
+            )
+        )  # fmt: skip
+
+    def sshfs(self) -> contextlib.AbstractContextManager[Path]:
+        """The files of `maildir` by sshfs with caches that last an hour, read once.
+
+        It talks to its server by a pipe, without ssh and a network. That is a favour to it.
+        """
+        transport = self._file("transport", f"#!/bin/sh\nexec {_SFTP_SERVER}\n")
+        transport.chmod(0o700)
+        return self.peer_mount(
+            lambda path: (
+                "sshfs", "-f", f"{self.server.host}:{self.maildir / 'cur'}", path,
+                "-o", f"ssh_command={transport},ro,kernel_cache",
+                "-o", "cache_timeout=3600,entry_timeout=3600,attr_timeout=3600",
+            )
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def peer_mount(self, command: Callable[[Path], Sequence[str | Path]]) -> Iterator[Path]:
+        """The files of `maildir` as the file system of a program in the foreground shows them, read once."""
+        path = self._fresh("peer")
         path.mkdir()
-        command = (sys.executable, "-m", "scripts.benchmark.bare", path, self.maildir / "cur", mode)
-        with subprocess.Popen(command, cwd=ROOT, env=self._environment) as process:
+        with self._in_foreground(path, command(path)):
+            self.grep(path, self.settings.messages)
+            yield path
+
+    @contextlib.contextmanager
+    def _in_foreground(self, path: Path, command: Sequence[str | Path]) -> Iterator[None]:
+        """Run a program that mounts something on ``path`` and serves it."""
+        with subprocess.Popen(command, cwd=ROOT, env=self._environment, stdin=subprocess.DEVNULL) as process:
             try:
                 deadline = time.monotonic() + _DEADLINE
                 while not path.is_mount():
                     if process.poll() is not None or time.monotonic() > deadline:
-                        raise RowFailed("the bare file system did not mount")
+                        raise RowFailed(f"{Path(command[0]).name} did not mount")
                     time.sleep(0.01)
-                self.grep(path, self.settings.messages)
-                yield path
+                yield
+                subprocess.run(["fusermount3", "-u", path], check=True, capture_output=True)
+                process.wait(_DEADLINE)
             finally:
                 subprocess.run(["fusermount3", "-uz", path], capture_output=True)
                 process.terminate()
+
+    def profile(self) -> dict[str, float]:
+        """Seconds of processor time of each layer in a cold ``grep -r`` of `archive`, with the start."""
+        directory = self._fresh("profile")
+        path = directory / "mnt"
+        path.mkdir(parents=True)
+        place = path, directory / "cache", directory / "log"
+        mount = self._mount_command(self.archive, self.at_a_distance(), *place)
+        sampled = (sys.executable, "-m", "scripts.benchmark.sampled", directory / "profile.json")
+        with self._in_foreground(path, (*sampled, *mount, "--foreground")):
+            self.grep(path / MAILBOX, self.settings.messages)
+        spent: dict[str, float] = json.loads((directory / "profile.json").read_text())
+        return spent
+
+    def durable(self, sources: Path) -> float:
+        """Seconds of writing the same files to the local disk, each safe from a power cut before the next."""
+        directory = self._fresh("durable")
+        directory.mkdir()
+        started = time.perf_counter()
+        for path in sorted(sources.iterdir()):
+            replace_file(directory / path.name, path.read_bytes(), durable=True)
+        return time.perf_counter() - started
+
+    def at_once(self, commands: Sequence[Sequence[str | Path]]) -> float:
+        """Seconds of several commands that run beside each other."""
+        started = time.perf_counter()
+        with ThreadPoolExecutor(len(commands)) as pool:
+            list(pool.map(lambda command: self.time(*command), commands))
+        return time.perf_counter() - started
 
     def wait_until_sent(self, mount: Mounted) -> float:
         """Seconds until everything that was put into the mount is on the server."""
@@ -264,12 +365,50 @@ class Bench:
         with self.mounted(self.archive, self.at_a_distance()) as mount:
             self.ls(mount.mailbox, self.settings.messages)
             time.sleep(_RESTED)
-            before, ticks = mount.status("voluntary_ctxt_switches"), mount.ticks()
+            before, used = mount.status("voluntary_ctxt_switches"), mount.used()
             started = time.monotonic()
             time.sleep(min(20.0, 3.0 * self.settings.repeat))
             seconds = time.monotonic() - started
             wakeups = mount.status("voluntary_ctxt_switches") - before
-            return wakeups / seconds, 100 * (mount.ticks() - ticks) / os.sysconf("SC_CLK_TCK") / seconds
+            return wakeups / seconds, 100 * (mount.used() - used) / seconds
+
+    @cached_property
+    def million(self) -> "Million":
+        """What an account with very many messages takes."""
+        total, boxes = self.settings.million, _BOXES
+        account = self.server.account("million")
+        for box in range(boxes):
+            numbers = range(box * total // boxes, (box + 1) * total // boxes)
+            mailbox = f"Box{box:03}"
+            account.deliver(mailbox, ((plain(n, 0), _EPOCH + n, "S") for n in numbers))
+            # Whoever comes first would pay for the server's own index.
+            items = "hdr.from hdr.to hdr.subject hdr.date hdr.message-id date.received size.virtual"
+            self.server.doveadm("fetch", "-u", account.name, items, "mailbox", mailbox, "all")
+        cache = self.fresh_cache()
+        with self.mounted(account, self.server.port, cache=cache) as mount:
+            halves = [
+                [mount.path / f"Box{box:03}" for box in range(start, start + boxes // 2)]
+                for start in (0, boxes // 2)
+            ]
+            # A line for each message, one for each directory, and empty ones between these.
+            lines = total // 2 + 2 * (boxes // 2) - 1
+            first, second = (self.time("ls", *half, lines=lines) for half in halves)
+            peak = mount.status("VmHWM") * 1024
+            warm = [self._list_all(mount, total) for _ in self.repetitions()]
+        database = sum(path.stat().st_size for path in cache.glob("*/*.db*"))
+        remounted: list[float] = []
+        for _ in self.repetitions():
+            with self.mounted(account, self.server.port, cache=cache) as mount:
+                remounted.append(self._list_all(mount, total))
+        return Million(first, second, peak, database, warm, remounted)
+
+    def _list_all(self, mount: Mounted, total: int) -> float:
+        seconds = time.perf_counter()
+        found = subprocess.run(["ls", "-R", mount.path], capture_output=True, timeout=self.settings.limit)
+        seconds = time.perf_counter() - seconds
+        if (shown := found.stdout.count(b".eml\n")) != total:
+            raise RowFailed(f"ls -R shows {shown} messages, not {total}")
+        return seconds
 
     @cached_property
     def memory(self) -> tuple[int, int]:

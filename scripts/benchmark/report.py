@@ -24,6 +24,7 @@ FOOTNOTES = (
     "imapfs beside it, includes start, connection and login.",
     "The caches of the operating system are warm for everybody: emptying them takes root and is not possible "
     "everywhere.",
+    "sshfs talks to its server by a pipe, without ssh and a network, which is a favour to it.",
     "The link models round trips (that of a TCP handshake too) and bandwidth, not slow start or loss.",
 )
 
@@ -71,13 +72,31 @@ def show(results: Sequence[Result], about: dict[str, str], console: Console) -> 
             verdict = Text("failed: " + result.error, style="bold red")
         else:
             verdict = Text("met", style="green") if result.met else Text("not met", style="bold yellow")
-            if result.row.limit and not result.met:
-                verdict.append(f": {result.row.limit}", style="not bold default")
+            if result.limit is not None and not result.met:
+                unit = "s" if result.theirs is not None else result.row.unit
+                limit = f": {_number(result.limit)} {unit} are {result.row.limit}"
+                verdict.append(limit, style="not bold default")
         table.add_row(what, *_figures(result), verdict)
     console.print(table)
     console.print(Text(", ".join(f"{name} {value}" for name, value in about.items()), style="dim"))
     for note in FOOTNOTES:
         console.print(Text(note, style="dim"))
+
+
+def show_profile(spent: dict[str, float], settings: Settings, console: Console) -> None:
+    """Print where the processor time of one message goes, by layer."""
+    total = sum(spent.values())
+    table = Table(
+        title=settings.fill("cold grep -r of {messages} messages, with the start"), title_justify="left"
+    )
+    table.add_column("layer")
+    for heading in ("us a message", "share"):
+        table.add_column(heading, justify="right")
+    for name, seconds in sorted(spent.items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{1e6 * seconds / settings.messages:.1f}", f"{seconds / total:.0%}")
+    table.add_row("all", f"{1e6 * total / settings.messages:.1f}", "", style="bold")
+    console.print(table)
+    console.print(Text("Processor time only. loop: the thread that answers the kernel.", style="dim"))
 
 
 def _figures(result: Result) -> tuple[str, str, str, str]:

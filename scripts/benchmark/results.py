@@ -18,13 +18,16 @@ class Sample(NamedTuple):
 
     ours: float
     theirs: float | None = None
+    limit: float | None = None
+    """What holds ``ours``, measured in the same repetition and unit; see `Row.limit`."""
 
     @property
     def figure(self) -> float:
         return self.ours if self.theirs is None else self.ours / self.theirs
 
     def as_json(self) -> dict[str, float]:
-        return {"imapfs": self.ours} | ({} if self.theirs is None else {"peer": self.theirs})
+        found = {"imapfs": self.ours, "peer": self.theirs, "limit": self.limit}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 Measure = Callable[["Bench"], Iterator[Sample]]
@@ -41,7 +44,7 @@ class Row:
     unit: str
     measure: Measure
     limit: str = ""
-    """What keeps it from its goal, where that is known, and how it was found."""
+    """What `Sample.limit` is."""
 
 
 ROWS: dict[str, Row] = {}
@@ -54,6 +57,7 @@ def row(
     """Make the decorated function a row: it yields a `Sample` for each repetition.
 
     ``goal`` is the largest median figure that meets it, in ``unit``; "x" is the ratio to the ``peer``.
+    ``limit`` says what the limit is that its samples have measured.
     """
 
     def register(measure: Measure) -> Measure:
@@ -93,6 +97,12 @@ class Result:
         return statistics.median(values) if values else None
 
     @property
+    def limit(self) -> float | None:
+        """The median of what holds imapfs, in the unit of `ours`."""
+        values = [sample.limit for sample in self.samples if sample.limit is not None]
+        return statistics.median(values) if values else None
+
+    @property
     def met(self) -> bool:
         return self.error is None and self.median <= self.row.goal
 
@@ -105,7 +115,7 @@ class Result:
             "unit": self.row.unit,
             "goal": self.row.goal,
             "met": self.met,
-            "limit": None if self.met else self.row.limit or None,
+            "limit": self.row.limit or None,
             "error": self.error,
             "seconds": round(self.seconds, 1),
             "samples": [sample.as_json() for sample in self.samples],
@@ -125,6 +135,8 @@ class Settings:
     """In the large mailbox; 1 KB each."""
     few: int
     """Moved, flagged or put in."""
+    million: int
+    """In the account of 100 mailboxes; small ones."""
     latency: float
     """Milliseconds of a round trip."""
     repeat: int
