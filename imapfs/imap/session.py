@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from imapfs import __version__
 from imapfs.encoding import format_internaldate
@@ -98,6 +98,17 @@ class Upload:
     """INTERNALDATE in seconds since the epoch."""
     zone: int
     """Minutes east of UTC."""
+
+
+class FlagChange(NamedTuple):
+    """A STORE of one message (RFC 9051 section 6.4.6)."""
+
+    uid: int
+    sign: str
+    """"+" adds, "-" removes."""
+    flags: Sequence[str]
+    unchanged_since: int
+    """The MODSEQ after which nothing is done; 0 for none. Needs CONDSTORE."""
 
 
 def _as_lost(error: Exception, account: Account) -> ConnectionLost:
@@ -711,36 +722,47 @@ class Session:
             raise Refused("the server lets this account only read this mailbox", "NOPERM")
         return self.state
 
-    def store(self, uid: int, sign: str, flags: Iterable[str], unchanged_since: int) -> FetchData | None:
-        """Add ("+") or remove ("-") flags of a message in the selected mailbox, and return its flags after
-        that.
+    def store(self, changes: Sequence[FlagChange]) -> list[FetchData | Refused | None]:
+        """Change flags of messages in the selected mailbox, one change of each, in one round trip.
 
-        With ``unchanged_since`` (not 0; needs CONDSTORE) the server changes nothing if the message was
-        changed after that MODSEQ (RFC 7162 section 3.1.3). Return None in that case, and if the message is
-        gone.
+        Return for each message its flags after that, or why the server refuses the change. None if nothing
+        was done because it was changed after ``unchanged_since`` (RFC 7162 section 3.1.3), and if it is gone.
         """
-        found: FetchData | None = None
+        found: dict[int, FetchData] = {}
 
         def take(response: Response) -> None:
-            nonlocal found
             data = parse_fetch(response)
-            if data is not None and data.uid == uid and data.flags is not None:
-                found = data
+            if data is not None and data.uid is not None and data.flags is not None:
+                found[data.uid] = data
 
-        modifier = b" (UNCHANGEDSINCE %d)" % unchanged_since if unchanged_since else b""
-        names = " ".join(flags).encode()
-        completions = self._wire.execute_all(
-            [
-                (b"UID STORE %d%s %sFLAGS (%s)" % (uid, modifier, sign.encode(), names),),
-                # Servers differ in what they report without being asked.
-                (b"UID FETCH %d (UID FLAGS%s)" % (uid, b" MODSEQ" if self.state.highestmodseq else b""),),
-            ],
-            on_response=take,
-        )
-        if completions[0].code == "MODIFIED":
-            return None
-        self._wire.check((b"UID STORE",), completions[0])
-        return found
+        commands: list[Command] = [
+            (
+                b"UID STORE %d%s %sFLAGS (%s)"
+                % (
+                    change.uid,
+                    b" (UNCHANGEDSINCE %d)" % change.unchanged_since if change.unchanged_since else b"",
+                    change.sign.encode(),
+                    " ".join(change.flags).encode(),
+                ),
+            )
+            for change in changes
+        ]
+        # Servers differ in what they report without being asked.
+        items = b"(UID FLAGS%s)" % (b" MODSEQ" if self.state.highestmodseq else b"")
+        uids = sequence_sets(sorted(change.uid for change in changes))
+        look_up: list[Command] = [(b"UID FETCH %s %s" % (uid_set, items),) for uid_set in uids]
+        completions = self._wire.execute_all([*commands, *look_up], on_response=take)
+        outcomes: list[FetchData | Refused | None] = []
+        for change, command, completion in zip(changes, commands, completions, strict=False):
+            if completion.code == "MODIFIED":
+                outcomes.append(None)
+                continue
+            try:
+                self._wire.check(command, completion)
+                outcomes.append(found.get(change.uid))
+            except Refused as error:
+                outcomes.append(error)
+        return outcomes
 
     def move(self, uid: int, target: bytes) -> MessageRef | None:
         """Run UID MOVE (RFC 6851) from the selected mailbox. Return the message in the target, or None if the

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
 from imapfs.errors import MessageGone, NotSupported, Refused
 from imapfs.model import Ino
@@ -164,3 +166,94 @@ async def test_flags_of_a_mailbox_that_only_says_that_keywords_can_be_made(
         async with mirror(proxy.account(filled), tmp_path) as here:
             await changer(here).change(await the_message(here), add("\\Flagged", "$Work"))
     assert {"\\Flagged", "$Work"} <= on_server(filled)
+
+
+# ---- several at once
+
+
+@pytest.fixture
+def several(user: Account) -> Account:
+    user.deliver("INBOX", [(plain(n), DATE + n, "S") for n in range(6)])
+    return user
+
+
+@pytest.mark.trio
+async def test_changes_that_come_together_share_a_round_trip_and_have_their_own_outcome(
+    several: Account, condstore: bool, tmp_path: Path
+) -> None:
+    with Proxy(several.server, hide=() if condstore else ("CONDSTORE", "QRESYNC")) as proxy:
+        async with mirror(proxy.account(several), tmp_path) as here:
+            await here.refresh()
+            flags = changer(here)
+            inos = {uid: ino for uid, (ino, *_) in here.messages().items()}
+            with several.client() as client:
+                client.select("INBOX")
+                client.uid("STORE", "3", "+FLAGS", "(\\Deleted)")
+                client.expunge()
+            proxy.forget_commands()
+            outcomes: dict[int, MessageGone | None] = {}
+
+            async def run(uid: int, wanted: Change) -> None:
+                outcomes[uid] = None
+                try:
+                    await flags.change(inos[uid], wanted)
+                except MessageGone as error:
+                    outcomes[uid] = error
+
+            async with trio.open_nursery() as nursery:
+                for uid in range(1, 7):
+                    nursery.start_soon(run, uid, add("\\Flagged", f"tag{uid}"))
+            assert isinstance(outcomes.pop(3), MessageGone)
+            assert set(outcomes.values()) == {None}
+            stored = [number for number, one in enumerate(proxy.commands()) if b"UID STORE" in one]
+            # The first to come goes alone; the others wait for it, and are sent together. The message that
+            # is gone may not be asked for.
+            assert len(stored) in {5, 6}
+            assert stored[1:] == list(range(stored[1], stored[1] + len(stored) - 1))
+            expected = {uid: {"\\Seen", "\\Flagged", f"tag{uid}"} for uid in (1, 2, 4, 5, 6)}
+            assert {uid: found for uid, found in here.flags().items() if uid != 3} == expected
+        assert {uid: found - {"\\Recent"} for uid, found in compare.flags(several).items()} == expected
+
+
+@pytest.mark.trio
+async def test_changes_of_others_do_not_end_with_the_one_that_carries_them_out(
+    several: Account, tmp_path: Path
+) -> None:
+    with Proxy(several.server) as proxy:
+        async with mirror(proxy.account(several), tmp_path) as here:
+            await here.refresh()
+            flags = changer(here)
+            inos = {uid: ino for uid, (ino, *_) in here.messages().items()}
+            stalled = proxy.fault(b"UID STORE", "stall")
+            async with trio.open_nursery() as nursery:
+                first, second = trio.CancelScope(), trio.CancelScope()
+
+                async def run(uid: int, scope: trio.CancelScope) -> None:
+                    with scope:
+                        await flags.change(inos[uid], add("\\Flagged"))
+
+                nursery.start_soon(run, 1, first)
+                await trio.to_thread.run_sync(stalled.wait_hit)
+                for uid, scope in ((2, second), (3, trio.CancelScope()), (4, trio.CancelScope())):
+                    nursery.start_soon(run, uid, scope)
+                await trio.testing.wait_all_tasks_blocked()
+                first.cancel()
+                await trio.testing.wait_all_tasks_blocked()
+                second.cancel()
+                proxy.resume()
+            changed = {uid for uid, found in compare.flags(several).items() if "\\Flagged" in found}
+            assert {3, 4} <= changed
+
+
+@pytest.mark.trio
+async def test_changes_of_one_message_that_come_together_are_all_made(
+    filled: Account, proxy: Proxy, tmp_path: Path
+) -> None:
+    async with mirror(proxy.account(filled), tmp_path) as here:
+        ino = await the_message(here)
+        flags = changer(here)
+        async with trio.open_nursery() as nursery:
+            for number in range(5):
+                nursery.start_soon(flags.change, ino, add(f"tag{number}"))
+        assert here.flags() == {1: {"\\Seen", *(f"tag{number}" for number in range(5))}}
+    assert on_server(filled) == {"\\Seen", *(f"tag{number}" for number in range(5))}
