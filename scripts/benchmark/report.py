@@ -28,7 +28,7 @@ FOOTNOTES = (
     "The link models round trips (that of a TCP handshake too) and bandwidth, not slow start or loss.",
 )
 
-_LEFT, _RIGHT, _LINE = 550, 230, 26
+_LEFT, _RIGHT, _LINE, _MARGIN = 560, 230, 42, 36
 _WIDTH = 1160
 _COLOURS = {True: "#2a7f62", False: "#c8553d"}
 
@@ -138,51 +138,54 @@ def write(
 
 
 def chart(results: Sequence[Result]) -> str:
-    """A bar for each row: its median as a share of its goal, logarithmic, with a line from least to most."""
-    measured = [result for result in results if result.samples]
-    shares = [figure / (result.row.goal or 1.0) for result in measured for figure in result.figures]
-    low = math.floor(math.log10(min([0.1, *(share for share in shares if share > 0)])))
-    high = math.ceil(math.log10(max([10.0, *shares])))
+    """A bar for each row with another program as its peer: the median ratio to that, on a logarithmic scale.
 
-    def x(share: float) -> float:
-        """Where a share of the goal is; 0 has no place on such a scale, and gets its left end."""
-        exponent = math.log10(share) if share > 0 else low
+    A thin line goes from the least to the most. What is left of the line in the middle is faster than the peer.
+    """
+    shown = [result for result in results if result.row.peer and result.row.unit == "x"]
+    figures = [figure for result in shown for figure in result.figures if figure > 0]
+    low = math.floor(math.log10(min([0.1, *figures])))
+    high = math.ceil(math.log10(max([10.0, *figures])))
+
+    def x(figure: float) -> float:
+        """Where a ratio is; 0 has no place on such a scale, and gets its left end."""
+        exponent = math.log10(figure) if figure > 0 else low
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * (exponent - low) / (high - low)
 
-    height = _LINE * (len(results) + 2) + 20
+    height = _LINE * len(shown) + 2 * _MARGIN
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" '
         f'height="{height}" font-family="system-ui, sans-serif" font-size="13" fill="#222">',
-        "<title>imapfs benchmark: the median of each row as a share of its goal</title>",
+        "<title>The time that imapfs takes as a multiple of the time that another program takes</title>",
         f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>',
+        _text((x(10.0**low) + x(1)) / 2, _MARGIN / 2, "imapfs is faster", "middle"),
+        _text((x(10.0**high) + x(1)) / 2, _MARGIN / 2, "the other is faster", "middle"),
     ]
-    bottom = _LINE * (len(results) + 1)
+    bottom = height - _MARGIN
     for exponent in range(low, high + 1):
         at = x(10.0**exponent)
         shade, width = ("#222", 1.5) if exponent == 0 else ("#ddd", 1)
-        parts.append(f'<path d="M{at:.1f} {_LINE}V{bottom}" stroke="{shade}" stroke-width="{width}"/>')
-        label = "goal" if exponent == 0 else f"{10.0**exponent:g} x"
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{label}</text>')
-    for number, result in enumerate(results):
-        middle = _LINE * (number + 1.5)
-        parts.append(_text(_LEFT - 12, middle, result.title, "end"))
+        parts.append(f'<path d="M{at:.1f} {_MARGIN}V{bottom}" stroke="{shade}" stroke-width="{width}"/>')
+        parts.append(_text(at, bottom + 14, f"{10.0**exponent:g} x", "middle"))
+    for number, result in enumerate(shown):
+        middle = _MARGIN + _LINE * (number + 0.5)
+        parts.append(_text(_LEFT - 12, middle - 8, result.title, "end"))
+        parts.append(_text(_LEFT - 12, middle + 8, f"against {result.peer}", "end", "#777"))
         if not result.samples:
             parts.append(_text(_WIDTH - _RIGHT + 12, middle, "failed"))
             continue
-        goal = result.row.goal or 1.0
-        least, median, most = (
-            x(share / goal) for share in (min(result.figures), result.median, max(result.figures))
-        )
+        least, median, most = map(x, (min(result.figures), result.median, max(result.figures)))
+        left, right = sorted((median, x(1)))
         parts.append(
-            f'<rect x="{_LEFT}" y="{middle - 7:.1f}" width="{max(median - _LEFT, 1):.1f}" height="14" '
-            f'fill="{_COLOURS[result.met]}"/>'
+            f'<rect x="{left:.1f}" y="{middle - 7:.1f}" width="{max(right - left, 1):.1f}" height="14" '
+            f'fill="{_COLOURS[result.median <= 1]}"/>'
         )
         parts.append(f'<path d="M{least:.1f} {middle:.1f}H{most:.1f}" stroke="#222" stroke-width="1.5"/>')
         ours, theirs, *_ = _figures(result)
-        text = f"{ours}, peer {theirs}" if theirs else ours
-        parts.append(_text(_WIDTH - _RIGHT + 12, middle, text))
+        parts.append(_text(_WIDTH - _RIGHT + 12, middle, f"{_number(result.median)} x: {ours}, {theirs}"))
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _text(x: float, middle: float, text: str, anchor: str = "start") -> str:
-    return f'<text x="{x:g}" y="{middle + 4.5:g}" text-anchor="{anchor}">{escape(text)}</text>'
+def _text(x: float, middle: float, text: str, anchor: str = "start", colour: str = "#222") -> str:
+    place = f'x="{x:g}" y="{middle + 4.5:g}" text-anchor="{anchor}" fill="{colour}"'
+    return f"<text {place}>{escape(text)}</text>"

@@ -56,7 +56,8 @@ def row(
 ) -> Callable[[Measure], Measure]:
     """Make the decorated function a row: it yields a `Sample` for each repetition.
 
-    ``goal`` is the largest median figure that meets it, in ``unit``; "x" is the ratio to the ``peer``.
+    ``goal`` is the largest median figure that meets it, in ``unit``; "x" is the ratio to the ``peer``,
+    "times" that to another figure of imapfs.
     ``limit`` says what the limit is that its samples have measured.
     """
 

@@ -356,6 +356,7 @@ def rsync_in(bench: Bench) -> Iterator[Sample]:
     "first listing of {million} messages in 100 mailboxes: the second half",
     peer="the first half",
     goal=1.2,
+    unit="times",
 )
 def million_listed(bench: Bench) -> Iterator[Sample]:
     """``ls`` of 50 mailboxes, never seen before, against that of the 50 before: it should be linear."""
@@ -374,7 +375,7 @@ def million_disk(bench: Bench) -> Iterator[Sample]:
     yield Sample(bench.million.database / bench.settings.million)
 
 
-@row("million-again", "ls -R of these after a remount", peer="the same before it", goal=1.5)
+@row("million-again", "ls -R of these after a remount", peer="the same before it", goal=1.5, unit="times")
 def million_again(bench: Bench) -> Iterator[Sample]:
     """``ls -R`` in a new mount with the cache, against that in the mount that has listed everything."""
     yield from map(Sample, bench.million.remounted, bench.million.warm)
