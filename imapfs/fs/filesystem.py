@@ -45,7 +45,7 @@ from imapfs.names import MAX_NAME, MESSAGE_SUFFIX, is_inbox, is_message_name, se
 from imapfs.store.cache import Cache
 from imapfs.store.rows import Mailbox, Node
 from imapfs.store.spool import Base, Draft, DraftState, Spool
-from imapfs.sync.append import check_is_message
+from imapfs.sync.append import check_is_message, head_of
 from imapfs.sync.changes import Renamed
 from imapfs.sync.folders import Folders
 from imapfs.sync.locate import Locator
@@ -407,7 +407,7 @@ class Filesystem:
         if draft.state == "unsent" and draft.parent == there:
             return  # only its name changes
         if draft.size and not self._files.is_written(draft.ino):
-            check_is_message(draft)
+            check_is_message(head_of(draft))
         if draft.state == "local" or draft.parent != there:
             await self._uploader.check_takes(there)
 

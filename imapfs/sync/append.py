@@ -23,8 +23,9 @@ from imapfs.sync.locate import ServerMailbox
 
 _CHUNK: Final = 1 << 20
 """Bytes that are handled at once; a larger draft is copied into a file, not into memory."""
-_MAX_FIELD_NAME: Final = 76
-_HEADER_FIELD = re.compile(rb"[!-9;-~]{1,%d}[ \t]*:" % _MAX_FIELD_NAME)
+HEAD: Final = 100
+"""Bytes that show whether something is a mail message."""
+_HEADER_FIELD = re.compile(rb"[!-9;-~]{1,76}[ \t]*:")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _APPENDLIMIT = re.compile(r"APPENDLIMIT=(\d+)")
 
@@ -54,20 +55,19 @@ class Payload:
             self.data.close()
 
 
-def is_message(head: bytes) -> bool:
-    """Return whether bytes that begin so are a mail message: whether they begin with a header field."""
-    return _HEADER_FIELD.match(head) is not None
+def check_is_message(head: bytes) -> None:
+    """Raise Invalid if bytes that begin so are no mail message: if they do not begin with a header field."""
+    if not _HEADER_FIELD.match(head):
+        raise Invalid("it is no mail message: the first line is no header field")
 
 
-def check_is_message(draft: Draft) -> None:
-    """Raise Invalid if a draft is no mail message, CacheError if it cannot be read."""
+def head_of(draft: Draft) -> bytes:
+    """Return the first bytes of a draft, as many as `check_is_message` needs. Raises CacheError."""
     try:
         with draft.file.open("rb") as file:
-            head = file.read(2 * _MAX_FIELD_NAME)
+            return file.read(HEAD)
     except OSError as error:
         raise CacheError.from_os_error(error, f"cannot read {draft.file}") from None
-    if not is_message(head):
-        raise Invalid("it is no mail message: the first line is no header field")
 
 
 def make_payload(draft: Draft) -> Payload:

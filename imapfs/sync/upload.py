@@ -52,7 +52,7 @@ from imapfs.store.journal import Attempt, Journal
 from imapfs.store.rows import Node
 from imapfs.store.spool import MAX_TIME, Draft, Spool
 from imapfs.sync.adopt import Adopter
-from imapfs.sync.append import AppendBatch, Payload, UploadSearch, check_is_message, make_payload
+from imapfs.sync.append import HEAD, AppendBatch, Payload, UploadSearch, check_is_message, make_payload
 from imapfs.sync.changes import ChangeHub
 from imapfs.sync.download import Downloader
 from imapfs.sync.flags import FlagChanger
@@ -439,7 +439,7 @@ class Uploader:
             payload = await trio.to_thread.run_sync(make_payload, draft)
             if not payload.is_current(draft):
                 return None
-            check_is_message(draft)
+            check_is_message(payload.data[:HEAD])
             if draft.base is not None:
                 old = self._locator.find(draft.base.ref)
                 # If another client has deleted the old version, this is simply a new message.

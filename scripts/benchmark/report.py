@@ -140,7 +140,7 @@ def write(
 def chart(results: Sequence[Result]) -> str:
     """A bar for each row with another program as its peer: the median ratio to that, on a logarithmic scale.
 
-    A thin line goes from the least to the most. What is left of the line in the middle is faster than the peer.
+    A thin line goes from the least to the most. Left of the line in the middle imapfs is faster.
     """
     shown = [result for result in results if result.row.peer and result.row.unit == "x"]
     figures = [figure for result in shown for figure in result.figures if figure > 0]

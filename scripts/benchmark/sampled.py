@@ -16,7 +16,9 @@ from imapfs.cli.main import main as imapfs
 
 _INTERVAL: Final = 0.003
 _OURS: Final = "/imapfs/"
-_OTHERS: Final = {"/trio/": "trio", "_pyfuse3.py": "pyfuse3", "/ssl.py": "TLS", "/json/": "json"}
+_LIBFUSE: Final = "trio and pyfuse3"
+"""pyfuse3 is compiled, and has no frames of its own: what called it is seen."""
+_OTHERS: Final = {"/trio/": _LIBFUSE, "_pyfuse3.py": _LIBFUSE, "/ssl.py": "TLS"}
 
 
 def layer(frame: FrameType | None) -> str:
