@@ -41,6 +41,7 @@ from imapfs.imap.grammar import (
     parse_fetch,
     parse_list,
     parse_search,
+    parse_sequence_set,
     parse_status,
     range_sets,
     sequence_sets,
@@ -98,6 +99,30 @@ class Upload:
     """INTERNALDATE in seconds since the epoch."""
     zone: int
     """Minutes east of UTC."""
+
+
+def _append_command(mailbox: bytes, uploads: Sequence[Upload]) -> Command:
+    """Return an APPEND of one message, or of several (RFC 3502)."""
+    parts: list[bytes | Literal] = [b"APPEND ", astring(mailbox)]
+    for upload in uploads:
+        date = format_internaldate(upload.date, upload.zone)
+        parts += [b' (%s) "%s" ' % (upload.flags.encode(), date), Literal(upload.data)]
+    return tuple(parts)
+
+
+def _appended(completion: Completion, uidvalidity: int, count: int) -> list[int] | None:
+    """Return the UIDs in an APPENDUID (RFC 9051 section 7.1), if it names one for each message."""
+    validity, _, uids = completion.argument.partition(b" ")
+    # Some gateways send UIDVALIDITY 0 or a wrong one: such UIDs are useless.
+    if completion.code != "APPENDUID" or validity != b"%d" % uidvalidity:
+        return None
+    with contextlib.suppress(ProtocolError):
+        ranges = parse_sequence_set(uids)
+        named = [uid for low, high in ranges for uid in range(low, min(high, low + count) + 1)]
+        # UIDs are assigned in ascending order: what is in another is not of these messages.
+        if len(named) == count and named == sorted(set(named)):
+            return named
+    return None
 
 
 class FlagChange(NamedTuple):
@@ -815,7 +840,26 @@ class Session:
 
         For each upload, return its UID if the server sends one (APPENDUID), None if it does not, or the
         refusal. ``on_message`` gets the metadata.
+
+        Several are one command where the server can do that (MULTIAPPEND, RFC 3502): it takes all or none. If
+        it refuses them, each is sent again by itself, as perhaps only one of them is refused.
         """
+        if len(uploads) > 1 and self.has("MULTIAPPEND"):
+            (outcome,), state = self._append(mailbox, [uploads], uidnext, on_message)
+            if isinstance(outcome, Throttled) or (
+                isinstance(outcome, Refused) and outcome.code in {"TRYCREATE", "NONEXISTENT"}
+            ):
+                return [outcome for _ in uploads], state
+            if not isinstance(outcome, Refused):
+                # In the order of the messages (RFC 4315 section 3).
+                return [None if outcome is None else outcome[i] for i in range(len(uploads))], state
+        each, state = self._append(mailbox, [[upload] for upload in uploads], uidnext, on_message)
+        return [outcome[0] if isinstance(outcome, list) else outcome for outcome in each], state
+
+    def _append(
+        self, mailbox: bytes, groups: Sequence[Sequence[Upload]], uidnext: int, on_message: OnMessage
+    ) -> tuple[list[list[int] | Refused | None], MailboxState]:
+        """Do as `append` with a command for each group. For each, return the UIDs of all its messages."""
 
         def take(data: FetchData) -> None:
             if data.uid is not None and data.uid >= uidnext and data.is_metadata:
@@ -824,15 +868,7 @@ class Session:
         # Unknown for a mailbox that is not open yet, where asking for a missing MODSEQ would fail the whole
         # FETCH.
         modseq = self.selected == mailbox and bool(self.state.highestmodseq)
-        commands: list[Command] = [
-            (
-                b"APPEND ",
-                astring(mailbox),
-                b' (%s) "%s" ' % (u.flags.encode(), format_internaldate(u.date, u.zone)),
-                Literal(u.data),
-            )
-            for u in uploads
-        ]
+        commands: list[Command] = [_append_command(mailbox, group) for group in groups]
         look_up: list[Command] = [
             (self._open_command, astring(mailbox)),
             (b"UID FETCH %d:* %s" % (max(uidnext, 1), self._items(modseq=modseq)),),
@@ -845,21 +881,13 @@ class Session:
         if completions[len(commands)].status == "OK":
             self._end_select(mailbox, selecting, writable=False)
         state = selecting.state
-        outcomes: list[int | Refused | None] = []
-        for command, completion in zip(commands, completions, strict=False):
+        outcomes: list[list[int] | Refused | None] = []
+        for group, command, completion in zip(groups, commands, completions, strict=False):
             try:
                 self._wire.check(command, completion)
+                outcomes.append(_appended(completion, state.uidvalidity, len(group)))
             except Refused as error:
                 outcomes.append(error)
-                continue
-            uid: int | None = None
-            if completion.code == "APPENDUID":
-                validity, _, digits = completion.argument.partition(b" ")
-                # Some gateways send UIDVALIDITY 0 or a wrong one: such a UID is useless.
-                if validity == b"%d" % state.uidvalidity:
-                    with contextlib.suppress(ProtocolError):
-                        uid = number(digits)
-            outcomes.append(uid)
         return outcomes, state
 
     def _unselect_command(self) -> bytes:

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from tests.mount.test_write_faults import arm, drain, kill_within, put, spool_of
 from tests.support.mail import plain
 from tests.support.mailboxes import Held, everything, file_of, settle, waiting
 from tests.support.mounting import DEADLINE, Mount, Mounter, wait_until
-from tests.support.servers.dovecot import Account
-from tests.support.servers.proxy import Proxy
+from tests.support.servers.dovecot import Account, Dovecot
+from tests.support.servers.proxy import Point, Proxy
 from tests.support.servers.scripted import Scripted
 from tests.support.servers.tls import CertificateAuthority
 
@@ -266,3 +266,82 @@ def test_umount_names_what_is_not_on_the_server(user: Account, mount: Mounter, p
     again = mount(proxy.account(user), cache=mounted.cache)
     assert (again.path / "INBOX" / "new.eml").read_bytes() == NEW.content
     again.unmount()
+
+
+# ---- several at once
+
+
+def put_together(mounted: Mount, proxy: Proxy, sizes: Sequence[int]) -> dict[str, bytes]:
+    """Write files that are sent together, as they wait for another; return their bytes by name."""
+    first = proxy.fault(b"APPEND", "stall")
+    put(mounted.path / "INBOX" / "first.eml", NEW)
+    first.wait_hit()
+    contents = {f"{number}.eml": plain(20 + number, size) for number, size in enumerate(sizes)}
+    for name, content in contents.items():
+        put(mounted.path / "INBOX" / name, Held(content, LATER, frozenset()))
+    return contents
+
+
+def assert_has(user: Account, contents: Sequence[bytes]) -> None:
+    assert sorted(held.content for held in everything(user)["INBOX"]) == sorted(contents)
+
+
+def appends(proxy: Proxy) -> list[bytes]:
+    return [command for command in proxy.commands() if command.startswith(b"APPEND")]
+
+
+@pytest.mark.parametrize("lacks", ["nothing", "MULTIAPPEND", "UIDPLUS", "LITERAL+"])
+def test_files_that_wait_together_are_sent_together(user: Account, mount: Mounter, lacks: str) -> None:
+    with Proxy(user.server, hide=() if lacks == "nothing" else (lacks,)) as proxy:
+        mounted = mount(proxy.account(user))
+        contents = put_together(mounted, proxy, [900, 1500, 700, 3000, 800])
+        proxy.resume()
+        drain(mounted)
+        assert len(appends(proxy)) == (6 if lacks == "MULTIAPPEND" else 2)
+        with user.client() as client:
+            client.select("INBOX")
+            for name, content in contents.items():
+                path = mounted.path / "INBOX" / name
+                uid = os.getxattr(path, "user.imap.uid").decode()
+                assert client.uid("FETCH", uid, "BODY.PEEK[]")[1][0][1] == path.read_bytes() == content
+        mounted.unmount()
+    assert sorted(held.content for held in everything(user)["INBOX"]) == sorted(
+        [NEW.content, *contents.values()]
+    )
+
+
+def test_of_files_that_are_sent_together_only_the_one_that_is_refused_stays(
+    ca: CertificateAuthority, mount: Mounter
+) -> None:
+    """APPEND of several takes all or none."""
+    with Dovecot(ca, quota="16k") as server, Proxy(server) as proxy:
+        user = server.account("small")
+        user.deliver("INBOX", [])
+        mounted = mount(proxy.account(user), expected_log=[r"INBOX/2\.eml is not uploaded: .*[Qq]uota"])
+        contents = put_together(mounted, proxy, [900, 1500, 30_000, 800])
+        proxy.resume()
+        settle(mounted)
+        assert waiting(mounted) == [("INBOX/2.eml", "unsent")]
+        assert len(appends(proxy)) == 6
+        (mounted.path / "INBOX" / "2.eml").unlink()
+        mounted.unmount()
+        sent = [content for name, content in contents.items() if name != "2.eml"]
+        assert_has(user, [NEW.content, *sent])
+
+
+@pytest.mark.parametrize("point", ["command", "upload", "answer"])
+def test_files_that_are_cut_off_together_are_sent_once(
+    user: Account, mount: Mounter, proxy: Proxy, point: Point
+) -> None:
+    mounted = mount(proxy.account(user))
+    contents = put_together(mounted, proxy, [900, 1500, 700, 3000])
+    cut = proxy.fault(b"APPEND", "cut", at=point, after=500 if point == "upload" else 0)
+    proxy.resume()
+    cut.wait_hit()
+    drain(mounted)
+    for name, content in contents.items():
+        assert (mounted.path / "INBOX" / name).read_bytes() == content
+    mounted.unmount()
+    assert sorted(held.content for held in everything(user)["INBOX"]) == sorted(
+        [NEW.content, *contents.values()]
+    )
