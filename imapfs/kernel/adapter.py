@@ -347,7 +347,7 @@ class Adapter(pyfuse3.Operations):
     @handler
     def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> Answer[FileInfo]:
         ino, writing = Ino(inode), flags & os.O_ACCMODE != os.O_RDONLY
-        is_pushed = inode in self._kernel.pushed
+        is_pushed = ino in self._kernel.pushed
         if is_pushed and not flags & (os.O_ACCMODE | os.O_TRUNC):
             # The kernel has all of it. The second read of a file takes this path.
             self._files.open_known(ino)

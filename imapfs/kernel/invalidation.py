@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from imapfs.fs.tree import MailTree
+from imapfs.kernel.inode_table import InodeSet, InodeTable
 from imapfs.model import ROOT, Ino
 from imapfs.sync.changes import Changes
 from imapfs.waiting import Flag
@@ -35,11 +36,11 @@ class KernelCache:
 
     def __init__(self, tree: MailTree) -> None:
         self._tree = tree
-        self._lookups: dict[Ino, int] = {}
+        self._lookups = InodeTable("Q")
         """Inode -> references that the kernel holds (the nlookup of FORGET)."""
-        self.pushed: set[Ino] = set()
+        self.pushed = InodeSet()
         """Files whose bytes were given to the kernel."""
-        self.resized: set[Ino] = set()
+        self.resized = InodeSet()
         """Files whose size in the kernel's cache may be inexact."""
         self._invalid = Invalidation()
         self._news = Flag()
@@ -55,19 +56,16 @@ class KernelCache:
 
     def holds(self, ino: Ino) -> bool:
         """Return whether the kernel may have an inode in its cache."""
-        return ino == ROOT or ino in self._lookups
+        return ino == ROOT or self._lookups[ino] > 0
 
     def remember(self, ino: Ino) -> None:
         """Note that the kernel was given one more reference."""
-        self._lookups[ino] = self._lookups.get(ino, 0) + 1
+        self._lookups.add(ino, 1)
 
     def forget(self, ino: Ino, n: int) -> None:
         """Note that the kernel has dropped ``n`` references."""
-        left = self._lookups.get(ino, 0) - n
-        if left > 0:
-            self._lookups[ino] = left
-        else:
-            self._lookups.pop(ino, None)
+        left = self._lookups[ino] = max(0, self._lookups[ino] - n)
+        if not left:
             self.pushed.discard(ino)
             self.resized.discard(ino)
 
@@ -84,12 +82,12 @@ class KernelCache:
             self._drop_entries(changes)
         for ino in changes.rewritten:
             self.pushed.discard(ino)
-            if ino in self._lookups:
+            if self._lookups[ino]:
                 self._invalid.contents.add(ino)
         if changes.resized:
             self._sizes += 1
         for ino in changes.resized:
-            if ino in self._lookups:
+            if self._lookups[ino]:
                 self.resized.add(ino)
                 self._invalid.attributes.add(ino)
         if self._invalid:
@@ -101,11 +99,11 @@ class KernelCache:
         directories = {directory for directory in changed if directory is not None}
         self._listed.update(directories)
         for node in changes.gone:
-            if node.ino in self._lookups:
+            if self._lookups[node.ino]:
                 invalid.entries += [(*place, node.ino) for place in tree.places(node)]
         for moved in changes.moved:
             before = tree.outside(moved.parent)
-            if moved.ino in self._lookups and before is not None:
+            if self._lookups[moved.ino] and before is not None:
                 invalid.names.append((before, moved.name))
         invalid.attributes |= directories
 
