@@ -60,6 +60,8 @@ class Version:
     """What the server makes of its bytes, if it makes something else of them."""
     read: bytes = b""
     """What was last read of it, with CRLF."""
+    temporary: bool = False
+    """Whether it may be only in a temporary file, which no promise is made of before it is renamed."""
 
 
 @dataclass
@@ -368,6 +370,7 @@ class World:
         if error is not None:
             # It may not have come as far as to its first byte.
             version.places |= {SPOOL, NOWHERE}
+            version.temporary = True
         if victim:
             self._deleted(victim[2], place, surely=error is None)
 
@@ -619,6 +622,8 @@ class World:
                     f"message {number} is in {places}, not in one of {version.places}", number
                 )
             version.places, version.left, version.past = set(places), "", set()
+            if version.temporary and SPOOL in places:
+                version.places |= {NOWHERE}
             version.settled = places[0] not in {NOWHERE, SPOOL}
         self._compare(shown, held)
 
