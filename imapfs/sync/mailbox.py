@@ -59,19 +59,26 @@ class _Batches:
     What a response holds decides, not what was asked for: any answer may have changes of flags in it.
     """
 
-    def __init__(self, apply: Callable[[Sequence[NewMessage], Sequence[FlagUpdate]], None]) -> None:
+    def __init__(
+        self, apply: Callable[[Sequence[NewMessage], Sequence[FlagUpdate]], None], *, note_uids: bool
+    ) -> None:
         self._apply = apply
+        self._note_uids = note_uids
         self._messages: list[NewMessage] = []
         self._flags: list[FlagUpdate] = []
         self._limit = _FIRST_BATCH
+        self.any = False
+        """Whether a message has come."""
         self.uids: set[int] = set()
-        """UIDs of the messages so far."""
+        """UIDs of the messages so far, if they are noted."""
 
     def add(self, data: FetchData) -> None:
         """Add a response, and apply the batch if it is full."""
         if data.is_metadata:
             self._messages.append(new_message(data))
-            self.uids.add(self._messages[-1].uid)
+            self.any = True
+            if self._note_uids:
+                self.uids.add(self._messages[-1].uid)
         elif data.flags is not None:
             assert data.uid is not None
             self._flags.append((data.uid, data.flags, data.modseq or ModSeq(0)))
@@ -171,12 +178,14 @@ class MailboxRun:
     @contextlib.contextmanager
     def _collecting(self) -> Iterator[_Batches]:
         """Collect metadata; what has come is kept even if the request then fails."""
-        batches = _Batches(self._add)
+        # All of a large mailbox would take much memory, and nothing is missed where nothing was named.
+        batches = _Batches(self._add, note_uids=bool(self._asked))
         self._listing = True
         try:
             yield batches
         except (ConnectionLost, Refused):
             batches.flush()
+            self._progress |= batches.any
             self._note_failure(batches.uids)
             raise
         batches.flush()
@@ -184,7 +193,6 @@ class MailboxRun:
 
     def _note_failure(self, came: set[int]) -> None:
         """Suspect the first message that was asked for and did not come; the second time, as unreadable."""
-        self._progress |= bool(came)
         suspect = next((uid for uid in self._asked if uid not in came), 0)
         if suspect and suspect == self._suspect:
             self._unreadable.add(suspect)
@@ -273,6 +281,8 @@ class MailboxRun:
         They are asked for again in other words. A message of which the server says nothing at all is added
         without its metadata: to hide it would have a backup delete its copy.
         """
+        if self._on_trio(self._cache.counts, self.ino)[0] >= session.state.exists:
+            return
         known = self._on_trio(self._known)
         if len(known) >= session.state.exists:
             return
@@ -351,7 +361,7 @@ class MailboxRun:
         return uid
 
     def _take_all(self, found: Iterable[FetchData]) -> None:
-        batches = _Batches(self._add)
+        batches = _Batches(self._add, note_uids=False)
         for data in found:
             batches.add(data)
         batches.flush()
