@@ -321,19 +321,19 @@ def of(account: Account) -> dict[str, list[bytes]]:
 
 
 @pytest.mark.parametrize("point", ["command", "upload", "answer"])
-@pytest.mark.parametrize("nth", [1, 2])
-def test_one_of_two_identical_files_cut_off(
-    user: Account, mount: Mounter, proxy: Proxy, point: Point, nth: int
-) -> None:
-    mounted = mount(proxy.account(user))
-    fault = proxy.fault(b"APPEND", "cut", at=point, nth=nth, after=100 if point == "upload" else 0)
-    for name in ("one.eml", "two.eml"):
-        put(inbox(mounted, name), NEW)
-    settle(mounted)
-    fault.wait_hit()
-    drain(mounted)
-    assert sorted(os.listdir(mounted.path / "INBOX")) == ["one.eml", "two.eml"]
-    mounted.unmount()
+@pytest.mark.parametrize("cut", ["both", "first", "second"])
+def test_one_of_two_identical_files_cut_off(user: Account, mount: Mounter, point: Point, cut: str) -> None:
+    with Proxy(user.server, hide=() if cut == "both" else ("MULTIAPPEND",)) as proxy:
+        mounted = mount(proxy.account(user))
+        after = 100 if point == "upload" else 0
+        fault = proxy.fault(b"APPEND", "cut", at=point, nth=2 if cut == "second" else 1, after=after)
+        for name in ("one.eml", "two.eml"):
+            put(inbox(mounted, name), NEW)
+        settle(mounted)
+        fault.wait_hit()
+        drain(mounted)
+        assert sorted(os.listdir(mounted.path / "INBOX")) == ["one.eml", "two.eml"]
+        mounted.unmount()
     assert everything(user) == {"INBOX": [NEW, NEW]}
 
 
